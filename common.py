@@ -1,0 +1,1025 @@
+"""What the scripts share: problems, answer checking, the policy, generation, log-probabilities, the run folder.
+
+In the order in which data flows through a script:
+
+    problems ── prompt ids ──> generate ──> samples ── answer check ──> token sequences ──> loss ──> policy
+
+Nothing here knows which algorithm calls it. To fork a script, copy it together with this file.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+
+
+class UserError(Exception):
+    """Something the user can mend. `run_main` prints it as one line and exits with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Problems
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A word problem. `id` is unique within its dataset and keys the random numbers of its samples."""
+
+    id: str
+    question: str
+    answer: Fraction
+    solution: str | None = None  # a written solution that ends in "#### answer"; None where only the answer is known
+    steps: tuple[str, ...] | None = None  # the reference's arithmetic operations where known: for metrics and rewards
+
+
+# The embedded task: a story is a plan of steps; each kind of step has an operation and sentences that say it.
+# {a}, {c}: persons, {x}, {y}: things, {v}: the first value, {b}: the operand, {w}: whom the question asks about.
+OPERATIONS = {
+    "groups": "*",
+    "gain": "+",
+    "loss": "-",
+    "times": "*",
+    "half": "/",
+    "fewer": "-",
+    "more": "+",
+    "total": "+",
+}
+SENTENCES = {
+    "start": ["{a} has {v} {x}.", "{a} owns {v} {x}.", "There are {v} {x} in the room of {a}."],
+    "groups": ["{a} has {v} bags with {b} {x} each.", "{a} fills {v} boxes. Each box holds {b} {x}."],
+    "gain": ["{a} buys {b} more {x}.", "Then {a} finds {b} {x}.", "A friend gives {a} {b} {x}."],
+    "loss": ["{a} gives away {b} {x}.", "Then {a} loses {b} {x}.", "{a} sells {b} of the {x}."],
+    "times": ["Soon {a} has {b} times as many {x}.", "Then the number of {x} grows {b} fold."],
+    "half": ["{a} uses half of the {x}.", "Then half of the {x} are lost."],
+    "fewer": ["{c} has {b} fewer {x} than {a}.", "{c} owns {b} {x} less than {a}."],
+    "more": ["{c} has {b} more {x} than {a}.", "{c} owns all that {a} has and {b} {x} on top."],
+    "unused": ["{a} also has {b} {y}.", "{a} is {b} years old.", "{a} lives {b} miles away.", "This took {b} days."],
+    "total": ["How many {x} do {a} and {c} have together?", "How many {x} are that for {a} and {c} in total?"],
+    "ask": ["How many {x} does {w} have now?", "How many {x} has {w} got in the end?"],
+}
+PEOPLE = "Ann Ben Carl Dora Eva Finn Gina Hugo Ida Jack Kim Leo Mia Noah Olga Paul Rita Sam Tina Vera".split()
+THINGS = "apples books cards coins cups eggs hats keys marbles nuts pens plums shells stamps stones toys".split()
+
+
+def solve_story(plan: list[tuple[str, int]], operations: dict[str, str] = OPERATIONS) -> list[tuple[str, int]] | None:
+    """The steps [("14+6", 20), ...] of a plan [("start", 14), ("gain", 6), ...] under a reading of each kind of step
+    (a kind without an operation is skipped). None where a value is no integer in 1..49: the numbers stay small,
+    because two-digit sums are what a tiny model is worst at, and they are not the point of the task."""
+    value, other, steps = plan[0][1], 0, []
+    for kind, operand in plan[1:]:
+        if kind in ("fewer", "more"):
+            other = value  # what the first person has, for a total of both
+        op = operations.get(kind)
+        if op is None:
+            continue
+        operand = other if kind == "total" else operand
+        if op == "/" and value % operand:
+            return None
+        result = {"+": value + operand, "-": value - operand, "*": value * operand, "/": value // operand}[op]
+        if not 1 <= result <= 49:
+            return None
+        steps.append((f"{value}{op}{operand}", result))
+        value = result
+    return steps or None
+
+
+def tell_story(rng: random.Random, n_steps: int) -> tuple[str, list[tuple[str, int]]]:
+    """A random word problem with `n_steps` steps: the question and its plan."""
+    ending = rng.choice([[], [], ["compare"], ["compare", "total"]][: 3 if n_steps == 1 else 4])
+    kinds = [rng.choice(["gain", "loss", "times", "half"]) for _ in range(n_steps - len(ending))]
+    if kinds and rng.random() < 0.3:
+        kinds[0] = "groups"
+    kinds += [rng.choice(["fewer", "more"]) if kind == "compare" else kind for kind in ending]
+    grouped, compared = "groups" in kinds, len(ending) > 0
+    operands = {"groups": range(2, 8), "times": range(2, 4), "half": [2], "total": [0]}
+    for _ in range(100):  # draw numbers until every value on the way is a small positive integer
+        plan = [("start", rng.randrange(2, 8 if grouped else 21))]
+        plan += [(kind, rng.choice(operands.get(kind, range(2, 10)))) for kind in kinds]
+        if solve_story(plan):
+            break
+    else:
+        return tell_story(rng, n_steps)  # these kinds of steps do not go together, "times" six times over for one
+    if rng.random() < 0.3:  # a number that does not matter
+        plan.insert(rng.randrange(2 if grouped else 1, len(plan) + 1 - len(ending)), ("unused", rng.randrange(2, 10)))
+    (a, c), (x, y) = rng.sample(PEOPLE, 2), rng.sample(THINGS, 2)
+    words = {"a": a, "c": c, "x": x, "y": y, "v": plan[0][1], "w": c if compared else a}
+    told = plan[1:] if grouped else plan  # "3 bags with 4 apples each" says the first value too
+    told = told if "total" in kinds else [*told, ("ask", 0)]
+    return " ".join(rng.choice(SENTENCES[kind]).format(b=operand, **words) for kind, operand in told), plan
+
+
+def write_solution(steps: list[tuple[str, int]]) -> str:
+    """One line a step with the calculator annotation of GSM8K, then the answer: "14+6=<<14+6=20>>20\n#### 20"."""
+    return "\n".join([f"{left}=<<{left}={value}>>{value}" for left, value in steps] + [f"#### {steps[-1][1]}"])
+
+
+def arithmetic_problems(split: str, min_steps: int = 1, max_steps: int = 4) -> list[Problem]:
+    """The embedded task: 2,560 problems for train and dev, 1,000 for test, the same in every run. Only the first 24
+    carry a written solution (written solutions are dear, answers are cheap); the reference steps of all are known."""
+    rng, seen, problems = random.Random(20240307), set(), []
+    while len(problems) < 3560:
+        question, plan = tell_story(rng, rng.randint(min_steps, max_steps))
+        if question in seen:
+            continue
+        seen.add(question)
+        steps, number = solve_story(plan), len(problems)
+        solution = write_solution(steps) if number < 24 else None
+        name = f"arithmetic{max_steps}-{number}"
+        problems.append(Problem(name, question, Fraction(steps[-1][1]), solution, tuple(left for left, _ in steps)))
+    return problems[2560:] if split == "test" else problems[:2560]
+
+
+def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Problem]:
+    """The problems of a split: "train", "dev" (the last 256 of the training problems, or the last tenth of fewer than
+    2,560; never trained on), "test", or "all" (of a single file).
+
+    dataset: "arithmetic" (built in, 1 to 4 steps), "arithmetic-hard" (4 to 6 steps), "gsm8k", "svamp", a .jsonl file
+    with "question" and "answer" (as in GSM8K, or only a number), SVAMP.json, or a folder with train and test files.
+    A single file is divided: its last tenth is the test split. limit: only the first so many.
+    Raises UserError for what is missing or malformed, with file and line."""
+    part = "test" if split == "test" else "train"
+    path = Path(dataset)
+    if dataset in ("arithmetic", "arithmetic-hard"):
+        problems = arithmetic_problems(part, *((4, 6) if dataset.endswith("hard") else (1, 4)))
+    elif dataset in ("gsm8k", "svamp"):
+        problems = _hub_problems(dataset, part)
+    elif path.is_dir():
+        files = [path / f"{part}{suffix}" for suffix in (".jsonl", ".json") if (path / f"{part}{suffix}").is_file()]
+        if not files:
+            raise UserError(f"--dataset {dataset}: the folder has no {part}.jsonl")
+        problems = _file_problems(files[0])
+    elif path.is_file():
+        problems = _file_problems(path)
+        if split == "all":
+            return problems[:limit]
+        n_test = max(1, len(problems) // 10)
+        problems = problems[-n_test:] if split == "test" else problems[:-n_test]
+    else:
+        raise UserError(
+            f"--dataset {dataset}: no such file or folder, and not one of arithmetic, arithmetic-hard, gsm8k, svamp"
+        )
+    if split == "all":
+        raise UserError(f"--split all is for a single file, and {dataset} has splits of its own")
+    if part == "train":
+        n_dev = 256 if len(problems) >= 2560 else max(1, len(problems) // 10)
+        problems = problems[-n_dev:] if split == "dev" else problems[:-n_dev]
+    if not problems:
+        raise UserError(f"--dataset {dataset}: its {split} split is empty")
+    return problems[:limit]
+
+
+def _hub_problems(dataset: str, part: str) -> list[Problem]:
+    from datasets import load_dataset  # imported here because it takes a second, and the embedded task needs none of it
+
+    try:
+        if dataset == "gsm8k":
+            rows = load_dataset("openai/gsm8k", "main", split=part)
+        else:
+            rows = load_dataset("ChilleD/SVAMP", split=part)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--dataset {dataset}: could not be loaded ({type(error).__name__}: {reason})") from None
+    return [_read_problem(row, f"{dataset}/{part}/{i}", f"{dataset} {part} row {i}") for i, row in enumerate(rows)]
+
+
+def _file_problems(path: Path) -> list[Problem]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    try:
+        if path.suffix == ".json":
+            rows = [(f"{path} entry {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        else:
+            lines = [(f"{path} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            rows = []
+            for place, line in lines:
+                try:
+                    rows.append((place, json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{place}: broken JSON ({error.msg}, column {error.colno})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}, column {error.colno})") from None
+    if len(rows) < 3:
+        raise UserError(f"{path}: {len(rows)} problems; at least 3 are needed for train, dev and test")
+    return [_read_problem(row, f"{path.name}/{i}", place) for i, (place, row) in enumerate(rows)]
+
+
+def _read_problem(row: dict, name: str, place: str) -> Problem:
+    """GSM8K ("question", "answer" with the solution) or SVAMP ("Body", "Question", "Answer")."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: not a JSON object")
+    if "Body" in row and "Question" in row:
+        body = str(row["Body"]).strip()
+        question = f"{body if body.endswith(('.', '?', '!', ',')) else body + '.'} {str(row['Question']).strip()}"
+        written = str(row.get("Answer"))
+    elif "question" in row and "answer" in row:
+        question, written = str(row["question"]).strip(), str(row["answer"]).strip()
+    else:
+        raise UserError(f'{place}: needs "question" and "answer" (GSM8K) or "Body", "Question" and "Answer" (SVAMP)')
+    solution = written if "####" in written else None
+    answer = extract_answer(written if solution else f"#### {written}")
+    if answer is None:
+        raise UserError(f"{place}: the answer {written[-40:]!r} is no number")
+    return Problem(name, question, answer, solution, equations(solution) if solution else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+MARKER = "####"
+_NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
+_RUN = re.compile(r"[0-9.,/]+")  # one character class: cannot backtrack
+MINUS, PLUS = "-\u2212", "+"
+
+
+def first_solution(text: str) -> str:
+    """The text up to the first end of its solution: the end of the answer line, or the next question that a prompted
+    model makes up. "6/2=3\n#### 3\n\nQuestion: ..." -> "6/2=3\n#### 3"."""
+    text = text[: (text + "\nQuestion:").index("\nQuestion:")]
+    marker = text.find(MARKER)
+    if marker >= 0:
+        text = text[: (text + "\n").index("\n", marker)]
+    return text
+
+
+def extract_answer(text: str, lenient: bool = False) -> Fraction | None:
+    """The number after the first "####" of a solution, or None if there is none or it is not clear which.
+
+    Read are "#### 18", "####18", "#### $1,234.50", "#### -$3/4", "#### **18** apples.", "#### 50%"; two different
+    numbers, "18/", "1,8" or "1.2.3" are no answer, nor is a number of more than 64 characters. Any string gets an answer
+    or None in time linear in its length. lenient: without an answer line, the last number of the text (for prompted
+    models that never learned the format; never mixed with the strict reading silently)."""
+    text = first_solution(text)
+    _, marker, line = text.partition(MARKER)
+    if marker:
+        found = set(_numbers(line))
+        return found.pop() if len(found) == 1 else None
+    if lenient:
+        found = [number for number in _numbers(text) if number is not None]
+        return found[-1] if found else None
+    return None
+
+
+def _numbers(line: str) -> Iterable[Fraction | None]:
+    """Every number of a line; None for digits that do not form a clear number."""
+    if not line.isascii() and any(c.isnumeric() and not c.isascii() for c in line):
+        yield None  # digits of other scripts, superscripts, "½": not guessed at
+    for run in _RUN.finditer(line):
+        digits, start, end = run.group(), run.start(), run.end()
+        if line[end : end + 1].isalpha() and digits.endswith("/"):
+            digits = digits[:-1]  # "18/hour"
+        digits = digits.rstrip(".,")
+        if not digits or digits == "/":  # "18 / 3": a fraction with spaces is not worth guessing at
+            beside = [line[j] for j in (start - 2, end + 1) if digits == "/" and 0 <= j < len(line)]
+            if any(c.isdigit() for c in beside):
+                yield None
+            continue
+        before = line[max(0, start - 8) : start]
+        prefix = before.rstrip("$* ")
+        sign = prefix[-1:]
+        negative = sign != "" and sign in MINUS
+        if negative or sign == PLUS:
+            apart = " " in before[len(prefix) :]  # "- 5": a sign, a dash or a difference
+            if apart or prefix[-2:-1] in tuple(MINUS + PLUS) or prefix[-2:-1].isalnum():
+                yield None
+                continue
+        value = _parse_number(digits)
+        yield -value if negative and value is not None else value
+
+
+@functools.lru_cache(1024)
+def _parse_number(digits: str) -> Fraction | None:
+    if len(digits) > 64:  # bounds the arithmetic, whatever the model writes
+        return None
+    above, slash, below = digits.partition("/")
+    if not _NUMBER.fullmatch(above) or (slash and not (below.isdigit() and above.isdigit() and int(below))):
+        return None
+    return Fraction(above.replace(",", "")) / (int(below) if slash else 1)
+
+
+def equations(text: str) -> tuple[str, ...]:
+    """The sequence of arithmetic operations of a solution, the key under which two solutions are the same:
+    "14+6=<<14+6=20>>20\n#### 20" -> ("14+6",). Without calculator annotations, what stands before each "="."""
+    text = first_solution(text)
+    found = re.findall(r"<<([^<>=]*)=", text)
+    if not found:
+        sides = text.split("=")[:-1]
+        found = [side[len(side.rstrip("0123456789.,+-*/x\u00d7\u00f7()$% ")) :] for side in sides]
+    found = [expression.translate(_PLAIN).lstrip("*.") for expression in found]
+    return tuple(e for e in found if any(c in "+-*/" for c in e[1:]) and any(c.isdigit() for c in e))
+
+
+_PLAIN = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "\u2212": "-", " ": "", "$": "", "%": "", ",": ""})
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The unbiased estimate of P(at least one of k samples is right) from n samples of which `correct` are:
+    1 - C(n - correct, k) / C(n, k) (Chen et al. 2021, equation 1)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The policy
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Two worked examples for a pretrained model that never saw the format; the paper prompts with two as well.
+FEW_SHOT = """\
+Question: A baker fills 6 trays with 8 rolls each. In the morning 29 rolls are sold. How many rolls are left?
+Answer:
+The baker makes 6*8=<<6*8=48>>48 rolls.
+After the morning 48-29=<<48-29=19>>19 rolls are left.
+#### 19
+
+Question: Lena saves 15 dollars a week for 4 weeks and then spends half of the money. How many dollars does she still have?
+Answer:
+Lena saves 15*4=<<15*4=60>>60 dollars.
+She still has 60/2=<<60/2=30>>30 dollars.
+#### 30
+
+"""
+
+
+def prompt_text(problem: Problem, few_shot: bool = False) -> str:
+    """ "Question: ...\nAnswer:\n"; the solution follows on its own line. few_shot: two worked examples before it."""
+    return f"{FEW_SHOT if few_shot else ''}Question: {problem.question}\nAnswer:\n"
+
+
+class Policy:
+    """A Hugging Face causal language model and its tokenizer.
+
+    Weights are float32 whatever the checkpoint holds: bfloat16 is hundreds of times slower on many CPUs, and at a
+    learning rate of 1e-6 an update of a bfloat16 weight rounds to nothing. On a GPU the arithmetic is bfloat16 under
+    autocast. The model stays in evaluation mode, in training too: dropout would make the log-probabilities of
+    sampling and training differ.
+
+    Raises UserError if `name` is neither a folder nor a loadable hub name."""
+
+    def __init__(self, name: str, device: str = "auto", dtype: str = "auto"):
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        autocast = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+        folder = model_folder(name)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+            )
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"--model {name}: could not be loaded ({type(error).__name__}: {reason})") from None
+        self.model.to(self.device).eval()
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"--model {name}: its tokenizer has no end-of-text token")
+        stops = self.model.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops]
+        self.eos_ids = sorted({self.tokenizer.eos_token_id, *(s for s in stops if s is not None)})
+        config = self.model.config.get_text_config()
+        self.max_length = getattr(config, "max_position_embeddings", None) or 1 << 30
+        with (
+            torch.no_grad()
+        ):  # `response_logprobs` computes the logits itself, a few rows at a time: is that right here?
+            ids = torch.tensor([[self.tokenizer.eos_token_id, 0]], device=self.device)
+            difference = (self.model(ids).logits - self.head(self.hidden_states(ids))).abs().max()
+            if not difference < 1e-3:
+                raise UserError(f"--model {name}: its logits are not a plain linear head on its hidden states")
+
+    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [batch, length], padded on the right if at all -> final hidden states [batch, length, width].
+        With causal attention the padding comes after everything that is read, so no mask is needed."""
+        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., width] -> logits [..., vocabulary]."""
+        return self.model.get_output_embeddings()(hidden)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids as the tokenizer makes them for a whole text, a begin-of-text token included if it adds one."""
+        ids = self.tokenizer(text).input_ids
+        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+
+    def encode_solution(self, text: str) -> list[int]:
+        """Token ids of a finished solution with the end-of-text token, encoded apart from the prompt: sampling and
+        training then see the same boundary."""
+        return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary Hugging Face folder. It appears complete or not at all."""
+        aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.model.generation_config.eos_token_id = self.eos_ids[0] if len(self.eos_ids) == 1 else self.eos_ids
+        self.model.save_pretrained(aside)
+        self.tokenizer.save_pretrained(aside)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def model_folder(name: str) -> str:
+    """The folder or hub name that --model means: "tiny" is the model that comes with the repository."""
+    path = Path(__file__).parent / "tiny" if name == "tiny" else Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {name}: the folder holds no model (no config.json)")
+        return str(path)
+    if path.is_absolute() or name.count("/") != name.strip("./").count("/") or name.count("/") > 1 or name == "tiny":
+        hint = "; run `python sft.py` first" if name.endswith("sft/model") else ""
+        raise UserError(f"--model {name}: no such folder{hint}")
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Sample:
+    """One sampled solution. `finished`: ended by itself (end-of-text token or complete answer line), not cut."""
+
+    problem: Problem
+    number: int  # the how-manieth sample of its problem
+    text: str
+    finished: bool
+    tokens: list[int] = dataclasses.field(default_factory=list)  # with the end-of-text token if that ended it
+    logprobs: list[float] = dataclasses.field(
+        default_factory=list
+    )  # of each token, under the distribution sampled from
+
+    def __post_init__(self):
+        self.answer = extract_answer(self.text)
+        self.correct = self.answer is not None and self.answer == self.problem.answer
+
+    def to_json(self) -> str:
+        row = {"problem": self.problem.id, "sample": self.number, "correct": self.correct, "finished": self.finished}
+        row |= {"answer": None if self.answer is None else str(self.answer), "reference": str(self.problem.answer)}
+        return json.dumps(row | {"question": self.problem.question, "text": self.text}, ensure_ascii=False)
+
+
+class SlotCache:
+    """Keys and values of `rows` sequences that grow at their own pace, preallocated. Stands in for a transformers
+    cache: the model calls `update` once a layer. In prefill (`positions` is None) it records what it is given."""
+
+    def __init__(self):
+        self.keys, self.values = [], []  # per layer, [rows, heads, capacity, head_dim]
+        self.positions = None  # [n] where the first n rows write next
+        self.length = 0  # how much of the capacity is in use
+
+    def allocate(self, prompts: "SlotCache", rows: int, capacity: int) -> None:
+        for mine, theirs in ((self.keys, prompts.keys), (self.values, prompts.values)):
+            mine.extend(t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in theirs)
+
+    def copy_row(self, row: int, source: "SlotCache", source_row: int, length: int) -> None:
+        for mine, theirs in zip(self.keys + self.values, source.keys + source.values, strict=True):
+            mine[row, :, :length] = theirs[source_row, :, :length]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
+        if self.positions is None:
+            self.keys.append(keys)
+            self.values.append(values)
+            return keys, values
+        n, index = len(self.positions), torch.arange(len(self.positions), device=keys.device)
+        self.keys[layer][index, :, self.positions] = keys[:, :, 0]
+        self.values[layer][index, :, self.positions] = values[:, :, 0]
+        return self.keys[layer][:n, :, : self.length], self.values[layer][:n, :, : self.length]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+
+def attention_masks(config, positions: torch.Tensor, length: int):
+    """Which of `length` cached tokens the queries at `positions` [rows, queries] see: a boolean mask
+    [rows, 1, queries, length], or one per kind of layer for a model that mixes full and sliding attention."""
+    distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
+    full, window = distance >= 0, getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if window is None or kinds == {"full_attention"}:
+        return full
+    sliding = full & (distance < window)
+    return {"full_attention": full, "sliding_attention": sliding} if len(kinds) > 1 else sliding
+
+
+def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample from softmax(logits / temperature) by inverse CDF: one uniform number in [0, 1) a row.
+
+    logits [rows, vocabulary], uniforms [rows] -> tokens [rows] and their log-probabilities [rows] under that
+    distribution. temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
+    logits = logits.float() / (temperature or 1.0)
+    shifted = logits - logits.amax(-1, keepdim=True)
+    cumulative = shifted.exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:  # below the total even after rounding, so that no token of probability 0 behind the last one is drawn
+        target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        tokens = torch.searchsorted(cumulative, target, right=True).clamp_(
+            max=logits.shape[-1] - 1
+        )  # NaN: caught later
+    return tokens[:, 0], (shifted.gather(-1, tokens) - total.log())[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    policy: Policy,
+    problems: Sequence[Problem],
+    *,
+    samples: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int | Sequence[int] = 0,
+    rows: int = 128,
+    few_shot: bool = False,
+    progress: str | None = None,
+) -> list[Sample]:
+    """`samples` solutions of every problem, in the order of the problems, from the full softmax at `temperature`
+    (0: greedy).
+
+    A prompt is run once and its keys and values are copied to its samples. `rows` sequences are decoded at a time; a
+    row that has finished is handed to the next sample at once. The random numbers of a sample depend on (seed,
+    problem, sample number) alone, so it does not matter how many rows there are or what else is sampled.
+    few_shot: prompt with two worked examples; a sample then ends when its answer line is complete, because such a model
+    goes on to invent the next question. Raises UserError if a prompt does not fit into the model's positions."""
+    prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
+    capacity = max(map(len, prompts), default=0) + max_new_tokens
+    if capacity > policy.max_length:
+        raise UserError(
+            f"the longest prompt ({capacity - max_new_tokens} tokens) and --max-new-tokens {max_new_tokens} "
+            f"do not fit into the model's {policy.max_length} positions"
+        )
+    device, config = policy.device, policy.model.config.get_text_config()
+    vocabulary = policy.model.get_output_embeddings().weight.shape[0]
+    is_eos = np.zeros(vocabulary, bool)
+    is_eos[policy.eos_ids] = True
+    if few_shot:
+        ends_line = np.array(["\n" in policy.tokenizer.decode([i]) for i in range(vocabulary)])
+    rows = min(rows, len(problems) * samples)
+    queue = ((i, number) for i in range(len(problems)) for number in range(samples))
+    cache, prefilled = SlotCache(), {}  # problem index -> (cache of its prefill batch, row in it)
+    work: list[tuple[int, int]] = [(0, 0)] * rows  # what each row is sampling
+    uniforms = np.zeros((rows, max_new_tokens), np.float32)
+    tokens, logprobs = np.zeros((rows, max_new_tokens), np.int64), np.zeros((rows, max_new_tokens), np.float32)
+    lengths, positions, inputs = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    finished: dict[tuple[int, int], Sample] = {}
+    bar = tqdm(total=len(problems) * samples, desc=progress, unit="sample", disable=None if progress else True)
+
+    def prefill(first: int) -> None:
+        """Run the next prompts, all but their last token, which the decode loop feeds like any other."""
+        batch = range(first, min(len(problems), first + max(1, min(64, rows // samples))))
+        prefilled.clear()  # the queue goes through the problems in order: earlier prompts are not needed again
+        width = max(1, max(len(prompts[i]) for i in batch) - 1)
+        ids = torch.tensor([(prompts[i][:-1] + [0] * width)[:width] for i in batch], device=device)
+        where = torch.arange(width, device=device)[None].expand(len(ids), -1)
+        store = SlotCache()
+        run_model(ids, where, store, width, logits_to_keep=1)
+        prefilled.update({i: (store, row) for row, i in enumerate(batch)})
+        if not cache.keys:
+            cache.allocate(store, rows, capacity)
+
+    def run_model(ids, where, past, length, **kwargs):
+        masks = attention_masks(config, where, length)
+        with policy.autocast():
+            return policy.model(
+                input_ids=ids, position_ids=where, attention_mask=masks, past_key_values=past, use_cache=True, **kwargs
+            )
+
+    def start(row: int) -> bool:
+        """Hand a row to the next sample; False when there is none left."""
+        i, number = next(queue, (None, None))
+        if i is None:
+            return False
+        if i not in prefilled:
+            prefill(i)
+        cache.copy_row(row, *prefilled[i], len(prompts[i]) - 1)
+        key = [*np.atleast_1d(seed).tolist(), zlib.crc32(problems[i].id.encode()), number]
+        uniforms[row] = np.random.default_rng(key).random(max_new_tokens, np.float32)
+        work[row], lengths[row], positions[row], inputs[row] = (i, number), 0, len(prompts[i]) - 1, prompts[i][-1]
+        return True
+
+    n = sum(start(row) for row in range(rows))
+    while n:
+        # 1. one decode step of the first n rows
+        cache.positions, cache.length = torch.from_numpy(positions[:n]).to(device), int(positions[:n].max()) + 1
+        ids = torch.from_numpy(inputs[:n]).to(device)[:, None]
+        logits = run_model(ids, cache.positions[:, None], cache, cache.length).logits[:, -1]  # [n, vocabulary]
+        # 2. pick a token for each
+        draws = torch.from_numpy(uniforms[np.arange(n), lengths[:n]]).to(device)
+        picked, picked_logprobs = (t.cpu().numpy() for t in pick_tokens(logits, draws, temperature))
+        if not np.isfinite(picked_logprobs).all():
+            raise UserError("the model's probabilities are not finite: its weights are broken")
+        tokens[np.arange(n), lengths[:n]], logprobs[np.arange(n), lengths[:n]] = picked, picked_logprobs
+        lengths[:n] += 1
+        positions[:n] += 1
+        inputs[:n] = picked
+        # 3. collect what has ended, hand its row to the next sample, and close the gap when none is left
+        ended = is_eos[picked]
+        if few_shot:
+            for row in np.flatnonzero(ends_line[picked]):
+                lines = policy.decode(tokens[row, : lengths[row]]).rpartition("\n")[0]
+                ended[row] |= MARKER in lines or "\nQuestion:" in lines
+        for row in np.flatnonzero(ended | (lengths[:n] == max_new_tokens))[::-1]:
+            (i, number), length = work[row], lengths[row]
+            ids = tokens[row, :length].tolist()
+            sample = Sample(
+                problems[i], number, policy.decode(ids), bool(ended[row]), ids, logprobs[row, :length].tolist()
+            )
+            finished[i, number] = sample
+            bar.update()
+            if not start(row):
+                n -= 1
+                if row < n:
+                    cache.copy_row(row, cache, n, positions[n])
+                    for state in (uniforms, tokens, logprobs, lengths, positions, inputs):
+                        state[row] = state[n]
+                    work[row] = work[n]
+    bar.close()
+    return [finished[i, number] for i in range(len(problems)) for number in range(samples)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Log-probabilities, batches, one training step
+# ---------------------------------------------------------------------------------------------------------------------
+
+Example = tuple[list[int], list[int]]  # prompt ids, response ids
+
+
+def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probability of every response token under softmax(logits / temperature): [response tokens of all examples,
+    one after the other]. No mask: what is not a response token is never computed. With prompt [p0 p1] and response
+    [r0 r1], the hidden state of p1 predicts r0 and that of r0 predicts r1.
+
+    The logits of a few rows at a time are made, used and made again in the backward pass, so that float32 logits of
+    shape (batch, length, vocabulary) never exist."""
+    width = max(len(prompt) + len(response) for prompt, response in examples)
+    ids = torch.tensor([(p + r + [0] * width)[:width] for p, r in examples], device=policy.device)  # [batch, width]
+    where = [(row, len(p) + i) for row, (p, r) in enumerate(examples) for i in range(len(r))]
+    rows, columns = torch.tensor(where, device=policy.device).T
+    with policy.autocast():
+        hidden = policy.hidden_states(ids)[rows, columns - 1]  # [response tokens, width]
+
+        def chunk_logprobs(hidden_chunk, targets):
+            logits = policy.head(hidden_chunk).float() / temperature
+            return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
+
+        chunks = zip(hidden.split(2048), ids[rows, columns].split(2048), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([chunk_logprobs(*chunk) for chunk in chunks])
+        return torch.cat([recompute_in_backward(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices grouped by length so that no group has more than `budget` tokens after padding to its longest (a single
+    sequence longer than that is a group of its own)."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def cross_entropy_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, examples: Sequence[Example], lr: float, token_budget: int
+) -> tuple[float, float]:
+    """One optimizer step on the mean cross-entropy of the response tokens -> (loss in nats per token, gradient norm).
+
+    The sum over micro-batches is divided by the tokens of the whole batch, so the gradient does not depend on how the
+    batch was split. Gradients are clipped to norm 1. Raises UserError, before anything is updated, if the loss or the
+    gradient is not finite."""
+    n_tokens = sum(len(response) for _, response in examples)
+    total = 0.0
+    for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget):
+        loss = -response_logprobs(policy, [examples[i] for i in indices]).sum() / n_tokens
+        loss.backward()
+        total += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).item()
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise UserError(f"the loss ({total}) or its gradient ({norm}) is not finite; try a smaller --lr")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+@torch.no_grad()
+def cross_entropy(policy: Policy, examples: Sequence[Example], token_budget: int) -> float:
+    """Mean cross-entropy of the response tokens, in nats per token."""
+    total = 0.0
+    for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget):
+        total -= response_logprobs(policy, [examples[i] for i in indices]).sum().item()
+    return total / sum(len(response) for _, response in examples)
+
+
+def cosine_lr(step: int, n_steps: int, lr: float) -> float:
+    """Learning rate of step 0..n_steps-1: linear warm-up over the first 3 %, then a cosine down to lr / 100."""
+    warmup = max(1, round(0.03 * n_steps))
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, n_steps - 1 - warmup)
+    return lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def shuffled(n: int, *seed: int) -> list[int]:
+    """A permutation of range(n) that depends on the seed alone, so that a resumed run needs no generator state."""
+    return np.random.default_rng(seed).permutation(n).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The run folder and the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def write_aside(path: Path):
+    """A file opened for writing that appears under its name only when it is complete and on the disk."""
+    aside = path.with_name(path.name + ".part")
+    with open(aside, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value) -> None:
+    with write_aside(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+class Run:
+    """The folder --out: args.json, metrics.jsonl, samples/, model/ and, while the run lasts, checkpoint/state.pt.
+
+    A run that was killed at any moment and is started again with --resume goes on from its last checkpoint and ends
+    with the same weights and metrics. `self.state` is what that checkpoint holds, None in a fresh run."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.out, self.checkpoint_every = Path(args.out), args.checkpoint_every
+        self.state_file = self.out / "checkpoint" / "state.pt"
+        self.metrics_file = self.out / "metrics.jsonl"
+        self.state, self.interrupted = None, False
+        ignored = ("resume", "overwrite", "device", "checkpoint_every")
+        settings = {key: value for key, value in vars(args).items() if key not in ignored}
+        settings["script"] = Path(sys.argv[0]).name
+        settings_file = self.out / "args.json"
+        if settings_file.exists() and not args.overwrite:
+            if not args.resume:
+                raise UserError(
+                    f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
+                    "or choose another --out"
+                )
+            before = json.loads(settings_file.read_text())
+            changed = sorted(k for k in settings.keys() | before.keys() if before.get(k) != settings.get(k))
+            if changed:
+                raise UserError(f"--resume: {self.out} was started with other settings ({', '.join(changed)})")
+            if self.state_file.exists():
+                self.state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        else:
+            for name in ("checkpoint", "samples", "model", "model.part", "model.old"):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+            self.metrics_file.unlink(missing_ok=True)
+        for name in ("checkpoint", "samples"):
+            (self.out / name).mkdir(parents=True, exist_ok=True)
+        write_json(settings_file, settings)
+        if (self.out / "model.old").exists() and not (self.out / "model").exists():  # killed between two renames
+            (self.out / "model.old").rename(self.out / "model")
+        kept = self.state["run"] if self.state else {"lines": 0, "seconds": 0.0}
+        lines = self.metrics_file.read_text().splitlines(keepends=True) if self.metrics_file.exists() else []
+        with write_aside(self.metrics_file) as file:  # what was logged after the checkpoint will be logged again
+            file.write("".join(lines[: kept["lines"]]).encode())
+        self.lines, self.started, self.saved = kept["lines"], time.monotonic() - kept["seconds"], time.monotonic()
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *_):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+
+    def log(self, **metrics) -> None:
+        """Append one object to metrics.jsonl and show it."""
+        row = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in metrics.items()}
+        row = {"step": row.pop("step"), "seconds": round(time.monotonic() - self.started, 1)} | row
+        with open(self.metrics_file, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.lines += 1
+        tqdm.write(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+
+    def checkpoint(self, now: bool = False, **state) -> None:
+        """Save `state` if `now`, or if --checkpoint-every seconds have passed, or if Ctrl-C was pressed; then stop."""
+        if now or self.interrupted or time.monotonic() - self.saved >= self.checkpoint_every:
+            state["run"] = {"lines": self.lines, "seconds": time.monotonic() - self.started}
+            with write_aside(self.state_file) as file:
+                torch.save(state, file)
+            self.saved = time.monotonic()
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        """Mark the run as complete: the checkpoint is no longer needed."""
+        self.checkpoint(now=True, finished=True)
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.state and self.state.get("finished"))
+
+
+def sample_to_file(
+    policy: Policy, problems: Sequence[Problem], path: Path, run: Run | None = None, **how
+) -> list[Sample]:
+    """`generate`, written to `path` as JSON lines a group of problems at a time. Groups that are complete in the file
+    are read back instead of sampled again, so that an interrupted round loses one group at most; the groups are the
+    same after a restart, and so are, to the last bit, the samples."""
+    per_problem = how["samples"]
+    group = max(1, 32 * how["rows"] // per_problem)  # long enough that the emptying of the rows at its end is rare
+    samples = read_samples(path, problems, per_problem) if path.exists() else []
+    if len(samples) < len(problems) * per_problem:
+        samples = samples[: len(samples) // (group * per_problem) * (group * per_problem)]
+        with write_aside(path) as file:
+            file.write("".join(sample.to_json() + "\n" for sample in samples).encode())
+    for first in range(len(samples) // per_problem, len(problems), group):
+        new = generate(policy, problems[first : first + group], **how)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(sample.to_json() + "\n" for sample in new))
+        samples += new
+        if run and run.interrupted:
+            raise KeyboardInterrupt
+    return samples
+
+
+def read_samples(path: Path, problems: Sequence[Problem], per_problem: int) -> list[Sample]:
+    """The samples of a file that `sample_to_file` began: those before the first line that is broken or out of order."""
+    samples = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if len(samples) == len(problems) * per_problem:
+            break
+        problem, number = problems[len(samples) // per_problem], len(samples) % per_problem
+        try:
+            row = json.loads(line)
+            if (row["problem"], row["sample"]) != (problem.id, number):
+                break
+            samples.append(Sample(problem, number, row["text"], row["finished"]))
+        except (ValueError, KeyError, TypeError):
+            break
+    return samples
+
+
+def by_problem(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples in the order of `generate`, one list a problem."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.problem.id, []).append(sample)
+    return list(groups.values())
+
+
+def mean_pass_at_k(samples: Sequence[Sample]) -> dict[str, float]:
+    """pass@1, pass@2, pass@4 ... up to the number of samples a problem has, averaged over the problems."""
+    counts = [(len(group), sum(sample.correct for sample in group)) for group in by_problem(samples)]
+    return {f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for n, c in counts])) for k in powers_of_two(counts[0][0])}
+
+
+def powers_of_two(n: int) -> list[int]:
+    """1, 2, 4 ... up to and including n."""
+    return sorted({2**i for i in range(n.bit_length())} | {n})
+
+
+def share(flags: Iterable[bool]) -> float:
+    """The share of true ones."""
+    return float(np.mean(list(flags)))
+
+
+def dev_metrics(
+    policy: Policy, problems: Sequence[Problem], args: argparse.Namespace, samples: int, file: Path
+) -> dict:
+    """Model selection: maj@1 on the dev problems, and pass@k from `samples` samples at --temperature if there are any.
+    The greedy solutions are written to `file` for reading."""
+    how = dict(max_new_tokens=args.max_new_tokens, rows=args.rows, seed=args.seed)
+    greedy = generate(policy, problems, temperature=0, progress="dev", **how)
+    with write_aside(file) as out:
+        out.write("".join(sample.to_json() + "\n" for sample in greedy).encode())
+    metrics = {
+        "maj@1": share(s.correct for s in greedy),
+        "unreadable": share(s.answer is None for s in greedy),
+        "cut": share(not s.finished for s in greedy),
+    }
+    if samples:
+        drawn = generate(policy, problems, samples=samples, temperature=args.temperature, progress="dev pass@k", **how)
+        metrics |= mean_pass_at_k(drawn)
+    return metrics
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Help with defaults; a wrong flag or value ends in one line and exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: an int or float within [low, high]."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            span = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {span}")
+        return value
+
+    return parse
+
+
+def common_parser(doc: str, **defaults) -> OneLineParser:
+    """The flags that mean the same in every script; those without a default in `defaults` are left out."""
+    flags = {
+        "model": dict(help="folder or hub name of the model; tiny: the one that comes with this repository"),
+        "dataset": dict(help="arithmetic, arithmetic-hard, gsm8k, svamp, or a file or folder of problems"),
+        "out": dict(help="where to write"),
+        "seed": dict(type=number(int, 0), help="seed of the sampling and of the order of the data"),
+        "device": dict(help="auto, cpu, cuda, cuda:1, ..."),
+        "dtype": dict(
+            choices=["auto", "float32", "bfloat16"],
+            help="of the arithmetic (weights are float32); auto: bfloat16 on a GPU",
+        ),
+        "max_new_tokens": dict(type=number(int, 1), help="length limit of a solution, in tokens (GSM8K: 256 to 512)"),
+        "temperature": dict(type=number(float, 0), help="sampling temperature; 0: greedy"),
+        "samples": dict(type=number(int, 1), help="samples per problem, K (paper: 96)"),
+        "rows": dict(
+            type=number(int, 1), help="sequences decoded at the same time; bounded by memory (GPU: 512 to 2048)"
+        ),
+        "lr": dict(type=number(float, 0), help="peak learning rate (paper: 2e-5); falls to 1/100 along a cosine"),
+        "epochs": dict(type=number(int, 1), help="passes over the training data (paper: 4)"),
+        "batch_size": dict(type=number(int, 1), help="solutions per optimizer step (paper: 128)"),
+        "token_budget": dict(type=number(int, 1), help="tokens per micro-batch, padding included; bounded by memory"),
+        "limit_train": dict(type=number(int, 1), help="use only the first so many training problems"),
+        "limit_eval": dict(type=number(int, 1), help="use only the first so many dev or test problems"),
+        "checkpoint_every": dict(type=number(float, 0), help="seconds between checkpoints"),
+        "resume": dict(action="store_true", help="go on with the run in --out from its last checkpoint"),
+        "overwrite": dict(action="store_true", help="replace what is in --out"),
+    }
+    everywhere = {
+        "dataset": "arithmetic",
+        "seed": 0,
+        "device": "auto",
+        "dtype": "auto",
+        "max_new_tokens": 128,
+        "rows": 128,
+    }
+    everywhere |= {"limit_eval": None, "resume": False, "overwrite": False}
+    parser = OneLineParser(description=doc)
+    for name, default in (everywhere | defaults).items():
+        parser.add_argument("--" + name.replace("_", "-"), default=default, **flags[name])
+    return parser
+
+
+def run_main(main) -> None:
+    """Run `main(sys.argv[1:])`; what the user can mend ends in one line and exit code 2, Ctrl-C in code 130."""
+    try:
+        main(sys.argv[1:])
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,180 @@
+"""Expert iteration: sample solutions, keep the correct ones, train the base on them, repeat.
+
+Objective of round i, with R_i the correct, distinct samples of pi_{i-1} and D_i = R_i u D_{i-1} (D_0: the SFT data):
+
+    pi_i  =  argmin   - sum over (q, s) in D_i   sum_t log pi(s_t | q, s_<t)      starting from the pretrained base
+
+"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), the best method of the
+paper. A round is
+
+    1. sample K solutions per training question from pi_{i-1} at temperature 1
+    2. keep the correct ones; of those with the same sequence of arithmetic operations keep one; add them to the data
+    3. train from the pretrained base again (--continue: from pi_{i-1}), as in sft.py
+    4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve it
+
+Where this differs from the paper: samples are de-duplicated for training (the paper does so only to count), and the
+SFT data stays in the mix (--no-sft-data leaves it out; it is out by default when --model is the base itself).
+
+CPU, two minutes after `python sft.py` (README.md has the measured numbers):
+    python expert_iteration.py
+From the base, without any written solution:
+    python expert_iteration.py --model tiny --samples 8 --rounds 3 --out runs/expert_iteration_base
+One GPU, the paper's setting, after sft.py; and from a pretrained model with a two-shot prompt in round 1:
+    python expert_iteration.py --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 --epochs 4 --lr 2e-5 \
+        --batch-size 128 --max-new-tokens 512 --rows 1024
+    python expert_iteration.py --model HuggingFaceTB/SmolLM2-135M --base HuggingFaceTB/SmolLM2-135M --few-shot ...
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+
+
+def parse_args(argv: list[str]):
+    parser = common.common_parser(
+        __doc__, model="runs/sft/model", out="runs/expert_iteration", samples=4, temperature=1.0, lr=1e-3, epochs=3,
+        batch_size=16, token_budget=16384, limit_train=None, checkpoint_every=300,
+    )  # fmt: skip
+    parser.add_argument("--base", default="tiny", help="pretrained model that every round trains from")
+    parser.add_argument(
+        "--rounds", type=common.number(int, 1), default=2, help="at most (paper: 2 from SFT, 5 without)"
+    )
+    parser.add_argument(
+        "--continue",
+        dest="from_previous",
+        action="store_true",
+        help="train on from the last round's policy instead of the base",
+    )
+    parser.add_argument(
+        "--sft-data",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="mix in the written solutions (default: unless --model is the base)",
+    )
+    parser.add_argument(
+        "--few-shot",
+        action="store_true",
+        help="two worked examples in the prompt of round 1, for a base that never saw the format",
+    )
+    parser.add_argument(
+        "--pass-k",
+        type=common.number(int, 0),
+        default=8,
+        help="samples per dev problem for pass@k after every round; 0: none",
+    )
+    return parser.parse_args(argv)
+
+
+def keep_correct(samples: list[common.Sample], kept: dict[str, dict[tuple, str]]) -> list[common.Sample]:
+    """The correct, finished samples whose sequence of operations `kept` (problem id -> operations -> solution) does not
+    hold yet; they are added to it."""
+    new = []
+    for sample in samples:
+        solutions, operations = kept.setdefault(sample.problem.id, {}), common.equations(sample.text)
+        if sample.correct and sample.finished and operations not in solutions:
+            solutions[operations] = common.first_solution(sample.text).strip()
+            new.append(sample)
+    return new
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+
+    # 0. problems; the written solutions, if they take part, are the data that round 1 adds to
+    train = common.load_problems(args.dataset, "train", args.limit_train)
+    dev = common.load_problems(args.dataset, "dev", args.limit_eval)
+    if args.sft_data is None:
+        args.sft_data = args.model != args.base
+    run = common.Run(args)
+    if run.is_finished:
+        print(f"{args.out} is complete")
+        return
+    policy = common.Policy(args.model, args.device, args.dtype)
+    common.model_folder(args.base)  # a wrong --base must not show only after the first round's sampling
+    kept = {p.id: {common.equations(p.solution): p.solution} for p in train if p.solution and args.sft_data}
+
+    progress = {"round": 1, "place": 0, "step": 0, "samples": 0, "tokens": 0, "best": -1.0, "losses": [], "timing": {}}
+    if run.state:
+        progress = run.state["progress"]
+        policy.model.load_state_dict(run.state["model"])
+    for file in [run.out / "samples" / f"round_{earlier}.jsonl" for earlier in range(1, progress["round"])]:
+        keep_correct(common.read_samples(file, train, args.samples), kept)
+
+    for round_number in range(progress["round"], args.rounds + 1):
+        # 1. sample K solutions per question (read back where a restart finds them on disk)
+        started = time.monotonic()
+        samples = common.sample_to_file(
+            policy, train, run.out / "samples" / f"round_{round_number}.jsonl", run,
+            samples=args.samples, temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows,
+            seed=[args.seed, round_number], few_shot=args.few_shot and round_number == 1,
+            progress=f"round {round_number}",
+        )  # fmt: skip
+        progress["timing"].setdefault("seconds_sampling", time.monotonic() - started)
+
+        # 2. keep the correct and distinct ones, add them to the data
+        new = keep_correct(samples, kept)
+        data = [(p, solution) for p in train for solution in kept.get(p.id, {}).values()]
+        follows = [common.equations(s.text) == s.problem.steps for s in new if s.problem.steps]
+        filtering = {
+            "correct": common.share(s.correct for s in samples),
+            "kept": len(new),
+            "solved": common.share(any(s.correct for s in group) for group in common.by_problem(samples)),
+            "follows_reference": common.share(follows) if follows else None,
+            "sampled_unreadable": common.share(s.answer is None for s in samples),
+            "sampled_cut": common.share(not s.finished for s in samples),
+            "train_size": len(data),
+        }
+        if not data:
+            raise common.UserError(
+                "no sample was correct, so there is nothing to train on; raise --samples or start from SFT"
+            )
+
+        # 3. train from the base again; as in sft.py, the order of the data depends on the seed and the epoch alone
+        if not args.from_previous and not (run.state and progress["place"]):
+            policy = common.Policy(args.base, args.device, args.dtype)
+        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        if run.state and progress["place"]:
+            optimizer.load_state_dict(run.state["optimizer"])
+        run.state = None
+        examples = [(policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(s)) for p, s in data]
+        steps_per_epoch = -(-len(examples) // args.batch_size)
+        n_steps = args.epochs * steps_per_epoch
+        started = time.monotonic()
+        for step in common.tqdm(range(progress["place"], n_steps), desc=f"round {round_number} training", disable=None):
+            epoch, place = divmod(step, steps_per_epoch)
+            order = common.shuffled(len(examples), args.seed, round_number, epoch)
+            batch = [examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
+            lr = common.cosine_lr(step, n_steps, args.lr)
+            loss, progress["grad_norm"] = common.cross_entropy_step(policy, optimizer, batch, lr, args.token_budget)
+            progress["losses"].append(loss)
+            progress["tokens"] += sum(len(solution) for _, solution in batch)
+            progress["place"] = step + 1
+            run.checkpoint(progress=progress, model=policy.model.state_dict(), optimizer=optimizer.state_dict())
+
+        # 4. the best round by dev accuracy becomes model/
+        progress["timing"]["seconds_training"] = time.monotonic() - started
+        metrics = common.dev_metrics(policy, dev, args, args.pass_k, run.out / "samples" / f"dev_{round_number}.jsonl")
+        progress |= {"step": progress["step"] + n_steps, "samples": progress["samples"] + len(samples)}
+        run.log(
+            step=progress["step"], samples=progress["samples"], tokens=progress["tokens"], round=round_number,
+            **filtering, loss=float(np.mean(progress["losses"][-steps_per_epoch:])), grad_norm=progress["grad_norm"],
+            **metrics, **progress["timing"],
+        )  # fmt: skip
+        if metrics["maj@1"] <= progress["best"]:
+            print(f"round {round_number} did not improve dev accuracy: stopping")
+            break
+        progress["best"] = metrics["maj@1"]
+        policy.save(run.out / "model")
+        progress |= {"round": round_number + 1, "place": 0, "losses": [], "timing": {}}
+        run.checkpoint(now=True, progress=progress, model=policy.model.state_dict())
+    run.finish()
+    print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,98 @@
+"""The answer checker decides every reward and every number that is printed."""
+
+import time
+from fractions import Fraction
+
+import pytest
+
+import common
+
+READ = {
+    "18": 18, "-18": -18, "\u221218": -18, "+18": 18, "$18": 18, "-$18": -18, "$-18": -18, "$\u221218": -18, "\u2212$18": -18,
+    "1,234": 1234, "1,234,567": 1234567, "$1,234.50": Fraction(2469, 2), "0.5": Fraction(1, 2), ".5": Fraction(1, 2),
+    "18.0": 18, "18.": 18, "3/4": Fraction(3, 4), "-3/4": Fraction(-3, 4), "**18**": 18, "**18.**": 18, "**$18**": 18, "50%": 50,
+    "18 apples": 18, "18 apples.": 18, "18 dollars per hour": 18, "18/hour": 18, "18 miles/hour": 18, "x = 18": 18, "18kg": 18,
+    "18 (18 apples)": 18, "1000": 1000, "007": 7, "$ 18": 18, "18$": 18, "18, which is all": 18, "\\boxed{18}": 18,
+}  # fmt: skip
+UNREAD = ["", " ", "none", "18/", "/18", "1,8", "12,34", "1234,567", "1,2345", "1.2.3", "1/0", "1/2/3", "1.5/2", "18 or 19",
+          "18-20", "18 - 20", "18 / 2", "- 18", "--18", "1e5", "10:30", "2^3", "1 000", "1_000", "\u0661\u0668", "\uff11\uff18", "5\u00b2",
+          "\u00bd", "18\u0661", "nan", "inf", "9" * 65, "1\x002", "\\frac{1}{2}", "5, 6", "\u4e94 5"]  # fmt: skip
+
+
+@pytest.mark.parametrize("space", ["", " "])
+@pytest.mark.parametrize("written", READ)
+def test_every_form_of_a_number_is_read(written, space):
+    assert common.extract_answer(f"2+2=4\n####{space}{written}") == READ[written]
+
+
+@pytest.mark.parametrize("written", UNREAD)
+def test_what_is_not_one_clear_number_is_no_answer(written):
+    assert common.extract_answer(f"2+2=4\n#### {written}") is None
+
+
+def test_only_the_first_solution_of_a_run_on_text_counts():
+    """Trap: taking the last answer of a text in which the model went on to invent the next question."""
+    assert common.extract_answer("#### 3\n\nQuestion: and now?\nAnswer:\n#### 4") == 3
+    assert common.extract_answer("#### 3\n#### 4") == 3
+    assert common.extract_answer("I do not know.\nQuestion: and now?\nAnswer:\n#### 4") is None
+    assert common.extract_answer("so it is 4") is None
+    assert common.extract_answer("####\n4") is None
+
+
+def test_the_lenient_reader_takes_the_last_number_only_when_asked():
+    assert common.extract_answer("so 3 and 4, that is $7.", lenient=True) == 7
+    assert common.extract_answer("so 3 and 4, that is $7.") is None
+    assert common.extract_answer("7 is wrong\n#### 8", lenient=True) == 8
+    assert common.extract_answer("no number", lenient=True) is None
+
+
+def test_equal_numbers_are_one_vote_however_they_are_written():
+    """Trap: voting over strings splits "18", "18.0" and "18." into three answers."""
+    assert len({common.extract_answer(f"#### {text}") for text in ("18", "18.0", "18.", "$18", "36/2", "**18**")}) == 1
+
+
+HOSTILE = {
+    "digits": "9", "commas": ",", "marks": "#", "dots": ".", "slashes": "/", "NUL": "\x00", "groups": "1,234,", "equals": "1+1=",
+    "numbers": "1 ", "Arabic digits": "\u0661", "minus": "-", "annotations": "<<", "lines": "\n", "dollars": "-$", "stars": "*5*",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_costs_linear_time_and_no_exception(name):
+    """A megabyte within two seconds on any machine; a quadratic reader would need minutes."""
+    for prefix in ("", "#### ", "#### 18 ", "<<"):
+        text = prefix + HOSTILE[name] * (1_000_000 // len(HOSTILE[name]))
+        started = time.perf_counter()
+        for lenient in (False, True):
+            assert common.extract_answer(text, lenient) is None or len(str(common.extract_answer(text, lenient))) < 130
+        common.equations(text)
+        assert time.perf_counter() - started < 6
+    if name in ("digits", "Arabic digits", "NUL"):
+        assert common.extract_answer("#### " + HOSTILE[name] * 1_000_000) is None
+
+
+def test_the_operations_of_a_solution():
+    assert common.equations("14+6=<<14+6=20>>20\n20 * 2 = <<20*2=40>>40\n#### 40") == ("14+6", "20*2")
+    assert common.equations("She has 14 + 6 = 20 and then 20 x 2 = $40.\n#### 40") == ("14+6", "20*2")
+    assert common.equations("x = 5\n#### 5") == ()
+    assert common.equations("<<1+1=2>>2\n#### 2\nQuestion: <<3+3=6>>") == ("1+1",)
+
+
+def test_every_answer_of_gsm8k_and_svamp_reads_as_itself(data_folder, monkeypatch):
+    monkeypatch.chdir(data_folder)
+    sizes = {}
+    for dataset in ("gsm8k", "svamp"):
+        for split in ("train", "dev", "test"):
+            problems = common.load_problems(dataset, split)
+            sizes[dataset, split] = len(problems)
+            for p in problems:
+                assert common.extract_answer(f"#### {p.answer}") == p.answer
+                assert common.extract_answer(f"#### {float(p.answer)}") == p.answer
+                if p.solution:
+                    plain = p.solution.rpartition("####")[2].strip().replace(",", "")
+                    assert common.extract_answer(p.solution) == p.answer == Fraction(plain)
+                    assert common.first_solution(p.solution) == p.solution
+    assert sizes == {
+        ("gsm8k", "train"): 7217, ("gsm8k", "dev"): 256, ("gsm8k", "test"): 1319,
+        ("svamp", "train"): 630, ("svamp", "dev"): 70, ("svamp", "test"): 300,
+    }  # fmt: skip

@@ -1,0 +1,198 @@
+"""Generation: token for token what the model says, whatever the batch."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import DEVICES
+from transformers import AutoTokenizer
+
+import common
+
+QUESTIONS = [
+    "Ann has 3 pens.",
+    "How many?",
+    "Ben has 12 nuts. Ann gives Ben 4 nuts. Then Ben loses 7 nuts. How many nuts has Ben got?",
+    "",
+    "a b c",
+]
+PROBLEMS = [common.Problem(f"p{i}", text, 1) for i, text in enumerate(QUESTIONS)]
+SMALL = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256
+)
+ARCHITECTURES = {
+    "llama": lambda v: transformers.LlamaConfig(vocab_size=v, num_key_value_heads=2, **SMALL),
+    "qwen3": lambda v: transformers.Qwen3Config(vocab_size=v, num_key_value_heads=2, head_dim=8, **SMALL),
+    "mistral": lambda v: transformers.MistralConfig(vocab_size=v, num_key_value_heads=2, sliding_window=8, **SMALL),
+    "gemma3": lambda v: transformers.Gemma3TextConfig(
+        vocab_size=v, num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"], **SMALL,
+    ),
+    "gpt2": lambda v: transformers.GPT2Config(vocab_size=v, n_embd=32, n_layer=3, n_head=4, n_positions=256),
+    "gpt_neox": lambda v: transformers.GPTNeoXConfig(vocab_size=v, **SMALL),
+}  # fmt: skip
+_POLICIES = {}
+
+
+def random_policy(name: str, tmp_path_factory, device: str = "cpu") -> common.Policy:
+    """A small random model of an architecture; its initial weights are scaled up so that its choices are not all ties."""
+    if (name, device) not in _POLICIES:
+        tokenizer = AutoTokenizer.from_pretrained(common.model_folder("tiny"))
+        config = ARCHITECTURES[name](len(tokenizer))
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = (
+            None,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.ndim > 1:
+                    p.mul_(8.0)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _POLICIES[name, device] = common.Policy(str(folder), device=device, dtype="float32")
+    return _POLICIES[name, device]
+
+
+def reference_greedy(policy: common.Policy, problems, max_new_tokens: int) -> list[list[int]]:
+    """What `model.generate` says to each prompt alone, up to and including the end-of-text token."""
+    out = []
+    for problem in problems:
+        prompt = policy.encode_prompt(common.prompt_text(problem))
+        ids = torch.tensor([prompt], device=policy.device)
+        said = policy.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=policy.eos_ids
+        )  # fmt: skip
+        out.append(said[0, len(prompt) :].tolist())
+    return out
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_equals_model_generate_for_every_architecture_and_number_of_rows(name, device, tmp_path_factory):
+    """Prompts of 6 to 40 tokens, 32 new ones, sliding windows shorter than either. A wrong position, mask or copied
+    cache entry changes the text of a random model within a few tokens."""
+    policy = random_policy(name, tmp_path_factory, device)
+    expected = reference_greedy(policy, PROBLEMS, 32)
+    assert len({tuple(tokens) for tokens in expected}) > 1
+    for rows in (1, 3, 64):
+        got = common.generate(policy, PROBLEMS, temperature=0, max_new_tokens=32, rows=rows)
+        assert [sample.tokens for sample in got] == expected, f"{rows} rows"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sampled_tokens_do_not_depend_on_rows_order_or_company(name, tmp_path_factory):
+    policy = random_policy(name, tmp_path_factory)
+    how = dict(samples=5, temperature=1.0, max_new_tokens=20, seed=3)
+    full = common.generate(policy, PROBLEMS, rows=64, **how)
+    assert len({tuple(s.tokens) for s in full}) > 5
+    for rows in (1, 2, 7):
+        assert [s.tokens for s in common.generate(policy, PROBLEMS, rows=rows, **how)] == [s.tokens for s in full]
+    alone = common.generate(policy, PROBLEMS[2:3], rows=4, **how)
+    assert [s.tokens for s in alone] == [s.tokens for s in full if s.problem.id == "p2"]
+    fewer = common.generate(policy, PROBLEMS, rows=4, **how | {"samples": 2})
+    assert [s.tokens for s in fewer] == [s.tokens for s in full if s.number < 2]
+    other = common.generate(policy, PROBLEMS, rows=64, **how | {"seed": 4})
+    assert [s.tokens for s in other] != [s.tokens for s in full]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_of_sampling_are_those_of_training(temperature, device, tmp_path_factory):
+    """Traps: a temperature missing in one of the two; top-k in sampling only; padding that shifts the positions."""
+    policy = random_policy("llama", tmp_path_factory, device)
+    samples = common.generate(policy, PROBLEMS, samples=3, temperature=temperature, max_new_tokens=24, rows=7)
+    examples = [(policy.encode_prompt(common.prompt_text(s.problem)), s.tokens) for s in samples]
+    with torch.no_grad():
+        again = common.response_logprobs(policy, examples, temperature).cpu().split([len(s.tokens) for s in samples])
+    for sample, logprobs in zip(samples, again, strict=True):
+        torch.testing.assert_close(torch.tensor(sample.logprobs), logprobs, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_tokens_follow_the_softmax(temperature):
+    """Chi-square over a vocabulary of 8 with 100,000 draws; 7 degrees of freedom exceed 29.9 with probability 1e-4."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -30.0])
+    n = 100_000
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(n, np.float32))
+    tokens, logprobs = common.pick_tokens(logits.expand(n, -1), uniforms, temperature)
+    expected = torch.softmax(logits / temperature, -1) * n
+    counts = torch.bincount(tokens, minlength=8)
+    likely = expected > 5
+    assert ((counts - expected)[likely] ** 2 / expected[likely]).sum() < 29.9
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits / temperature, -1)[tokens])
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    for u in (0.0, 0.25, 0.5, 0.75, 1 - 2**-24):
+        for scale in (1.0, 1.37, 777.0):
+            tokens, _ = common.pick_tokens(logits * scale, torch.tensor([u]), 1.0)
+            assert tokens.item() in (1, 3)
+
+
+def test_the_checkpoints_own_sampling_settings_are_ignored(tmp_path_factory):
+    """Trap: a generation_config with top-k and top-p truncates the samples behind one's back."""
+    policy = random_policy("gpt2", tmp_path_factory)
+    how = dict(samples=4, temperature=1.0, max_new_tokens=16, rows=8)
+    before = [s.tokens for s in common.generate(policy, PROBLEMS, **how)]
+    policy.model.generation_config.top_k, policy.model.generation_config.do_sample = 1, True
+    after = [s.tokens for s in common.generate(policy, PROBLEMS, **how)]
+    policy.model.generation_config.top_k, policy.model.generation_config.do_sample = None, False
+    assert before == after
+
+
+def test_a_finished_sample_ends_with_eos_and_a_cut_one_has_the_full_length(tiny):
+    problems = common.load_problems("arithmetic", "dev", 8)
+    for s in common.generate(tiny, problems, samples=4, max_new_tokens=128):
+        assert s.finished and s.tokens[-1] == tiny.tokenizer.eos_token_id and s.tokens.count(s.tokens[-1]) == 1
+        assert len(s.tokens) == len(s.logprobs) and s.answer is not None
+    for s in common.generate(tiny, problems, samples=4, max_new_tokens=5):
+        assert not s.finished and len(s.tokens) == 5 and not s.correct
+
+
+def test_a_prompted_model_stops_at_its_answer_line(tiny, monkeypatch):
+    """A model that never ends by itself: without the rule every sample would run to the length limit."""
+    monkeypatch.setattr(tiny, "eos_ids", [tiny.tokenizer.pad_token_id])
+    problems = common.load_problems("arithmetic", "dev", 8)
+    for s in common.generate(tiny, problems, temperature=0, max_new_tokens=200, few_shot=True):
+        lines = s.text.split("\n")
+        done = [line for line in lines[:-1] if "####" in line or line.startswith("Question:")]
+        assert len(done) == (1 if s.finished else 0)
+        assert s.finished == (len(s.tokens) < 200)
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_in_one_line(tmp_path_factory):
+    policy = random_policy("gpt2", tmp_path_factory)
+    with pytest.raises(common.UserError, match="256 positions"):
+        common.generate(policy, PROBLEMS, max_new_tokens=250)
+
+
+def test_broken_weights_are_noticed(nano):
+    policy = common.Policy(nano)
+    with torch.no_grad():
+        policy.head.__self__.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(common.UserError, match="not finite"):
+        common.generate(policy, PROBLEMS[:1], max_new_tokens=4)
+
+
+def test_one_prefill_serves_all_samples_of_a_problem(tmp_path_factory, monkeypatch):
+    """Count what goes through the model: each prompt once, then one token a row and step."""
+    policy = random_policy("llama", tmp_path_factory)
+    calls = []
+    forward = policy.model.forward
+    monkeypatch.setattr(
+        policy.model, "forward", lambda *a, **k: calls.append(tuple(k["input_ids"].shape)) or forward(*a, **k)
+    )
+    samples = common.generate(policy, PROBLEMS[:2], samples=16, max_new_tokens=10, rows=16)
+    prefills = [shape for shape in calls if shape[1] > 1]
+    decoded = sum(rows for rows, width in calls if width == 1)
+    assert sum(rows for rows, _ in prefills) == 2
+    assert decoded == sum(len(s.tokens) for s in samples), "no step is spent on a finished row"
+
+
+def test_no_work_gives_no_samples(tmp_path_factory):
+    assert common.generate(random_policy("llama", tmp_path_factory), []) == []

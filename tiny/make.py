@@ -1,0 +1,116 @@
+"""Make the embedded base model: `python tiny/make.py` writes the files of this folder again (about 12 minutes).
+
+It stands for a *pretrained* model, so it must know something, also something wrong. It is a Llama of 0.7 million
+parameters trained once over 60,000 generated problems, none of which is in a split of the embedded task. Their
+solutions were written by authors with systematic misconceptions: each kind of step is misread with its own
+probability ("fewer" taken as "more", a number that does not matter added, ...), so that only about a third of the
+solutions is right. A model of that corpus knows the right way and the wrong way and prefers the wrong one in places:
+it can be sharpened by reinforcement learning, which noise on the answers (greedy decoding removes it) or a model that
+reads badly (nothing to select from) would not show.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+
+# kind of step: (what authors with the misconception do instead, how common it is)
+MISCONCEPTIONS = {
+    "fewer": ("+", 0.6),
+    "more": ("-", 0.2),
+    "unused": ("+", 0.6),
+    "half": ("-", 0.5),
+    "total": (None, 0.4),
+    "times": ("+", 0.4),
+    "groups": ("+", 0.3),
+    "loss": ("+", 0.15),
+    "gain": ("-", 0.1),
+}
+
+
+def corpus(n: int, seed: int) -> tuple[list[tuple[str, str]], float]:
+    """n pairs (prompt, solution), none of them a problem of the embedded task, and the share of right solutions."""
+    taken = {
+        p.question
+        for hard in ((1, 4), (4, 6))
+        for part in ("train", "test")
+        for p in common.arithmetic_problems(part, *hard)
+    }
+    rng, pairs, right = random.Random(seed), [], 0
+    while len(pairs) < n:
+        question, plan = common.tell_story(rng, rng.randint(1, 4))
+        misread = {kind: op for kind, (op, p) in MISCONCEPTIONS.items() if rng.random() < p}
+        steps = common.solve_story(plan, common.OPERATIONS | misread)
+        if question in taken or steps is None:
+            continue
+        taken.add(question)
+        right += steps == common.solve_story(plan)
+        problem = common.Problem("", question, 0)
+        pairs.append((common.prompt_text(problem), common.write_solution(steps)))
+    return pairs, right / n
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Every word of the corpus with the space before it, every digit and every mark is one token; any other text
+    falls apart into bytes, so that decoding always gives the text back."""
+    pieces = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[0-9]|####|<<|>>|\n| ?[^\sA-Za-z0-9]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    words = sorted({piece for text in texts for piece, _ in pieces.pre_tokenize_str(text)})
+    vocabulary = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary += [word for word in words if word not in vocabulary]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pieces, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--problems", type=int, default=60_000)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--batch-size", type=int, default=64)
+    args = parser.parse_args()
+    pairs, right = corpus(args.problems, seed=1)
+    print(f"{len(pairs)} problems, {right:.3f} of the solutions are right")
+    tokenizer = make_tokenizer([prompt + solution for prompt, solution in pairs[:5000]] + [common.FEW_SHOT])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    policy = common.Policy(str(args.out))
+    print(f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+    examples = [(policy.encode_prompt(p), policy.encode_solution(s)) for p, s in pairs]
+    # a pretrained model has read the questions too: everything after the first token is a target
+    examples = [(prompt[:1], prompt[1:] + solution) for prompt, solution in examples]
+    optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    order, n_steps = common.shuffled(len(examples), 0), len(examples) // args.batch_size
+    started = time.monotonic()
+    for step in range(n_steps):
+        batch = [examples[i] for i in order[step * args.batch_size : (step + 1) * args.batch_size]]
+        lr = common.cosine_lr(step, n_steps, args.lr)
+        loss, _ = common.cross_entropy_step(policy, optimizer, batch, lr, token_budget=1 << 20)
+        if step % 50 == 0 or step == n_steps - 1:
+            print(f"step {step}/{n_steps}  loss {loss:.4f}  {time.monotonic() - started:.0f} s", flush=True)
+    policy.model.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()
