@@ -790,18 +790,26 @@ class Run:
         settings = {key: value for key, value in vars(args).items() if key not in ignored}
         settings["script"] = Path(sys.argv[0]).name
         settings_file = self.out / "args.json"
-        if settings_file.exists() and not args.overwrite:
+        begun = self.state_file.exists() or any((self.out / "samples").glob("*")) or (self.out / "model").exists()
+        if settings_file.exists() and begun and not args.overwrite:
             if not args.resume:
                 raise UserError(
                     f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
                     "or choose another --out"
                 )
-            before = json.loads(settings_file.read_text())
+            try:
+                before = json.loads(settings_file.read_text())
+            except ValueError as error:
+                raise UserError(f"{settings_file}: broken JSON ({error})") from None
             changed = sorted(k for k in settings.keys() | before.keys() if before.get(k) != settings.get(k))
             if changed:
                 raise UserError(f"--resume: {self.out} was started with other settings ({', '.join(changed)})")
             if self.state_file.exists():
-                self.state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+                try:
+                    self.state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+                except Exception as error:
+                    reason = str(error).split("\n")[0]
+                    raise UserError(f"{self.state_file}: not a checkpoint of this program ({reason})") from None
         else:
             for name in ("checkpoint", "samples", "model", "model.part", "model.old"):
                 shutil.rmtree(self.out / name, ignore_errors=True)
@@ -1015,6 +1023,8 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
 
 def run_main(main) -> None:
     """Run `main(sys.argv[1:])`; what the user can mend ends in one line and exit code 2, Ctrl-C in code 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is written
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:

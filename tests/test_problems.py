@@ -1,0 +1,184 @@
+"""The embedded task, the splits, local files and the metrics."""
+
+import json
+import random
+from fractions import Fraction
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+import common
+import evaluate
+import expert_iteration
+
+SPLITS = ("train", "dev", "test")
+
+
+@pytest.mark.parametrize("dataset, steps", [("arithmetic", (1, 4)), ("arithmetic-hard", (4, 6))])
+def test_the_embedded_task_has_the_promised_sizes_and_no_question_twice(dataset, steps):
+    problems = {split: common.load_problems(dataset, split) for split in SPLITS}
+    assert {split: len(p) for split, p in problems.items()} == {"train": 2304, "dev": 256, "test": 1000}
+    everything = [p for split in SPLITS for p in problems[split]]
+    assert len({p.question for p in everything}) == len({p.id for p in everything}) == 3560
+    assert (
+        sum(p.solution is not None for p in everything) == sum(p.solution is not None for p in problems["train"]) == 24
+    )
+    assert {len(p.steps) for p in everything} == set(range(steps[0], steps[1] + 1))
+
+
+def test_every_reference_step_of_the_embedded_task_computes_the_answer():
+    """The steps are evaluated here with Python's own arithmetic, apart from the code that made them."""
+    for p in common.load_problems("arithmetic", "train") + common.load_problems("arithmetic", "test"):
+        values = [Fraction(eval(step.replace("/", "*1/"))) for step in p.steps]  # digits and one operator, from us
+        assert values[-1] == p.answer and all(v.denominator == 1 and 1 <= v <= 49 for v in values)
+        for value, following in zip(values, p.steps[1:], strict=False):
+            assert following.startswith(str(value))
+        if p.solution:
+            assert common.extract_answer(p.solution) == p.answer and common.equations(p.solution) == p.steps
+
+
+def test_the_embedded_task_is_the_same_on_every_machine():
+    """A changed generator changes every recorded number: then results/ must be made again."""
+    first = common.load_problems("arithmetic", "train")[0]
+    assert (
+        first.question
+        == "There are 10 keys in the room of Noah. Noah uses half of the keys. How many keys does Noah have now?"
+    )
+    assert [int(p.answer) for p in common.load_problems("arithmetic", "test")[:10]] == TEST_ANSWERS
+
+
+TEST_ANSWERS = [2, 29, 19, 4, 27, 14, 10, 3, 7, 33]
+
+
+def test_a_misconception_changes_the_steps_and_nothing_else():
+    plan = [("start", 14), ("gain", 6), ("unused", 3), ("half", 2), ("fewer", 4), ("total", 0)]
+    assert common.solve_story(plan) == [("14+6", 20), ("20/2", 10), ("10-4", 6), ("6+10", 16)]
+    wrong = common.OPERATIONS | {"fewer": "+", "unused": "+", "half": "-", "total": None}
+    assert common.solve_story(plan, wrong) == [("14+6", 20), ("20+3", 23), ("23-2", 21), ("21+4", 25)]
+    assert common.solve_story([("start", 5), ("half", 2)]) is None
+    assert common.solve_story([("start", 5), ("loss", 5)]) is None
+
+
+def test_the_tokenizer_gives_every_text_back(tiny):
+    rng = random.Random(0)
+    texts = [common.tell_story(rng, 4)[0] for _ in range(20)] + [
+        "caf\u00e9  \t\u4e94\U0001f600\n\n x#### $1,234.50",
+        common.FEW_SHOT,
+    ]
+    for text in texts:
+        ids = tiny.tokenizer(text).input_ids
+        assert tiny.decode(ids) == text
+    assert len(tiny.tokenizer(" Ann has 14 apples.\n").input_ids) == 8
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_local_files_and_folders(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"1+{i}=<<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"} for i in range(20)]
+    file = write_lines(tmp_path / "one.jsonl", rows)
+    sizes = {split: len(common.load_problems(file, split)) for split in (*SPLITS, "all")}
+    assert sizes == {"train": 17, "dev": 1, "test": 2, "all": 20}
+    ids = [p.id for split in SPLITS for p in common.load_problems(file, split)]
+    assert len(set(ids)) == 20
+    assert common.load_problems(file, "train")[3].steps == ("1+3",)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", rows[:12])
+    write_lines(folder / "test.jsonl", [{"question": f"t{i}", "answer": str(i)} for i in range(5)])
+    assert {split: len(common.load_problems(str(folder), split)) for split in SPLITS} == {
+        "train": 11,
+        "dev": 1,
+        "test": 5,
+    }
+    assert common.load_problems(str(folder), "test")[2].solution is None
+    svamp = tmp_path / "SVAMP.json"
+    svamp.write_text(json.dumps([{"Body": "Two pens", "Question": "How many?", "Answer": 2.0, "Equation": "2"}] * 10))
+    assert common.load_problems(str(svamp), "train", 1)[0].question == "Two pens. How many?"
+    assert common.load_problems(str(svamp), "train", 1)[0].answer == 2
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"question": "a", "answer": "1"}\n{"question": "b", "ans', "line 2: broken JSON"),
+        ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": "many"}\n{"question": "c", "answer": "1"}', "line 2: the answer 'many' is no number"),
+        ('{"question": "a", "answer": "1"}\n[1]\n{"question": "c", "answer": "1"}', "line 2: not a JSON object"),
+        ('{"question": "a", "answer": "1"}\n{"q": 1}\n{"question": "c", "answer": "1"}', 'line 2: needs "question"'),
+        ('{"question": "a", "answer": "1"}', "at least 3"),
+        ("", "at least 3"),
+        ("\xff\xfe".encode("latin-1"), "not UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(common.UserError, match="bad.jsonl") as error:
+        common.load_problems(str(path), "train")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    """Against enumeration of all subsets, for every n up to 7."""
+    for n in range(1, 8):
+        for correct in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(combinations([True] * correct + [False] * (n - correct), k))
+                assert common.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert common.pass_at_k(96, 1, 96) == 1.0 and 0 < common.pass_at_k(10**6, 1, 1) < 2e-6
+
+
+def test_majority_vote_counts_equal_numbers_together_and_breaks_ties_by_order():
+    a, b = Fraction(18), Fraction(7)
+    assert evaluate.majority_vote([b, a, None, a]) == a
+    assert evaluate.majority_vote([b, a, a, b]) == b
+    assert evaluate.majority_vote([None, None, b]) == b
+    assert evaluate.majority_vote([None]) is None
+    answers = [common.extract_answer(f"#### {t}") for t in ("7", "7", "18", "18.0", "$18")]
+    assert evaluate.majority_vote(answers) == a
+
+
+def make_sample(problem, number, text, finished=True):
+    return common.Sample(problem, number, text, finished)
+
+
+def test_metrics_of_hand_made_samples():
+    p, q = common.Problem("p", "?", Fraction(4)), common.Problem("q", "?", Fraction(9))
+    right, other, wrong = "2+2=<<2+2=4>>4\n#### 4", "2*2=<<2*2=4>>4\n#### 4.0", "#### 5"
+    samples = [make_sample(p, i, t) for i, t in enumerate([right, wrong, other, right])]
+    samples += [make_sample(q, i, t) for i, t in enumerate(["no", "#### 9", "#### 8", "cut"])]
+    values = evaluate.metrics_per_problem([make_sample(p, 0, right), make_sample(q, 0, wrong)], samples)
+    assert values["maj@1"] == [1, 0] and values["maj@4"] == [1, 1]
+    assert values["pass@1"] == [0.75, 0.25] and values["pass@2"] == [1.0, 0.5] and values["pass@4"] == [1, 1]
+    assert values["distinct@4"] == [2, 1] and values["unreadable"] == [0, 0.5]
+
+
+def test_confidence_intervals_hold_the_truth_95_percent_of_the_time():
+    """2,000 repetitions: the share lies within 0.95 +- 0.02 unless an event of probability 1e-4 happens."""
+    rng = np.random.default_rng(0)
+    for draw, truth in ((lambda: rng.random(200) < 0.9, 0.9), (lambda: rng.beta(2, 3, 200), 0.4)):
+        intervals = [evaluate.confidence_interval([float(v) for v in draw()]) for _ in range(2000)]
+        assert 0.93 < np.mean([low <= truth <= high for low, high in intervals]) < 0.975
+    low, high = evaluate.confidence_interval([1.0] * 50)
+    assert 0.9 < low < 0.95 and high == pytest.approx(1.0)
+
+
+def test_expert_iteration_keeps_correct_finished_and_distinct_samples():
+    p = common.Problem("p", "?", Fraction(4))
+    right, same, other = "2+2=<<2+2=4>>4\n#### 4", "2+2=<<2+2=4>>4 pens\n#### 4", "2*2=<<2*2=4>>4\n#### 4"
+    texts = [right, same, other, "#### 5", right + "\n\nQuestion: next?"]
+    kept = {}
+    new = expert_iteration.keep_correct([make_sample(p, i, t) for i, t in enumerate(texts)], kept)
+    assert [s.number for s in new] == [0, 2]
+    assert kept == {"p": {("2+2",): right, ("2*2",): other}}
+    assert (
+        expert_iteration.keep_correct(
+            [make_sample(p, 0, right), make_sample(p, 1, "8-4=<<8-4=4>>4\n#### 4", False)], kept
+        )
+        == []
+    )
+    run_on = expert_iteration.keep_correct([make_sample(p, 5, "1+3=<<1+3=4>>4\n#### 4\n\nQuestion: next?")], kept)
+    assert len(run_on) == 1 and kept["p"][("1+3",)] == "1+3=<<1+3=4>>4\n#### 4"

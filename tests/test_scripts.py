@@ -1,0 +1,266 @@
+"""The scripts as a user runs them: end to end, killed and resumed, with bad input."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+import evaluate
+import expert_iteration
+import sft
+
+SFT = ["--epochs", "2", "--batch-size", "4", "--limit-eval", "16", "--max-new-tokens", "80", "--rows", "16"]
+EI = ["--model", "tiny", "--limit-train", "96", "--samples", "2", "--epochs", "2", "--limit-eval", "16", "--pass-k", "2",
+      "--max-new-tokens", "80", "--rows", "2"]  # fmt: skip
+
+
+def run_cli(script, *argv, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit code and standard error of `python script.py argv...`, in this process."""
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, argv)])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        common.run_main(script.main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return code, capsys.readouterr().err
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    return lambda script, *argv: run_cli(script, *argv, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_time(path: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows_of(path)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
+    """SFT on the 24 written solutions raises dev accuracy above the base by at least 15 points; expert iteration runs
+    two rounds from it; the evaluation of its model agrees with the samples that it writes."""
+    sft_out, ei_out, report_file = tmp_path / "sft", tmp_path / "ei", tmp_path / "eval" / "report.json"
+    assert cli(sft, "--out", sft_out, "--limit-eval", 128, "--samples", 2)[0] == 0
+    rows = rows_of(sft_out / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4] and rows[-1]["step"] == 12
+    assert max(row["maj@1"] for row in rows[1:]) > rows[0]["maj@1"] + 0.15
+    assert rows[-1]["loss"] < rows[1]["loss"] and 0 <= rows[-1]["pass@1"] <= rows[-1]["pass@2"] <= 1
+    assert len(rows_of(sft_out / "samples" / "dev_4.jsonl")) == 128
+
+    argv = [*EI, "--model", sft_out / "model", "--out", ei_out]
+    assert cli(expert_iteration, *argv)[0] == 0
+    rounds = rows_of(ei_out / "metrics.jsonl")
+    assert rounds[0]["samples"] == 192 and rounds[0]["kept"] + 24 == rounds[0]["train_size"]
+    written = rows_of(ei_out / "samples" / "round_1.jsonl")
+    assert len(written) == 192 and rounds[0]["correct"] == pytest.approx(
+        sum(r["correct"] for r in written) / 192, rel=1e-5
+    )
+    for key in ("solved", "follows_reference", "maj@1", "pass@2", "seconds_sampling", "seconds_training"):
+        assert key in rounds[0]
+
+    argv = ["--model", ei_out / "model", "--samples", 6, "--limit-eval", 40, "--out", report_file, "--rows", 64]
+    assert cli(evaluate, *argv)[0] == 0
+    report = json.loads(report_file.read_text())
+    samples = rows_of(tmp_path / "eval" / "report.samples.jsonl")
+    assert len(samples) == 240 and report["n_problems"] == 40 and report["dataset"] == "arithmetic"
+    assert report["pass@1"]["value"] == pytest.approx(sum(s["correct"] for s in samples) / 240)
+    assert (
+        report["pass@1"]["value"] <= report["pass@2"]["value"] <= report["pass@4"]["value"] <= report["pass@6"]["value"]
+    )
+    for key in ("maj@1", "maj@6", "distinct@6", "unreadable", "cut"):
+        low, high = report[key]["ci95"]
+        assert low <= report[key]["value"] <= high
+    code, message = cli(evaluate, *argv)
+    assert code == 2 and "--overwrite" in message
+    assert cli(evaluate, *argv, "--resume")[0] == 0
+    again = json.loads(report_file.read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in report.items() if k != "seconds"}
+
+
+def test_expert_iteration_from_the_base_continue_and_without_sft_data(cli, tmp_path):
+    argv = [*EI, "--rounds", "1", "--epochs", "1", "--pass-k", "0"]
+    sizes = {}
+    for name, flags in {"base": [], "with": ["--sft-data"], "continue": ["--continue"], "few": ["--few-shot"]}.items():
+        assert cli(expert_iteration, *argv, *flags, "--out", tmp_path / name)[0] == 0
+        row = rows_of(tmp_path / name / "metrics.jsonl")[0]
+        sizes[name] = row["train_size"] - row["kept"]
+    assert sizes == {"base": 0, "with": 24, "continue": 0, "few": 0}
+
+
+def test_problems_without_solutions_cannot_be_fine_tuned_on(cli, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(20)))
+    code, message = cli(sft, "--dataset", file, "--out", tmp_path / "run")
+    assert code == 2 and "no written solutions" in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+BAD = {
+    "unknown flag": (["--learning-rate", "1"], "unrecognized"),
+    "abbreviated flag": (["--epoch", "1"], "unrecognized"),
+    "no number": (["--seed", "one"], "whole number"),
+    "negative": (["--temperature", "-1"], "at least 0"),
+    "zero": (["--rows", "0"], "at least 1"),
+    "not whole": (["--max-new-tokens", "1.5"], "whole number"),
+    "NaN": (["--temperature", "nan"], "number"),
+    "dtype": (["--dtype", "int8"], "invalid choice"),
+    "dataset": (["--dataset", "gsm9k"], "no such file"),
+    "dataset folder": (["--dataset", "EMPTY"], "no train.jsonl"),
+    "model folder": (["--model", "runs/none/model"], "no such folder"),
+    "empty model folder": (["--model", "EMPTY"], "no config.json"),
+    "too long": (["--max-new-tokens", "2000"], "positions"),
+}
+
+
+@pytest.mark.parametrize("script", [sft, expert_iteration, evaluate], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_one_line_and_harms_nothing(cli, script, name, tmp_path):
+    """Exit code 2, one line on standard error, and what was in the folder before is still there, to the byte."""
+    empty, out = tmp_path / "empty", tmp_path / "out"
+    empty.mkdir()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    argv = [str(empty) if a == "EMPTY" else a for a in BAD[name][0]]
+    message_part = BAD[name][1].replace("train", "test") if script is evaluate else BAD[name][1]
+    where = out / "report.json" if script is evaluate else out
+    base = [] if script is evaluate or "--model" in argv else ["--model", "tiny"]
+    if script is evaluate and "--model" not in argv:
+        base = ["--model", "tiny"]
+    code, message = cli(script, *base, "--out", where, *argv)
+    assert code == 2 and message_part in message
+    assert message.count("\n") == 1 and message.startswith("error: "), message
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, nano, tmp_path):
+    argv = [*SFT, "--model", nano, "--out", tmp_path / "run", "--max-new-tokens", "8"]
+    assert cli(sft, *argv)[0] == 0
+    before = contents(tmp_path / "run")
+    code, message = cli(sft, *argv)
+    assert code == 2 and "--resume" in message and "--overwrite" in message
+    code, message = cli(sft, *argv, "--lr", "1e-3", "--resume")
+    assert code == 2 and "other settings (lr)" in message
+    assert contents(tmp_path / "run") == before
+    assert cli(sft, *argv, "--resume")[0] == 0
+    assert contents(tmp_path / "run") == before
+    assert cli(sft, *argv, "--lr", "1e-3", "--overwrite")[0] == 0
+    assert contents(tmp_path / "run")["model/model.safetensors"] != before["model/model.safetensors"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_model_loadable(cli, nano, tmp_path, monkeypatch):
+    out, save, calls = tmp_path / "run", torch.save, []
+
+    def full(state, file):
+        calls.append(1)
+        if len(calls) > 8:
+            file.write(b"half a checkpo")
+            raise OSError(errno.ENOSPC, "No space left on device", str(out))
+        save(state, file)
+
+    argv = [*SFT, "--model", nano, "--out", out, "--max-new-tokens", "8", "--checkpoint-every", "0"]
+    monkeypatch.setattr(torch, "save", full)
+    code, message = cli(sft, *argv)
+    assert code == 2 and "No space left" in message and message.count("\n") == 1
+    assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["progress"]["step"] == 8
+    assert common.Policy(str(out / "model"))
+    monkeypatch.setattr(torch, "save", save)
+    assert cli(sft, *argv, "--resume")[0] == 0
+    assert [row["step"] for row in rows_of(out / "metrics.jsonl")] == [0, 6, 12]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(cli, nano, tmp_path):
+    argv = [
+        *SFT,
+        "--model",
+        nano,
+        "--out",
+        tmp_path,
+        "--max-new-tokens",
+        "8",
+        "--lr",
+        "1e25",
+        "--checkpoint-every",
+        "0",
+    ]
+    code, message = cli(sft, *argv)
+    assert code == 2 and "not finite" in message and message.count("\n") == 1
+    assert torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)["progress"]["step"] >= 1
+
+
+def snapshot(folder: Path) -> list[tuple[str, int, int]]:
+    found = []
+    for root, _, files in os.walk(folder):
+        for name in files:
+            try:
+                stat = os.stat(os.path.join(root, name))
+                found.append((name, stat.st_size, stat.st_mtime_ns))
+            except FileNotFoundError:
+                pass
+    return sorted(found)
+
+
+def start(script: str, argv, out: Path) -> subprocess.Popen:
+    command = [sys.executable, ROOT / f"{script}.py", *argv, "--out", out, "--checkpoint-every", "0", "--resume"]
+    return subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def stop_after_changes(process: subprocess.Popen, out: Path, changes: int, how: int, delay: float) -> str | None:
+    """Send a signal once the run folder has changed so often; what the process printed, None if it was over before."""
+    last = snapshot(out)
+    while process.poll() is None:
+        now = snapshot(out)
+        if now != last:
+            last, changes = now, changes - 1
+            if changes <= 0:
+                time.sleep(delay)
+                process.send_signal(how)
+                return process.communicate()[0]
+        time.sleep(0.002)
+    return None
+
+
+@pytest.mark.parametrize("script, argv", [("sft", SFT), ("expert_iteration", EI)], ids=["sft", "expert_iteration"])
+def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, argv, tmp_path):
+    """Five SIGKILLs at random moments (seeded), one Ctrl-C, then --resume: bit for bit the uninterrupted run."""
+    whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(1)
+    process = start(script, argv, whole)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    kills, interrupts = 0, 0
+    while kills < 5 or interrupts < 1:
+        how = signal.SIGINT if kills == 3 and not interrupts else signal.SIGKILL
+        process = start(script, argv, broken)
+        printed = stop_after_changes(process, broken, rng.randrange(4, 9), how, rng.random() * 0.1)
+        if printed is None:
+            break  # the run was over before its turn came: asserted below that this did not happen early
+        kills, interrupts = kills + (how == signal.SIGKILL), interrupts + (how == signal.SIGINT)
+        if how == signal.SIGINT:
+            assert process.returncode == 130 and "--resume" in printed
+    assert kills >= 5 and interrupts == 1
+    process = start(script, argv, broken)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    assert without_time(whole / "metrics.jsonl") == without_time(broken / "metrics.jsonl")
+    names = ["model/model.safetensors", *(str(p.relative_to(whole)) for p in whole.glob("samples/*"))]
+    for name in names:
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    assert not list(broken.rglob("*.part"))

@@ -1,0 +1,157 @@
+"""Log-probabilities, batches and the training step."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import DEVICES
+from test_generation import ARCHITECTURES, random_policy
+
+import common
+
+EXAMPLES = [
+    ([5, 6, 7], [8, 9, 1]),
+    ([10], [11, 12, 13, 14, 15, 1]),
+    ([5, 6, 7, 8, 9, 10, 11, 12], [1]),
+    ([7, 7], [20, 21, 1]),
+]
+
+
+def naive_logprobs(policy, example, temperature):
+    """One sequence at a time, the whole softmax, no padding, no chunks."""
+    prompt, response = example
+    logits = policy.model(torch.tensor([prompt + response], device=policy.device)).logits[0].float() / temperature
+    logprobs = torch.log_softmax(logits, -1)
+    return torch.stack([logprobs[len(prompt) + i - 1, token] for i, token in enumerate(response)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_padded_batch_has_the_logprobs_of_each_sequence_alone(name, temperature, device, tmp_path_factory):
+    policy = random_policy(name, tmp_path_factory, device)
+    with torch.no_grad():
+        expected = torch.cat([naive_logprobs(policy, example, temperature) for example in EXAMPLES])
+        got = common.response_logprobs(policy, EXAMPLES, temperature)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_are_those_of_the_plain_computation(tmp_path_factory):
+    """Logits are recomputed in the backward pass: the gradient must not notice."""
+    policy = random_policy("llama", tmp_path_factory)
+    policy.model.zero_grad()
+    common.response_logprobs(policy, EXAMPLES).sum().backward()
+    got = [p.grad.clone() for p in policy.model.parameters()]
+    policy.model.zero_grad()
+    torch.cat([naive_logprobs(policy, example, 1.0) for example in EXAMPLES]).sum().backward()
+    for mine, plain in zip(got, [p.grad for p in policy.model.parameters()], strict=True):
+        torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-3)
+    policy.model.zero_grad()
+
+
+@pytest.mark.parametrize("budget", [1, 12, 20, 10_000])
+def test_the_step_does_not_depend_on_the_micro_batches(nano, budget):
+    """Trap: a mean of means weighs the tokens of short micro-batches more."""
+    reference = common.Policy(nano, device="cpu")
+    loss = -torch.cat([naive_logprobs(reference, example, 1.0) for example in EXAMPLES]).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(reference.model.parameters(), 1.0)
+    torch.optim.SGD(reference.model.parameters(), lr=0.5).step()
+    policy = common.Policy(nano, device="cpu")
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=123.0)
+    got = common.cross_entropy_step(policy, optimizer, EXAMPLES, 0.5, budget)
+    assert got == pytest.approx((loss.item(), norm.item()), rel=1e-4)
+    for mine, plain in zip(policy.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_token_batches_hold_every_sequence_once_within_the_budget():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = rng.integers(1, 100, size=rng.integers(1, 60)).tolist()
+        groups = common.token_batches(lengths, 128)
+        assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+        assert all(len(g) == 1 or max(lengths[i] for i in g) * len(g) <= 128 for g in groups)
+
+
+def test_the_end_of_text_token_is_trained_on_even_if_it_is_the_pad_token(nano):
+    """Trap: a mask made by comparing with the pad id removes the end-of-text token, and the model never learns to stop."""
+    policy = common.Policy(nano, device="cpu")
+    policy.tokenizer.pad_token = policy.tokenizer.eos_token
+    solution = policy.encode_solution("1+1=<<1+1=2>>2\n#### 2")
+    assert solution[-1] == policy.tokenizer.eos_token_id and solution.count(solution[-1]) == 1
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    for _ in range(60):
+        common.cross_entropy_step(policy, optimizer, [(policy.encode_prompt("Question: a"), solution)], 1e-2, 1000)
+    with torch.no_grad():
+        assert common.response_logprobs(policy, [(policy.encode_prompt("Question: a"), solution)])[-1] > math.log(0.9)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(nano):
+    policy = common.Policy(nano, device="cpu")
+    weight = policy.model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight[0, 0] = float("inf")
+    before = [p.clone() for p in policy.model.parameters()]
+    with pytest.raises(common.UserError, match="not finite"):
+        common.cross_entropy_step(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), EXAMPLES, 1.0, 1000)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def test_weights_are_float32_whatever_the_checkpoint_holds(nano, tmp_path):
+    """Trap: at a learning rate of 1e-6 the update of a bfloat16 weight rounds to nothing."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(nano).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    common.Policy(nano).tokenizer.save_pretrained(tmp_path)
+    policy = common.Policy(str(tmp_path))
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    before = policy.model.get_output_embeddings().weight.clone()
+    common.cross_entropy_step(policy, torch.optim.AdamW(policy.model.parameters()), EXAMPLES, 1e-6, 1000)
+    assert (policy.model.get_output_embeddings().weight != before).float().mean() > 0.5
+
+
+def test_dropout_is_off_in_training(tmp_path_factory):
+    """Trap: with dropout on, the log-probabilities of sampling and training differ from call to call."""
+    policy = random_policy("gpt2", tmp_path_factory)
+    assert policy.model.config.resid_pdrop > 0 and not policy.model.training
+    assert torch.equal(common.response_logprobs(policy, EXAMPLES), common.response_logprobs(policy, EXAMPLES))
+
+
+def test_a_head_that_is_not_linear_is_refused(nano, monkeypatch):
+    forward = transformers.LlamaForCausalLM.forward
+
+    def softcapped(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits.tanh() * 0.01
+        return out
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", softcapped)
+    with pytest.raises(common.UserError, match="plain linear head"):
+        common.Policy(nano)
+
+
+def test_the_cosine_schedule_warms_up_and_ends_at_a_hundredth():
+    rates = [common.cosine_lr(step, 200, 2e-5) for step in range(200)]
+    assert rates[0] < rates[3] < rates[5] == pytest.approx(2e-5)
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert rates[-1] == pytest.approx(2e-7)
+    assert common.cosine_lr(0, 1, 1.0) == 1.0
+
+
+def test_saved_folder_is_an_ordinary_model_that_says_the_same(tiny, tmp_path):
+    """Plain Auto classes, plain tokenizer call, plain generate."""
+    tiny.save(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert not list(tmp_path.glob("*.part")) and not list((tmp_path / "model").glob("*.bin"))
+    for sample in common.generate(
+        tiny, common.load_problems("arithmetic", "dev", 5), temperature=0, max_new_tokens=128
+    ):
+        ids = tokenizer(common.prompt_text(sample.problem), return_tensors="pt")
+        out = model.generate(**ids, do_sample=False, max_new_tokens=128)
+        text = tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+        assert text == sample.text and sample.finished
+    tiny.save(tmp_path / "model")  # replacing a folder works as well
+    assert (tmp_path / "model" / "model.safetensors").exists() and len(list(tmp_path.iterdir())) == 1
