@@ -775,6 +775,14 @@ def write_json(path: Path, value) -> None:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
+def read_json(path: Path) -> dict:
+    """The object in a file that this project wrote; UserError if it is missing or broken."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: missing or broken, so there is nothing to resume ({error})") from None
+
+
 class Run:
     """The folder --out: args.json, metrics.jsonl, samples/, model/ and, while the run lasts, checkpoint/state.pt.
 
@@ -784,24 +792,17 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.out, self.checkpoint_every = Path(args.out), args.checkpoint_every
         self.state_file = self.out / "checkpoint" / "state.pt"
-        self.metrics_file = self.out / "metrics.jsonl"
+        self.metrics_file, self.settings_file = self.out / "metrics.jsonl", self.out / "args.json"
         self.state, self.interrupted = None, False
         ignored = ("resume", "overwrite", "device", "checkpoint_every")
-        settings = {key: value for key, value in vars(args).items() if key not in ignored}
-        settings["script"] = Path(sys.argv[0]).name
-        settings_file = self.out / "args.json"
-        begun = self.state_file.exists() or any((self.out / "samples").glob("*")) or (self.out / "model").exists()
-        if settings_file.exists() and begun and not args.overwrite:
-            if not args.resume:
-                raise UserError(
-                    f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
-                    "or choose another --out"
-                )
-            try:
-                before = json.loads(settings_file.read_text())
-            except ValueError as error:
-                raise UserError(f"{settings_file}: broken JSON ({error})") from None
-            changed = sorted(k for k in settings.keys() | before.keys() if before.get(k) != settings.get(k))
+        self.settings = {key: value for key, value in vars(args).items() if key not in ignored}
+        self.settings["script"] = Path(sys.argv[0]).name
+        occupied = [
+            name for name in ("checkpoint", "samples", "model", "model.old") if any((self.out / name).glob("*"))
+        ]
+        if occupied and args.resume:
+            before = read_json(self.settings_file)
+            changed = sorted(k for k in self.settings.keys() | before.keys() if before.get(k) != self.settings.get(k))
             if changed:
                 raise UserError(f"--resume: {self.out} was started with other settings ({', '.join(changed)})")
             if self.state_file.exists():
@@ -810,13 +811,20 @@ class Run:
                 except Exception as error:
                     reason = str(error).split("\n")[0]
                     raise UserError(f"{self.state_file}: not a checkpoint of this program ({reason})") from None
-        else:
-            for name in ("checkpoint", "samples", "model", "model.part", "model.old"):
-                shutil.rmtree(self.out / name, ignore_errors=True)
-            self.metrics_file.unlink(missing_ok=True)
+        elif occupied and not args.overwrite:
+            raise UserError(
+                f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
+                "or choose another --out"
+            )
+        self.replace = [] if args.resume else occupied
+
+    def begin(self) -> None:
+        """Make the folder ready. Called when everything the run needs has been loaded: until then nothing is touched."""
+        for name in self.replace:
+            shutil.rmtree(self.out / name)
         for name in ("checkpoint", "samples"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
-        write_json(settings_file, settings)
+        write_json(self.settings_file, self.settings)
         if (self.out / "model.old").exists() and not (self.out / "model").exists():  # killed between two renames
             (self.out / "model.old").rename(self.out / "model")
         kept = self.state["run"] if self.state else {"lines": 0, "seconds": 0.0}

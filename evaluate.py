@@ -18,7 +18,6 @@ One GPU:
     python evaluate.py --model runs/sft/model --dataset gsm8k --samples 96 --max-new-tokens 512 --rows 1024
 """
 
-import json
 import math
 import sys
 import time
@@ -101,17 +100,16 @@ def main(argv: list[str]) -> None:
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
     files = [out.with_suffix(f".{kind}.jsonl") for kind in ("greedy", "samples")]
     started_file = out.with_suffix(".args.json")  # there from the start, so that --resume knows what the samples are of
-    if started_file.exists() and not args.overwrite:
-        if not args.resume:
-            raise common.UserError(
-                f"{out} is there already, or was begun: add --resume to go on, --overwrite to replace it, or choose another --out"
-            )
-        if json.loads(started_file.read_text()) != settings:
-            raise common.UserError(f"--resume: {out} was begun with other settings; they are in {started_file}")
-    else:
-        for file in (out, *files):
-            file.unlink(missing_ok=True)
+    taken = [file for file in (out, started_file, *files) if file.exists()]
+    if taken and args.resume and common.read_json(started_file) != settings:
+        raise common.UserError(f"--resume: {out} was begun with other settings; they are in {started_file}")
+    if taken and not (args.resume or args.overwrite):
+        raise common.UserError(
+            f"{taken[0]} is there already: add --resume to go on, --overwrite to replace it, or choose another --out"
+        )
     policy = common.Policy(args.model, args.device, args.dtype)
+    for file in [] if args.resume else taken:
+        file.unlink()
     out.parent.mkdir(parents=True, exist_ok=True)
     common.write_json(started_file, settings)
 

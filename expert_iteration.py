@@ -94,8 +94,10 @@ def main(argv: list[str]) -> None:
     if run.is_finished:
         print(f"{args.out} is complete")
         return
-    policy = common.Policy(args.model, args.device, args.dtype)
     common.model_folder(args.base)  # a wrong --base must not show only after the first round's sampling
+    resumes_base = run.state and not args.from_previous  # the checkpoint then holds weights that came from the base
+    policy = common.Policy(args.base if resumes_base else args.model, args.device, args.dtype)
+    run.begin()
     kept = {p.id: {common.equations(p.solution): p.solution} for p in train if p.solution and args.sft_data}
 
     progress = {"round": 1, "place": 0, "step": 0, "samples": 0, "tokens": 0, "best": -1.0, "losses": [], "timing": {}}

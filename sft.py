@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.model, args.device, args.dtype)
+    run.begin()
     examples, dev_examples = (
         [(policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(p.solution)) for p in problems]
         for problems in (train, [p for p in dev if p.solution])
