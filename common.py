@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -175,6 +175,8 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
         problems = _file_problems(path)
         if split == "all":
             return problems[:limit]
+        if len(problems) < 3:
+            raise UserError(f"{path}: {len(problems)} problems; at least 3 are needed for train, dev and test")
         n_test = max(1, len(problems) // 10)
         problems = problems[-n_test:] if split == "test" else problems[:-n_test]
     else:
@@ -200,38 +202,45 @@ def _hub_problems(dataset: str, part: str) -> list[Problem]:
         else:
             rows = load_dataset("ChilleD/SVAMP", split=part)
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--dataset {dataset}: could not be loaded ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"--dataset {dataset}: could not be loaded ({reason})") from None
     return [_read_problem(row, f"{dataset}/{part}/{i}", f"{dataset} {part} row {i}") for i, row in enumerate(rows)]
 
 
 def _file_problems(path: Path) -> list[Problem]:
+    """.json: a list of problems; anything else: one problem a line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    try:
-        if path.suffix == ".json":
-            rows = [(f"{path} entry {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        else:
-            lines = [(f"{path} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-            rows = []
-            for place, line in lines:
-                try:
-                    rows.append((place, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{place}: broken JSON ({error.msg}, column {error.colno})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}, column {error.colno})") from None
-    if len(rows) < 3:
-        raise UserError(f"{path}: {len(rows)} problems; at least 3 are needed for train, dev and test")
+    if path.suffix == ".json":
+        rows = _parse_json(text, str(path))
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: not a list of problems")
+        rows = [(f"{path} entry {i}", row) for i, row in enumerate(rows, 1)]
+    else:
+        lines = [(f"{path} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(place, _parse_json(line, place)) for place, line in lines]
     return [_read_problem(row, f"{path.name}/{i}", place) for i, (place, row) in enumerate(rows)]
+
+
+def _parse_json(text: str, place: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: broken JSON ({error.msg}, line {error.lineno} column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise UserError(f"{place}: not JSON that can be read ({error})") from None
 
 
 def _read_problem(row: dict, name: str, place: str) -> Problem:
     """GSM8K ("question", "answer" with the solution) or SVAMP ("Body", "Question", "Answer")."""
     if not isinstance(row, dict):
         raise UserError(f"{place}: not a JSON object")
+    for key in row.keys() & {"question", "Question", "Body"}:
+        if not isinstance(row[key], str) or not row[key].encode(errors="replace").strip(b" \t\r\n?"):
+            raise UserError(f"{place}: {key!r} is not a text")
+        row[key] = row[key].encode(errors="replace").decode()  # a lone half of a surrogate pair breaks tokenizers
     if "Body" in row and "Question" in row:
         body = str(row["Body"]).strip()
         question = f"{body if body.endswith(('.', '?', '!', ',')) else body + '.'} {str(row['Question']).strip()}"
@@ -254,7 +263,6 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
 MARKER = "####"
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 _RUN = re.compile(r"[0-9.,/]+")  # one character class: cannot backtrack
-MINUS, PLUS = "-\u2212", "+"
 
 
 def first_solution(text: str) -> str:
@@ -285,6 +293,11 @@ def extract_answer(text: str, lenient: bool = False) -> Fraction | None:
     return None
 
 
+def is_correct(text: str, answer: Fraction, lenient: bool = False) -> bool:
+    """Whether the answer of a solution is exactly `answer`."""
+    return extract_answer(text, lenient) == answer
+
+
 def _numbers(line: str) -> Iterable[Fraction | None]:
     """Every number of a line; None for digits that do not form a clear number."""
     if not line.isascii() and any(c.isnumeric() and not c.isascii() for c in line):
@@ -299,17 +312,18 @@ def _numbers(line: str) -> Iterable[Fraction | None]:
             if any(c.isdigit() for c in beside):
                 yield None
             continue
-        before = line[max(0, start - 8) : start]
+        before = line[max(0, start - 64) : start]
         prefix = before.rstrip("$* ")
-        sign = prefix[-1:]
-        negative = sign != "" and sign in MINUS
-        if negative or sign == PLUS:
+        if prefix.endswith(("-", "\u2212", "+")):
             apart = " " in before[len(prefix) :]  # "- 5": a sign, a dash or a difference
-            if apart or prefix[-2:-1] in tuple(MINUS + PLUS) or prefix[-2:-1].isalnum():
+            if apart or prefix[:-1].endswith(("-", "\u2212", "+")) or prefix[-2:-1].isalnum():
                 yield None
                 continue
+        elif not prefix and start > 64:
+            yield None  # too far from whatever stands before it
+            continue
         value = _parse_number(digits)
-        yield -value if negative and value is not None else value
+        yield -value if value is not None and prefix.endswith(("-", "\u2212")) else value
 
 
 @functools.lru_cache(1024)
@@ -379,34 +393,42 @@ class Policy:
 
     Raises UserError if `name` is neither a folder nor a loadable hub name."""
 
-    def __init__(self, name: str, device: str = "auto", dtype: str = "auto"):
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    def __init__(self, name: str, device: str = "auto", dtype: str = "auto", flag: str = "--model"):
+        self.device = torch_device(device)
         autocast = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
-        folder = model_folder(name)
+        folder = model_folder(name, flag)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
             )
+            self.model.to(self.device).eval()
+            ids = torch.tensor([[0, 1]], device=self.device)
+            with (
+                torch.no_grad()
+            ):  # `response_logprobs` makes the logits itself, a few rows at a time: is that right here?
+                difference = (self.model(ids).logits - self.head(self.hidden_states(ids))).abs().max()
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"--model {name}: could not be loaded ({type(error).__name__}: {reason})") from None
-        self.model.to(self.device).eval()
+            raise UserError(
+                f"{flag} {name}: could not be loaded ({type(error).__name__}: {first_line(error)})"
+            ) from None
+        if not difference < 1e-3:
+            raise UserError(f"{flag} {name}: its logits are not a plain linear head on its hidden states")
         if self.tokenizer.eos_token_id is None:
-            raise UserError(f"--model {name}: its tokenizer has no end-of-text token")
+            raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token")
         stops = self.model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         self.eos_ids = sorted({self.tokenizer.eos_token_id, *(s for s in stops if s is not None)})
+        # the saved folder stops where we stop, and carries no sampling settings of others (top-k 50, ...)
+        pad = self.tokenizer.pad_token_id
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=self.eos_ids,
+            bos_token_id=self.tokenizer.bos_token_id,
+            pad_token_id=self.eos_ids[0] if pad is None else pad,
+        )
         config = self.model.config.get_text_config()
         self.max_length = getattr(config, "max_position_embeddings", None) or 1 << 30
-        with (
-            torch.no_grad()
-        ):  # `response_logprobs` computes the logits itself, a few rows at a time: is that right here?
-            ids = torch.tensor([[self.tokenizer.eos_token_id, 0]], device=self.device)
-            difference = (self.model(ids).logits - self.head(self.hidden_states(ids))).abs().max()
-            if not difference < 1e-3:
-                raise UserError(f"--model {name}: its logits are not a plain linear head on its hidden states")
 
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [batch, length], padded on the right if at all -> final hidden states [batch, length, width].
@@ -427,6 +449,12 @@ class Policy:
         training then see the same boundary."""
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
 
+    @functools.cached_property
+    def ends_line(self) -> np.ndarray:
+        """[vocabulary] whether a token holds a line break."""
+        size = self.model.get_output_embeddings().weight.shape[0]
+        return np.array(["\n" in text for text in self.tokenizer.batch_decode([[i] for i in range(size)])])
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -434,9 +462,11 @@ class Policy:
         """Write an ordinary Hugging Face folder. It appears complete or not at all."""
         aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
         shutil.rmtree(aside, ignore_errors=True)
-        self.model.generation_config.eos_token_id = self.eos_ids[0] if len(self.eos_ids) == 1 else self.eos_ids
-        self.model.save_pretrained(aside)
-        self.tokenizer.save_pretrained(aside)
+        try:
+            self.model.save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
+        except Exception as error:  # a full disk shows as an error of the safetensors library
+            raise UserError(f"{aside}: could not be written ({first_line(error)})") from None
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -444,17 +474,40 @@ class Policy:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def model_folder(name: str) -> str:
-    """The folder or hub name that --model means: "tiny" is the model that comes with the repository."""
+def model_folder(name: str, flag: str = "--model") -> str:
+    """The folder or hub name that a flag means: "tiny" is the model that comes with the repository."""
     path = Path(__file__).parent / "tiny" if name == "tiny" else Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"--model {name}: the folder holds no model (no config.json)")
+            raise UserError(f"{flag} {name}: the folder holds no model (no config.json)")
         return str(path)
-    if path.is_absolute() or name.count("/") != name.strip("./").count("/") or name.count("/") > 1 or name == "tiny":
-        hint = "; run `python sft.py` first" if name.endswith("sft/model") else ""
-        raise UserError(f"--model {name}: no such folder{hint}")
+    if name == "tiny" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):  # neither a folder nor a hub name
+        hint = "; run `python sft.py` first" if name == "runs/sft/model" else ""
+        raise UserError(f"{flag} {name}: no such folder{hint}")
     return name
+
+
+def fingerprint(name: str) -> str:
+    """Something that changes when the weights in a model folder do; the name itself for a model of the hub."""
+    files = sorted(Path(model_folder(name)).glob("*.safetensors"))
+    if not files:
+        return name
+    with open(files[0], "rb") as file:
+        return f"{files[0].stat().st_size}-{zlib.crc32(file.read(1 << 22)):08x}"
+
+
+def torch_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one. UserError for a device that cannot be used."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: cannot be used here ({first_line(error)})") from None
+    return device
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,14 +523,19 @@ class Sample:
     number: int  # the how-manieth sample of its problem
     text: str
     finished: bool
-    tokens: list[int] = dataclasses.field(default_factory=list)  # with the end-of-text token if that ended it
-    logprobs: list[float] = dataclasses.field(
-        default_factory=list
-    )  # of each token, under the distribution sampled from
+    # Filled by `generate`, empty when read from a file: the ids, with the end-of-text token if that ended the sample,
+    # and the log-probability of each under the distribution that it was sampled from.
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
-        self.answer = extract_answer(self.text)
-        self.correct = self.answer is not None and self.answer == self.problem.answer
+        self.grade()
+
+    def grade(self, lenient: bool = False) -> None:
+        """Read the answer and check it. A sample that was cut within its answer line has none: "#### 1" of "#### 18"."""
+        cut = not self.finished and "\n" not in self.text.partition(MARKER)[2]
+        self.answer = None if cut and MARKER in self.text else extract_answer(self.text, lenient)
+        self.correct = self.answer == self.problem.answer
 
     def to_json(self) -> str:
         row = {"problem": self.problem.id, "sample": self.number, "correct": self.correct, "finished": self.finished}
@@ -528,6 +586,11 @@ def attention_masks(config, positions: torch.Tensor, length: int):
     return {"full_attention": full, "sliding_attention": sliding} if len(kinds) > 1 else sliding
 
 
+def check_length(policy: Policy, length: int, what: str) -> None:
+    if length > policy.max_length:
+        raise UserError(f"{what} is {length} tokens long; the model has {policy.max_length} positions")
+
+
 def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample from softmax(logits / temperature) by inverse CDF: one uniform number in [0, 1) a row.
 
@@ -559,6 +622,7 @@ def generate(
     rows: int = 128,
     few_shot: bool = False,
     progress: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
     """`samples` solutions of every problem, in the order of the problems, from the full softmax at `temperature`
     (0: greedy).
@@ -567,20 +631,15 @@ def generate(
     row that has finished is handed to the next sample at once. The random numbers of a sample depend on (seed,
     problem, sample number) alone, so it does not matter how many rows there are or what else is sampled.
     few_shot: prompt with two worked examples; a sample then ends when its answer line is complete, because such a model
-    goes on to invent the next question. Raises UserError if a prompt does not fit into the model's positions."""
+    goes on to invent the next question. stop: asked before every step; when true, KeyboardInterrupt. Raises UserError
+    if a prompt does not fit into the model's positions."""
     prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
     capacity = max(map(len, prompts), default=0) + max_new_tokens
-    if capacity > policy.max_length:
-        raise UserError(
-            f"the longest prompt ({capacity - max_new_tokens} tokens) and --max-new-tokens {max_new_tokens} "
-            f"do not fit into the model's {policy.max_length} positions"
-        )
+    check_length(policy, capacity, f"the longest prompt with --max-new-tokens {max_new_tokens}")
     device, config = policy.device, policy.model.config.get_text_config()
     vocabulary = policy.model.get_output_embeddings().weight.shape[0]
     is_eos = np.zeros(vocabulary, bool)
     is_eos[policy.eos_ids] = True
-    if few_shot:
-        ends_line = np.array(["\n" in policy.tokenizer.decode([i]) for i in range(vocabulary)])
     rows = min(rows, len(problems) * samples)
     queue = ((i, number) for i in range(len(problems)) for number in range(samples))
     cache, prefilled = SlotCache(), {}  # problem index -> (cache of its prefill batch, row in it)
@@ -626,6 +685,8 @@ def generate(
 
     n = sum(start(row) for row in range(rows))
     while n:
+        if stop():
+            raise KeyboardInterrupt
         # 1. one decode step of the first n rows
         cache.positions, cache.length = torch.from_numpy(positions[:n]).to(device), int(positions[:n].max()) + 1
         ids = torch.from_numpy(inputs[:n]).to(device)[:, None]
@@ -642,7 +703,7 @@ def generate(
         # 3. collect what has ended, hand its row to the next sample, and close the gap when none is left
         ended = is_eos[picked]
         if few_shot:
-            for row in np.flatnonzero(ends_line[picked]):
+            for row in np.flatnonzero(policy.ends_line[picked]):
                 lines = policy.decode(tokens[row, : lengths[row]]).rpartition("\n")[0]
                 ended[row] |= MARKER in lines or "\nQuestion:" in lines
         for row in np.flatnonzero(ended | (lengths[:n] == max_new_tokens))[::-1]:
@@ -679,6 +740,7 @@ def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: 
     The logits of a few rows at a time are made, used and made again in the backward pass, so that float32 logits of
     shape (batch, length, vocabulary) never exist."""
     width = max(len(prompt) + len(response) for prompt, response in examples)
+    check_length(policy, width, "the longest solution with its prompt")
     ids = torch.tensor([(p + r + [0] * width)[:width] for p, r in examples], device=policy.device)  # [batch, width]
     where = [(row, len(p) + i) for row, (p, r) in enumerate(examples) for i in range(len(r))]
     rows, columns = torch.tensor(where, device=policy.device).T
@@ -741,7 +803,8 @@ def cross_entropy(policy: Policy, examples: Sequence[Example], token_budget: int
 
 
 def cosine_lr(step: int, n_steps: int, lr: float) -> float:
-    """Learning rate of step 0..n_steps-1: linear warm-up over the first 3 %, then a cosine down to lr / 100."""
+    """Learning rate of step 0..n_steps-1: linear warm-up over the first 3 % (at least one step), then a cosine that
+    ends at lr / 100."""
     warmup = max(1, round(0.03 * n_steps))
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -784,7 +847,8 @@ def read_json(path: Path) -> dict:
 
 
 class Run:
-    """The folder --out: args.json, metrics.jsonl, samples/, model/ and, while the run lasts, checkpoint/state.pt.
+    """The folder --out: args.json, metrics.jsonl, samples/, model/ and checkpoint/state.pt (of a finished run only the
+    mark that it is finished).
 
     A run that was killed at any moment and is started again with --resume goes on from its last checkpoint and ends
     with the same weights and metrics. `self.state` is what that checkpoint holds, None in a fresh run."""
@@ -794,12 +858,12 @@ class Run:
         self.state_file = self.out / "checkpoint" / "state.pt"
         self.metrics_file, self.settings_file = self.out / "metrics.jsonl", self.out / "args.json"
         self.state, self.interrupted = None, False
-        ignored = ("resume", "overwrite", "device", "checkpoint_every")
+        ignored = ("out", "resume", "overwrite", "device", "checkpoint_every")
         self.settings = {key: value for key, value in vars(args).items() if key not in ignored}
-        self.settings["script"] = Path(sys.argv[0]).name
-        occupied = [
-            name for name in ("checkpoint", "samples", "model", "model.old") if any((self.out / name).glob("*"))
-        ]
+        self.settings |= {"script": Path(sys.argv[0]).name, "model_fingerprint": fingerprint(args.model)}
+        folders = ("checkpoint", "samples", "model", "model.old")
+        logged = self.metrics_file.exists() and self.metrics_file.stat().st_size
+        occupied = [name for name in folders if any((self.out / name).glob("*"))] + ["metrics.jsonl"] * bool(logged)
         if occupied and args.resume:
             before = read_json(self.settings_file)
             changed = sorted(k for k in self.settings.keys() | before.keys() if before.get(k) != self.settings.get(k))
@@ -809,8 +873,9 @@ class Run:
                 try:
                     self.state = torch.load(self.state_file, map_location="cpu", weights_only=True)
                 except Exception as error:
-                    reason = str(error).split("\n")[0]
-                    raise UserError(f"{self.state_file}: not a checkpoint of this program ({reason})") from None
+                    raise UserError(
+                        f"{self.state_file}: not a checkpoint of this program ({first_line(error)})"
+                    ) from None
         elif occupied and not args.overwrite:
             raise UserError(
                 f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
@@ -820,8 +885,8 @@ class Run:
 
     def begin(self) -> None:
         """Make the folder ready. Called when everything the run needs has been loaded: until then nothing is touched."""
-        for name in self.replace:
-            shutil.rmtree(self.out / name)
+        for path in [self.out / name for name in self.replace]:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
         for name in ("checkpoint", "samples"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
         write_json(self.settings_file, self.settings)
@@ -877,21 +942,30 @@ def sample_to_file(
 ) -> list[Sample]:
     """`generate`, written to `path` as JSON lines a group of problems at a time. Groups that are complete in the file
     are read back instead of sampled again, so that an interrupted round loses one group at most; the groups are the
-    same after a restart, and so are, to the last bit, the samples."""
+    same after a restart, and so are, to the last bit, the samples. `how`: the arguments of `generate`, `samples` and
+    `rows` among them. Token ids and log-probabilities are not kept: a round of K = 96 would fill gigabytes."""
     per_problem = how["samples"]
     group = max(1, 32 * how["rows"] // per_problem)  # long enough that the emptying of the rows at its end is rare
+    longest = max(len(policy.encode_prompt(prompt_text(p, how.get("few_shot", False)))) for p in problems)
+    check_length(policy, longest + how["max_new_tokens"], "the longest prompt with --max-new-tokens")
     samples = read_samples(path, problems, per_problem) if path.exists() else []
     if len(samples) < len(problems) * per_problem:
         samples = samples[: len(samples) // (group * per_problem) * (group * per_problem)]
         with write_aside(path) as file:
             file.write("".join(sample.to_json() + "\n" for sample in samples).encode())
     for first in range(len(samples) // per_problem, len(problems), group):
-        new = generate(policy, problems[first : first + group], **how)
+        label = f"{how['progress']}, problem {first} of {len(problems)}"
+        new = generate(
+            policy,
+            problems[first : first + group],
+            stop=lambda: bool(run and run.interrupted),
+            **how | {"progress": label},
+        )
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(sample.to_json() + "\n" for sample in new))
+        for sample in new:
+            sample.tokens, sample.logprobs = [], []
         samples += new
-        if run and run.interrupted:
-            raise KeyboardInterrupt
     return samples
 
 
@@ -904,7 +978,8 @@ def read_samples(path: Path, problems: Sequence[Problem], per_problem: int) -> l
         problem, number = problems[len(samples) // per_problem], len(samples) % per_problem
         try:
             row = json.loads(line)
-            if (row["problem"], row["sample"]) != (problem.id, number):
+            expected = (problem.id, number, problem.question, str(problem.answer))
+            if (row["problem"], row["sample"], row["question"], row["reference"]) != expected:
                 break
             samples.append(Sample(problem, number, row["text"], row["finished"]))
         except (ValueError, KeyError, TypeError):
@@ -937,11 +1012,16 @@ def share(flags: Iterable[bool]) -> float:
 
 
 def dev_metrics(
-    policy: Policy, problems: Sequence[Problem], args: argparse.Namespace, samples: int, file: Path
+    policy: Policy,
+    problems: Sequence[Problem],
+    args: argparse.Namespace,
+    samples: int,
+    file: Path,
+    few_shot: bool = False,
 ) -> dict:
     """Model selection: maj@1 on the dev problems, and pass@k from `samples` samples at --temperature if there are any.
     The greedy solutions are written to `file` for reading."""
-    how = dict(max_new_tokens=args.max_new_tokens, rows=args.rows, seed=args.seed)
+    how = dict(max_new_tokens=args.max_new_tokens, rows=args.rows, seed=args.seed, few_shot=few_shot)
     greedy = generate(policy, problems, temperature=0, progress="dev", **how)
     with write_aside(file) as out:
         out.write("".join(sample.to_json() + "\n" for sample in greedy).encode())
@@ -978,7 +1058,7 @@ def number(kind: type, low: float, high: float = math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not low <= value <= high or math.isinf(value):
             span = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {span}")
         return value

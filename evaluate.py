@@ -69,7 +69,7 @@ def confidence_interval(values: list[float]) -> list[float]:
     if set(values) <= {0.0, 1.0}:
         centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
         return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
-    half = z * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    half = z * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
     return [mean - half, mean + half]
 
 
@@ -97,6 +97,9 @@ def main(argv: list[str]) -> None:
     name = args.model.strip("./").replace("/", "-")
     out = Path(args.out or f"runs/evaluate/{name}-{Path(args.dataset).stem}-{args.split}.json")
     settings = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite", "device", "out")}
+    settings["model_fingerprint"] = common.fingerprint(args.model)
+    if out.suffix != ".json" or out.is_dir():
+        raise common.UserError(f"--out {out}: must be the name of a .json file")
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
     files = [out.with_suffix(f".{kind}.jsonl") for kind in ("greedy", "samples")]
     started_file = out.with_suffix(".args.json")  # there from the start, so that --resume knows what the samples are of
@@ -122,8 +125,7 @@ def main(argv: list[str]) -> None:
     )
     if args.lenient:
         for sample in greedy + samples:
-            sample.answer = common.extract_answer(sample.text, lenient=True)
-            sample.correct = sample.answer == sample.problem.answer
+            sample.grade(lenient=True)
 
     # 3. every metric is a mean over problems
     columns = metrics_per_problem(greedy, samples)

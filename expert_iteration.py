@@ -31,13 +31,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 
 
 def parse_args(argv: list[str]):
     parser = common.common_parser(
-        __doc__, model="runs/sft/model", out="runs/expert_iteration", samples=4, temperature=1.0, lr=1e-3, epochs=3,
+        __doc__, model="runs/sft/model", out="runs/expert_iteration", samples=4, temperature=1.0, lr=1e-3, epochs=4,
         batch_size=16, token_budget=16384, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     parser.add_argument("--base", default="tiny", help="pretrained model that every round trains from")
@@ -94,9 +95,11 @@ def main(argv: list[str]) -> None:
     if run.is_finished:
         print(f"{args.out} is complete")
         return
-    common.model_folder(args.base)  # a wrong --base must not show only after the first round's sampling
-    resumes_base = run.state and not args.from_previous  # the checkpoint then holds weights that came from the base
-    policy = common.Policy(args.base if resumes_base else args.model, args.device, args.dtype)
+    if run.state and not args.from_previous:  # the checkpoint holds weights that were trained from the base
+        policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
+    else:
+        common.Policy(args.base, "cpu", flag="--base")  # a wrong --base must not show only after hours of sampling
+        policy = common.Policy(args.model, args.device, args.dtype)
     run.begin()
     kept = {p.id: {common.equations(p.solution): p.solution} for p in train if p.solution and args.sft_data}
 
@@ -104,8 +107,18 @@ def main(argv: list[str]) -> None:
     if run.state:
         progress = run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
-    for file in [run.out / "samples" / f"round_{earlier}.jsonl" for earlier in range(1, progress["round"])]:
-        keep_correct(common.read_samples(file, train, args.samples), kept)
+    else:
+        start = common.dev_metrics(policy, dev, args, args.pass_k, run.out / "samples" / "dev_0.jsonl", args.few_shot)
+        run.log(step=0, samples=0, tokens=0, round=0, **start)
+    # what a restart builds on must be on the disk in full: earlier rounds, and this one's if it is training already
+    for finished in range(1, progress["round"] + (progress["place"] > 0)):
+        samples = common.read_samples(run.out / "samples" / f"round_{finished}.jsonl", train, args.samples)
+        if len(samples) != len(train) * args.samples:
+            raise common.UserError(
+                f"--resume: {run.out}/samples/round_{finished}.jsonl is damaged after line {len(samples)}"
+            )
+        if finished < progress["round"]:
+            keep_correct(samples, kept)
 
     for round_number in range(progress["round"], args.rounds + 1):
         # 1. sample K solutions per question (read back where a restart finds them on disk)
@@ -138,7 +151,7 @@ def main(argv: list[str]) -> None:
 
         # 3. train from the base again; as in sft.py, the order of the data depends on the seed and the epoch alone
         if not args.from_previous and not (run.state and progress["place"]):
-            policy = common.Policy(args.base, args.device, args.dtype)
+            policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
         if run.state and progress["place"]:
             optimizer.load_state_dict(run.state["optimizer"])
@@ -147,7 +160,7 @@ def main(argv: list[str]) -> None:
         steps_per_epoch = -(-len(examples) // args.batch_size)
         n_steps = args.epochs * steps_per_epoch
         started = time.monotonic()
-        for step in common.tqdm(range(progress["place"], n_steps), desc=f"round {round_number} training", disable=None):
+        for step in tqdm(range(progress["place"], n_steps), desc=f"round {round_number} training", disable=None):
             epoch, place = divmod(step, steps_per_epoch)
             order = common.shuffled(len(examples), args.seed, round_number, epoch)
             batch = [examples[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]

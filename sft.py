@@ -36,7 +36,7 @@ def parse_args(argv: list[str]):
     )  # fmt: skip
     parser.add_argument(
         "--samples", type=common.number(int, 0), default=0,
-        help="after every epoch also draw so many samples per dev problem, for pass@k",
+        help="after every epoch also draw so many samples per dev problem at --temperature, for pass@k",
     )  # fmt: skip
     return parser.parse_args(argv)
 
@@ -77,6 +77,7 @@ def main(argv: list[str]) -> None:
         progress = run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
+        run.state = None  # as large as the model and its optimizer
     else:
         run.log(step=0, samples=0, tokens=0, epoch=0, **evaluate(0))
 

@@ -39,6 +39,15 @@ def test_only_the_first_solution_of_a_run_on_text_counts():
     assert common.extract_answer("####\n4") is None
 
 
+def test_a_sample_that_was_cut_within_its_answer_line_has_no_answer():
+    """ "#### 1" may have been on its way to "#### 18"."""
+    problem = common.Problem("p", "?", Fraction(1))
+    assert common.Sample(problem, 0, "#### 1", finished=True).correct
+    assert not common.Sample(problem, 0, "#### 1", finished=False).correct
+    assert common.Sample(problem, 0, "#### 1\n\nQuestion: and", finished=False).correct
+    assert common.is_correct("#### 1.0", Fraction(1)) and not common.is_correct("1", Fraction(1))
+
+
 def test_the_lenient_reader_takes_the_last_number_only_when_asked():
     assert common.extract_answer("so 3 and 4, that is $7.", lenient=True) == 7
     assert common.extract_answer("so 3 and 4, that is $7.") is None

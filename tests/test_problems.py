@@ -110,6 +110,10 @@ def test_local_files_and_folders(tmp_path):
         ('{"question": "a", "answer": "1"}\n{"q": 1}\n{"question": "c", "answer": "1"}', 'line 2: needs "question"'),
         ('{"question": "a", "answer": "1"}', "at least 3"),
         ("", "at least 3"),
+        ('{"question": null, "answer": "1"}', "line 1: 'question' is not a text"),
+        ('{"question": "", "answer": "1"}', "line 1: 'question' is not a text"),
+        ('{"question": "a", "answer": ' + "9" * 5000 + "}", "line 1: not JSON that can be read"),
+        ("[" * 100_000, "line 1: not JSON that can be read"),
         ("\xff\xfe".encode("latin-1"), "not UTF-8"),
     ],
 )  # fmt: skip
@@ -119,6 +123,20 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
     with pytest.raises(common.UserError, match="bad.jsonl") as error:
         common.load_problems(str(path), "train")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["5", "null", '{"a": []}'])
+def test_a_json_file_that_is_no_list_is_an_error(tmp_path, content):
+    (tmp_path / "SVAMP.json").write_text(content)
+    with pytest.raises(common.UserError, match="not a list"):
+        common.load_problems(str(tmp_path / "SVAMP.json"), "train")
+
+
+def test_a_question_that_tokenizers_cannot_take_is_made_harmless(tmp_path, tiny):
+    rows = [{"question": "half a pair \ud800", "answer": "1"}] * 3
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in rows).encode())
+    problems = common.load_problems(str(tmp_path / "p.jsonl"), "all")
+    assert len(common.generate(tiny, problems[:1], max_new_tokens=2)) == 1
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():

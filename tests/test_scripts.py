@@ -68,7 +68,8 @@ def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
 
     argv = [*EI, "--model", sft_out / "model", "--out", ei_out]
     assert cli(expert_iteration, *argv)[0] == 0
-    rounds = rows_of(ei_out / "metrics.jsonl")
+    start, *rounds = rows_of(ei_out / "metrics.jsonl")
+    assert start["round"] == 0 and start["maj@1"] > 0
     assert rounds[0]["samples"] == 192 and rounds[0]["kept"] + 24 == rounds[0]["train_size"]
     written = rows_of(ei_out / "samples" / "round_1.jsonl")
     assert len(written) == 192 and rounds[0]["correct"] == pytest.approx(
@@ -101,7 +102,7 @@ def test_expert_iteration_from_the_base_continue_and_without_sft_data(cli, tmp_p
     sizes = {}
     for name, flags in {"base": [], "with": ["--sft-data"], "continue": ["--continue"], "few": ["--few-shot"]}.items():
         assert cli(expert_iteration, *argv, *flags, "--out", tmp_path / name)[0] == 0
-        row = rows_of(tmp_path / name / "metrics.jsonl")[0]
+        row = rows_of(tmp_path / name / "metrics.jsonl")[1]
         sizes[name] = row["train_size"] - row["kept"]
     assert sizes == {"base": 0, "with": 24, "continue": 0, "few": 0}
 
@@ -128,6 +129,8 @@ BAD = {
     "model folder": (["--model", "runs/none/model"], "no such folder"),
     "empty model folder": (["--model", "EMPTY"], "no config.json"),
     "too long": (["--max-new-tokens", "2000"], "positions"),
+    "device": (["--device", "toaster"], "cannot be used"),
+    "infinite": (["--temperature", "inf"], "number"),
 }
 
 
@@ -164,6 +167,72 @@ def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, n
     assert contents(tmp_path / "run") == before
     assert cli(sft, *argv, "--lr", "1e-3", "--overwrite")[0] == 0
     assert contents(tmp_path / "run")["model/model.safetensors"] != before["model/model.safetensors"]
+
+
+def test_a_folder_that_holds_only_metrics_is_not_touched(cli, nano, tmp_path):
+    """Recorded results keep args.json and metrics.jsonl alone."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "args.json").write_text("{}")
+    before = contents(tmp_path)
+    code, message = cli(sft, *SFT, "--model", nano, "--out", tmp_path)
+    assert code == 2 and "--overwrite" in message and contents(tmp_path) == before
+
+
+def test_a_bad_model_does_not_cost_the_run_that_it_would_replace(cli, nano, tmp_path):
+    argv = [*SFT, "--model", nano, "--out", tmp_path / "run", "--max-new-tokens", "8"]
+    assert cli(sft, *argv)[0] == 0
+    before = contents(tmp_path / "run")
+    assert cli(sft, *argv, "--model", tmp_path, "--overwrite")[0] == 2
+    assert contents(tmp_path / "run") == before
+
+
+def test_samples_of_another_question_or_model_are_not_mixed_in(cli, nano, tmp_path):
+    """Resuming an evaluation after its problems or its model changed: sampled again, or refused."""
+    file, out = tmp_path / "p.jsonl", tmp_path / "report.json"
+    rows = [{"question": f"q{i}", "answer": str(i)} for i in range(4)]
+    argv = [
+        "--model",
+        tmp_path / "m",
+        "--dataset",
+        file,
+        "--split",
+        "all",
+        "--out",
+        out,
+        "--samples",
+        2,
+        "--max-new-tokens",
+        4,
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common.Policy(nano).save(tmp_path / "m")
+    assert cli(evaluate, *argv)[0] == 0
+    rows[0]["question"] = "changed"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli(evaluate, *argv, "--resume")[0] == 0
+    assert rows_of(tmp_path / "report.samples.jsonl")[0]["question"] == "changed"
+    policy = common.Policy(nano)
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.add_(1.0)
+    policy.save(tmp_path / "m")
+    code, message = cli(evaluate, *argv, "--resume")
+    assert code == 2 and "other settings" in message
+
+
+@pytest.mark.parametrize("name", ["args.json", "checkpoint/state.pt"])
+def test_a_damaged_run_folder_is_an_error_that_names_the_file(cli, nano, tmp_path, name):
+    argv = [*SFT, "--model", nano, "--out", tmp_path, "--max-new-tokens", "8"]
+    assert cli(sft, *argv)[0] == 0
+    (tmp_path / name).write_bytes(b"\x00garbage")
+    code, message = cli(sft, *argv, "--resume")
+    assert code == 2 and name in message and message.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_an_error_in_one_line(cli, nano, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, message = cli(sft, *SFT, "--model", nano, "--out", tmp_path / "file")
+    assert code == 2 and "file" in message and message.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_model_loadable(cli, nano, tmp_path, monkeypatch):

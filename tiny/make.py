@@ -12,6 +12,7 @@ reads badly (nothing to select from) would not show.
 import argparse
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -93,9 +94,10 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    policy = common.Policy(str(args.out))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        policy = common.Policy(folder)
     print(f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
     examples = [(policy.encode_prompt(p), policy.encode_solution(s)) for p, s in pairs]
     # a pretrained model has read the questions too: everything after the first token is a target
@@ -109,7 +111,8 @@ def main() -> None:
         loss, _ = common.cross_entropy_step(policy, optimizer, batch, lr, token_budget=1 << 20)
         if step % 50 == 0 or step == n_steps - 1:
             print(f"step {step}/{n_steps}  loss {loss:.4f}  {time.monotonic() - started:.0f} s", flush=True)
-    policy.model.save_pretrained(args.out)
+    policy.model.save_pretrained(args.out)  # the files of this folder change only now
+    tokenizer.save_pretrained(args.out)
 
 
 if __name__ == "__main__":
