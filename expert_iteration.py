@@ -15,10 +15,10 @@ paper. A round is
 Where this differs from the paper: samples are de-duplicated for training (the paper does so only to count), and the
 SFT data stays in the mix (--no-sft-data leaves it out; it is out by default when --model is the base itself).
 
-CPU, two minutes after `python sft.py` (README.md has the measured numbers):
+CPU, three minutes after `python sft.py` (README.md has the measured numbers):
     python expert_iteration.py
 From the base, without any written solution:
-    python expert_iteration.py --model tiny --samples 8 --rounds 3 --out runs/expert_iteration_base
+    python expert_iteration.py --model tiny --samples 8 --epochs 3 --out runs/expert_iteration_base
 One GPU, the paper's setting, after sft.py; and from a pretrained model with a two-shot prompt in round 1:
     python expert_iteration.py --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 --epochs 4 --lr 2e-5 \
         --batch-size 128 --max-new-tokens 512 --rows 1024
