@@ -70,7 +70,7 @@ def confidence_interval(values: list[float]) -> list[float]:
         centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
         return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
     half = z * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    return [mean - half, mean + half]
+    return [max(0.0, mean - half), mean + half]  # every metric is a share or a count
 
 
 def metrics_per_problem(greedy: list[common.Sample], samples: list[common.Sample]) -> dict[str, list[float]]:
