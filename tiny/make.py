@@ -1,10 +1,10 @@
-"""Make the embedded base model: `python tiny/make.py` writes the files of this folder again (about 12 minutes).
+"""Make the embedded base model: `python tiny/make.py` writes the files of this folder again (about 7 minutes on two cores).
 
 It stands for a *pretrained* model, so it must know something, also something wrong. It is a Llama of 0.7 million
 parameters trained once over 60,000 generated problems, none of which is in a split of the embedded task. Their
 solutions were written by authors with systematic misconceptions: each kind of step is misread with its own
-probability ("fewer" taken as "more", a number that does not matter added, ...), so that only about a third of the
-solutions is right. A model of that corpus knows the right way and the wrong way and prefers the wrong one in places:
+probability ("fewer" taken as "more", a number that does not matter added, ...), so that 40 % of the
+solutions are right. A model of that corpus knows the right way and the wrong way and prefers the wrong one in places:
 it can be sharpened by reinforcement learning, which noise on the answers (greedy decoding removes it) or a model that
 reads badly (nothing to select from) would not show.
 """

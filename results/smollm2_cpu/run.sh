@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct on real data, at sizes that two cores allow (about 20 minutes): that the scripts work on a
+# SmolLM2-135M-Instruct on real data, at sizes that two cores allow (about 11 minutes): that the scripts work on a
 # pretrained model, not how well the method does. MODEL: its folder or hub name. DATA: where GSM8K and SVAMP load by name.
 # 1. SFT on 256 GSM8K problems; 2. one round of expert iteration on SVAMP with a two-shot prompt, K = 4.
 set -euo pipefail
