@@ -8,9 +8,12 @@ Nothing here knows which algorithm calls it. To fork a script, copy it together 
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
+import heapq
+import itertools
 import json
 import math
 import os
@@ -29,7 +32,9 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -401,7 +406,7 @@ class Policy:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+                folder, dtype=torch.float32, attn_implementation="paged_attention", use_safetensors=True
             )
             self.model.to(self.device).eval()
             ids = torch.tensor([[0, 1]], device=self.device)
@@ -429,6 +434,7 @@ class Policy:
         )
         config = self.model.config.get_text_config()
         self.max_length = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
 
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [batch, length], padded on the right if at all -> final hidden states [batch, length, width].
@@ -452,8 +458,33 @@ class Policy:
     @functools.cached_property
     def ends_line(self) -> np.ndarray:
         """[vocabulary] whether a token holds a line break."""
-        size = self.model.get_output_embeddings().weight.shape[0]
-        return np.array(["\n" in text for text in self.tokenizer.batch_decode([[i] for i in range(size)])])
+        return np.array(["\n" in text for text in self.tokenizer.batch_decode([[i] for i in range(self.vocabulary)])])
+
+    @functools.cached_property
+    def decodes_fast(self) -> bool:
+        """Whether the cache and the attention of section 4 fit this model: tokens decoded with them, from made-up
+        prompts, must have the log-probabilities that the plain forward pass gives. If not, `generate` runs whole
+        sequences again for every token, which is right for any causal model, and slow."""
+        prompts = [[i % self.vocabulary for i in ids] for ids in (range(10, 22), range(5, 8), range(1))]
+        decoded, autocast, self.autocast = [], self.autocast, contextlib.nullcontext
+        try:
+            with torch.inference_mode():
+                decode(
+                    self, prompts, {i: range(2) for i in range(3)}, lambda *_: np.zeros(4, np.float32),
+                    lambda i, _, ids, logprobs, finished: decoded.append((prompts[i], ids.tolist(), logprobs)),
+                    temperature=0, max_new_tokens=4, rows=3,
+                )  # fmt: skip
+                again = response_logprobs(self, [(prompt, ids) for prompt, ids, _ in decoded]).cpu()
+            said = torch.from_numpy(np.concatenate([logprobs for *_, logprobs in decoded]))
+            reason = f"log-probabilities differ by {(again - said).abs().max():.2g}"
+            fits = torch.allclose(again, said, atol=1e-2)
+        except Exception as error:  # whatever an unusual model raises
+            fits, reason = False, f"{type(error).__name__}: {first_line(error)}"
+        finally:
+            self.autocast = autocast
+        if not fits:
+            warn(f"sampling is slow, because this model does not work with the shared key cache ({reason})")
+        return fits
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -523,10 +554,10 @@ class Sample:
     number: int  # the how-manieth sample of its problem
     text: str
     finished: bool
-    # Filled by `generate`, empty when read from a file: the ids, with the end-of-text token if that ended the sample,
-    # and the log-probability of each under the distribution that it was sampled from.
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
+    # Filled by `generate`, empty when read from a file: the ids (int32), with the end-of-text token if that ended the
+    # sample, and the log-probability (float32) of each under the distribution that it was sampled from.
+    tokens: np.ndarray | tuple = ()
+    logprobs: np.ndarray | tuple = ()
 
     def __post_init__(self):
         self.grade()
@@ -543,43 +574,164 @@ class Sample:
         return json.dumps(row | {"question": self.problem.question, "text": self.text}, ensure_ascii=False)
 
 
-class SlotCache:
-    """Keys and values of `rows` sequences that grow at their own pace, preallocated. Stands in for a transformers
-    cache: the model calls `update` once a layer. In prefill (`positions` is None) it records what it is given."""
+PAGE = 32  # tokens
 
-    def __init__(self):
-        self.keys, self.values = [], []  # per layer, [rows, heads, capacity, head_dim]
-        self.positions = None  # [n] where the first n rows write next
-        self.length = 0  # how much of the capacity is in use
 
-    def allocate(self, prompts: "SlotCache", rows: int, capacity: int) -> None:
-        for mine, theirs in ((self.keys, prompts.keys), (self.values, prompts.values)):
-            mine.extend(t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in theirs)
+class PagedCache:
+    """Keys and values of the sequences that are being decoded. Stands in for a transformers cache: the model calls
+    `update` once a layer and hands what that returns to `paged_attention`.
 
-    def copy_row(self, row: int, source: "SlotCache", source_row: int, length: int) -> None:
-        for mine, theirs in zip(self.keys + self.values, source.keys + source.values, strict=True):
-            mine[row, :, :length] = theirs[source_row, :, :length]
+    Those of a prompt are held once, in a slot, and read by all of its samples. Those of a sample's own tokens lie in
+    pages of 32, so that a short sample takes little room however long the longest is, and handing a row to the next
+    sample moves nothing. Slots and pages are each one block of memory: for a slice of something longer, a batched
+    matrix product makes a copy first."""
+
+    def __init__(self, longest_prompt: int, on_growth: Callable[[], None]):
+        self.prompts, self.own = [], []  # per layer [keys, values]: [slots or pages, key heads, tokens, head_dim] each
+        self.free = {"prompts": [], "own": []}  # heaps: the lowest first, so that those in use lie together
+        self.longest_prompt, self.on_growth = longest_prompt, on_growth
+        self.recorded = None  # while prompts are run: per layer (keys, values)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
-        if self.positions is None:
-            self.keys.append(keys)
-            self.values.append(values)
+        if self.recorded is not None:
+            self.recorded.append((keys, values))
             return keys, values
-        n, index = len(self.positions), torch.arange(len(self.positions), device=keys.device)
-        self.keys[layer][index, :, self.positions] = keys[:, :, 0]
-        self.values[layer][index, :, self.positions] = values[:, :, 0]
-        return self.keys[layer][:n, :, : self.length], self.values[layer][:n, :, : self.length]
+        for pages, new in zip(self.own[layer], (keys, values), strict=True):
+            pages[self.page, :, self.place] = new[:, :, 0].to(pages.dtype)
+        return _CachedLayer(self, layer), _CachedLayer(self, layer)
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return self.length
+        return 0
+
+    def reserve(self, pool: str, size: int) -> None:
+        """Make a pool at least `size` slots or pages large."""
+        layers = getattr(self, pool)
+        old = len(layers[0][0])
+        if size > old:
+            for layer in layers:
+                layer[:] = [torch.cat([t, t.new_zeros(size - old, *t.shape[1:])]) for t in layer]
+            self.free[pool] += range(old, size)  # larger than all others, so it stays a heap
+            self.on_growth()
+
+    def take(self, pool: str, count: int) -> list[int]:
+        """The numbers of so many free slots or pages; a pool that has too few grows by half."""
+        if len(self.free[pool]) < count:
+            size = len(getattr(self, pool)[0][0])
+            self.reserve(pool, size + max(count, size // 2))
+        return [heapq.heappop(self.free[pool]) for _ in range(count)]
+
+    def give_back(self, pool: str, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            heapq.heappush(self.free[pool], number)
+
+    def keep_prompts(self) -> list[int]:
+        """Move the recorded keys and values into slots; their numbers."""
+        recorded, self.recorded = self.recorded, None
+        for keys, values in recorded if not self.own else ():
+            # under autocast keys come in float32 and values in bfloat16, which is what attention works in
+            empty = [t.new_zeros(0, t.shape[1], 0, t.shape[3], dtype=values.dtype) for t in (keys, values)]
+            self.prompts.append([t.new_zeros(0, t.shape[1], self.longest_prompt, t.shape[3]) for t in empty])
+            self.own.append([t.new_zeros(0, t.shape[1], PAGE, t.shape[3]) for t in empty])
+        if not self.free["own"]:
+            self.reserve("own", 1)
+            self.take("own", 1)  # page 0 belongs to no sample: it stands for "none" in a row's table
+        slots = self.take("prompts", len(recorded[0][0]))
+        for layer, pair in zip(self.prompts, recorded, strict=True):
+            for stored, new in zip(layer, pair, strict=True):
+                stored[slots, :, : new.shape[2]] = new.to(stored.dtype)
+        return slots
+
+    def begin_step(self, ages: torch.Tensor, starts: torch.Tensor, view: "View") -> None:
+        """Say what the next forward pass decodes: for each row how many of its own tokens are cached (`ages` [rows]), at
+        which position the first of them stands (`starts` [rows]), and where."""
+        self.ages, self.starts, self.view, self.biases = ages, starts, view, {}
+        self.page, self.place = view.table.gather(1, ages[:, None] // PAGE)[:, 0], ages % PAGE
+        self.no_page = (view.table == 0)[..., None, None, None]
+
+    def bias(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """0 where the query of a row sees a key and -1e30 where it does not: for prompts [slots, 1, readers, 1, keys] and
+        for own tokens [pages, 1, 1, 1, keys]. window: of sliding attention. The same in all layers of a kind."""
+        if window not in self.biases:
+            view, column = self.view, torch.arange(max(self.longest_prompt, PAGE), device=self.ages.device)
+            prompt_length, query = self.starts[view.grid][..., None], (self.starts + self.ages)[view.grid][..., None]
+            seen = column[: self.longest_prompt] < prompt_length
+            back = (self.ages[view.own_row] - view.own_first)[:, None] - column[:PAGE]  # how far back a key lies
+            own_seen = back >= 0
+            if window is not None:
+                seen &= query - column[: self.longest_prompt] < window
+                own_seen &= back < window
+            bias = (
+                torch.where(seen, 0.0, -1e30)[:, None, :, None],
+                torch.where(own_seen, 0.0, -1e30)[:, None, None, None],
+            )
+            self.biases[window] = bias
+        return self.biases[window]
+
+
+_CachedLayer = collections.namedtuple("_CachedLayer", "cache layer")
+
+
+@dataclasses.dataclass
+class View:
+    """Where a step finds what it reads. Slots and pages that nobody needs are computed too, and not used."""
+
+    grid: torch.Tensor  # the rows that read a slot, padded with row 0 [slots, readers]
+    slot: torch.Tensor  # where a row stands in the grid [rows]
+    reader: torch.Tensor  # [rows]
+    own_row: torch.Tensor  # whose page it is [pages]
+    own_first: torch.Tensor  # which of the row's own tokens is the first of the page [pages]
+    table: torch.Tensor  # the pages of a row, 0 for none [rows, pages of a row]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor):
+    """Attention of several queries to the same keys, in a form that can be merged with attention to others.
+
+    query [pages, key heads, queries, heads per key head, head_dim], keys and values [pages, key heads, keys, head_dim]
+    -> mean of the values under softmax weights, shaped as query, and the log of the sum of the exponentials of the
+    scores [pages, key heads, queries, heads per key head, 1]."""
+    scores = (query.flatten(2, 3) @ keys.mT).float().unflatten(2, query.shape[2:4]) + bias
+    weights = scores.softmax(-1)
+    mean = (weights.flatten(2, 3).to(values.dtype) @ values).unflatten(2, query.shape[2:4])
+    return mean, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()  # the largest weight is 1 / sum
+
+
+def paged_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """The attention function of every model here; transformers calls it in each layer. In decoding, a prompt is read
+    once for all the rows that sample from it, and the parts of a row, its prompt and its own pages, are merged by the
+    weight that each has in the softmax over all of them. Everything else is the usual attention."""
+    if not isinstance(key, _CachedLayer):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention with capped scores or sinks")
+    cache, view, (prompt_bias, own_bias) = key.cache, key.cache.view, key.cache.bias(sliding_window)
+    prompt_keys, prompt_values = (t[: len(view.grid)] for t in cache.prompts[key.layer])
+    own_keys, own_values = (t[: len(view.own_row)] for t in cache.own[key.layer])
+    rows, heads, _, head_dim = query.shape
+    scaled = (query[:, :, 0] * (scaling or head_dim**-0.5)).to(own_keys.dtype).unflatten(1, (own_keys.shape[1], -1))
+    mean, weight = attend(scaled[view.grid].transpose(1, 2), prompt_keys, prompt_values, prompt_bias)
+    mean, weight = (t[view.slot, :, view.reader] for t in (mean, weight))  # [rows, key heads, heads per key head, ...]
+    own_mean, own_weight = attend(scaled[view.own_row, :, None], own_keys, own_values, own_bias)
+    own_weight = own_weight[:, :, 0][view.table].masked_fill(cache.no_page, -torch.inf)  # [rows, pages of a row, ...]
+    share = torch.cat([weight[:, None], own_weight], 1).softmax(1)
+    out = mean * share[:, 0] + (own_mean[:, :, 0][view.table] * share[:, 1:]).sum(1)
+    return out.reshape(rows, 1, heads, -1).to(query.dtype), None
+
+
+AttentionInterface.register("paged_attention", paged_attention)
+AttentionMaskInterface.register("paged_attention", sdpa_mask)
 
 
 def attention_masks(config, positions: torch.Tensor, length: int):
-    """Which of `length` cached tokens the queries at `positions` [rows, queries] see: a boolean mask
+    """Which of `length` tokens the queries at `positions` [rows, queries] see: a boolean mask
     [rows, 1, queries, length], or one per kind of layer for a model that mixes full and sliding attention."""
     distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
     full, window = distance >= 0, getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"layers of kind {sorted(kinds)}")
     if window is None or kinds == {"full_attention"}:
         return full
     sliding = full & (distance < window)
@@ -610,6 +762,204 @@ def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
     return tokens[:, 0], (shifted.gather(-1, tokens) - total.log())[:, 0]
 
 
+def decode(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    wanted: dict[int, Sequence[int]],
+    draws: Callable[[int, int], np.ndarray],
+    deliver: Callable[[int, int, np.ndarray, np.ndarray, bool], None],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    rows: int,
+    is_complete: Callable[[np.ndarray], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    fast: bool = True,
+) -> None:
+    """The loop of `generate`, on token ids. wanted: prompt index -> sample numbers; draws(prompt, number): the uniforms
+    of a sample; deliver(prompt, number, ids, logprobs, finished) is called with each when it ends.
+
+    The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
+    step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
+    for each of the few sizes that rounding leaves."""
+    device, config, on_gpu = policy.device, policy.model.config.get_text_config(), policy.device.type in GRAPH_DEVICES
+    stride = 16 if on_gpu else 1
+    width = max_new_tokens + stride - 1  # a row may run on until the host looks
+    uniforms, tokens, logprobs = (torch.zeros(rows, width, device=device, dtype=t) for t in (torch.float, torch.long, torch.float))  # fmt: skip
+    ages, starts, inputs = torch.zeros(3, rows, device=device, dtype=torch.long)
+    is_eos = np.zeros(policy.vocabulary, bool)
+    is_eos[policy.eos_ids] = True
+    queue = ((i, number) for i, numbers in wanted.items() for number in numbers)
+    upcoming, left = iter(wanted), {i: len(numbers) for i, numbers in wanted.items()}  # to be run; samples to deliver
+    work, lengths = [None] * rows, np.zeros(rows, np.int64)  # what a row samples (prompt, number); `ages` for the host
+    table = np.zeros((rows, (width - 1) // PAGE + 1), np.int64)  # the pages of a row, 0: none
+    row_slot, slot_of = np.zeros(rows, np.int64), {}  # where the prompt of a row is; the same by prompt
+    graphs = {}
+    cache = PagedCache(max(1, max(map(len, prompts)) - 1), on_growth=graphs.clear)  # they read what growth replaces
+
+    def rounded(size: int) -> int:
+        """On a GPU up to the next of 1, 2, 3, ... 8, 10, 12, 14, 16, 20, ...: at most a quarter too many."""
+        grain = 1 << max(0, int(size - 1).bit_length() - 3) if on_gpu else 1
+        return -(-int(size) // grain) * grain
+
+    def prefill(count: int) -> None:
+        """Run the next `count` prompts, all but their last token, which the decode loop feeds like any other."""
+        batch = list(itertools.islice(upcoming, count))
+        length = max(1, max(len(prompts[i]) for i in batch) - 1)
+        ids = torch.tensor([(prompts[i][:-1] + [0] * length)[:length] for i in batch], device=device)
+        where = torch.arange(length, device=device)[None].expand(len(ids), -1)
+        cache.recorded = []
+        policy.model(
+            input_ids=ids, position_ids=where, attention_mask=attention_masks(config, where, length),
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        slot_of.update(zip(batch, cache.keep_prompts(), strict=True))
+
+    def fill(free: list[int]) -> list[int]:
+        """Hand rows to the next samples; returns those for which there is no work."""
+        taken = []
+        for row in free:
+            if (job := next(queue, None)) is None:
+                break
+            if fast and job[0] not in slot_of:
+                prefill(max(1, min(64, rows // len(wanted[job[0]]))))
+            work[row] = job
+            taken.append(row)
+        if taken:
+            at, jobs = torch.tensor(taken, device=device), [work[row] for row in taken]
+            uniforms[at, :max_new_tokens] = torch.from_numpy(np.stack([draws(*job) for job in jobs])).to(device)
+            starts[at] = torch.tensor([len(prompts[i]) - 1 for i, _ in jobs], device=device)
+            inputs[at] = torch.tensor([prompts[i][-1] for i, _ in jobs], device=device)
+            ages[at] = 0
+            lengths[taken] = 0
+            if fast:
+                row_slot[taken] = [slot_of[i] for i, _ in jobs]
+        return free[len(taken) :]
+
+    def step(n: int, view: View) -> None:
+        """One token for each of the first n rows. Device only; the shapes depend on n and the view's."""
+        cache.begin_step(ages[:n], starts[:n], view)
+        where = (starts[:n] + ages[:n]).clamp_(max=policy.max_length - 1)
+        logits = policy.model(
+            input_ids=inputs[:n, None], position_ids=where[:, None], past_key_values=cache, use_cache=True,
+            attention_mask=attention_masks(config, where[:, None] * 0, 1),  # not used, but without one it makes its own
+        ).logits[:, -1]  # fmt: skip
+        accept(n, logits)
+
+    def slow_step(n: int) -> None:
+        """The same for a model that does not work with PagedCache: run whole sequences again."""
+        sequences = [prompts[work[row][0]] + tokens[row, : lengths[row]].tolist() for row in range(n)]
+        last = torch.tensor([len(s) - 1 for s in sequences], device=device)
+        ids = torch.tensor([s + [0] * (int(last.max()) + 1 - len(s)) for s in sequences], device=device)
+        accept(n, policy.head(policy.hidden_states(ids)[torch.arange(n, device=device), last]))
+
+    def accept(n: int, logits: torch.Tensor) -> None:
+        age = ages[:n, None]
+        picked, picked_logprobs = pick_tokens(logits, uniforms[:n].gather(1, age)[:, 0], temperature)
+        tokens[:n].scatter_(1, age, picked[:, None])
+        logprobs[:n].scatter_(1, age, picked_logprobs[:, None])
+        inputs[:n] = picked
+        ages[:n] += 1
+
+    def look(n: int, n_run: int) -> View:
+        """Give the first n rows the pages that the next steps write to, and say where everything is."""
+        need = (lengths[:n] + stride - 1) // PAGE + 1
+        for row in np.flatnonzero(need > (table[:n] > 0).sum(1)):
+            held = np.count_nonzero(table[row])
+            table[row, held : need[row]] = cache.take("own", need[row] - held)
+        slot, readers = row_slot[:n], np.bincount(row_slot[:n])
+        order, reader, wide_slot = slot.argsort(kind="stable"), np.zeros(n_run, np.int64), np.zeros(n_run, np.int64)
+        reader[order] = np.arange(n) - (readers.cumsum() - readers)[slot[order]]  # its rank among those of its slot
+        wide_slot[:n] = slot
+        grid = np.zeros((rounded(len(readers)), rounded(readers.max())), np.int64)
+        grid[slot, reader[:n]] = np.arange(n)
+        row, nth = table[:n].nonzero()
+        page = table[row, nth]
+        own_row = np.zeros(rounded(page.max() + 1), np.int64)
+        own_row[page], own_first = row, np.full_like(own_row, width)
+        own_first[page] = nth * PAGE
+        cache.reserve("prompts", len(grid))
+        cache.reserve("own", len(own_row))
+        used = table[:n_run, : rounded(need.max())]
+        return View(*(torch.from_numpy(t).to(device) for t in (grid, wide_slot, reader, own_row, own_first, used)))
+
+    def advance(n: int) -> None:
+        """`stride` steps of at least the first n rows."""
+        n_run = rows >> int(math.log2(rows / n)) if on_gpu else n  # all, half, a quarter ... of the rows
+        ages[n:] = 0
+        view = look(n, n_run)
+        if not on_gpu:
+            return step(n, view)
+        sizes = tuple(t.shape for t in view.tensors())
+        first = sizes not in graphs
+        if not first:
+            replay, static = graphs[sizes]
+            for t, new in zip(static.tensors(), view.tensors(), strict=True):
+                t.copy_(new)
+        else:
+            step(n_run, view)  # the first step of a size runs as it is, which warms up what the graph needs
+            replay, _ = graphs[sizes] = record(lambda: step(n_run, view)), view
+        for _ in range(stride - first):
+            replay()
+
+    n = rows - len(fill(list(range(rows))))
+    while n:
+        if stop():
+            raise KeyboardInterrupt
+        # 1. the next token of the first n rows; on a GPU the next 16
+        advance(n) if fast else slow_step(n)
+        before, host_tokens, host_logprobs = lengths[:n].copy(), tokens[:n].cpu().numpy(), logprobs[:n].cpu().numpy()
+        lengths[:n] += stride
+        # 2. which have ended, and after how many tokens
+        columns = before[:, None] + np.arange(stride)
+        new = np.take_along_axis(host_tokens, columns, 1)
+        if not np.isfinite(np.take_along_axis(host_logprobs, columns, 1)).all():
+            raise UserError("the model's probabilities are not finite: its weights are broken")
+        ends = is_eos[new]
+        if is_complete:
+            for row, column in np.argwhere(policy.ends_line[new] & ~ends):
+                ends[row, column] = is_complete(host_tokens[row, : before[row] + column + 1])
+        ends &= columns < max_new_tokens
+        ended = ends.any(1)
+        length = np.where(ended, before + ends.argmax(1) + 1, max_new_tokens)
+        vacant = np.flatnonzero(ended | (lengths[:n] >= max_new_tokens)).tolist()
+        for row in vacant:
+            i, number = work[row]
+            ids, said = host_tokens[row, : length[row]].astype(np.int32), host_logprobs[row, : length[row]].copy()
+            deliver(i, number, ids, said, bool(ended[row]))
+            left[i] -= 1
+            if fast:
+                cache.give_back("own", table[row][table[row] > 0].tolist())
+                table[row] = 0
+                if not left[i]:
+                    cache.give_back("prompts", [slot_of.pop(i)])
+        # 3. hand their rows to the next samples; where there is none left, move the last rows into the gaps
+        vacant = set(fill(vacant))
+        n -= len(vacant)
+        gaps, last = [r for r in vacant if r < n], [r for r in range(n, n + len(vacant)) if r not in vacant]
+        if gaps:
+            for state in (uniforms, tokens, logprobs, ages, starts, inputs):
+                state[gaps] = state[last]
+            for state in (lengths, table, row_slot):
+                state[gaps] = state[last]
+            table[last] = 0
+            for gap, row in zip(gaps, last, strict=True):
+                work[gap] = work[row]
+
+
+GRAPH_DEVICES = {"cuda"}
+
+
+def record(step: Callable[[], None]) -> Callable[[], None]:
+    """Something that does what `step` does, without Python: a CUDA graph. `step` itself where there is no GPU."""
+    if not torch.cuda.is_available():
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 @torch.inference_mode()
 def generate(
     policy: Policy,
@@ -627,102 +977,55 @@ def generate(
     """`samples` solutions of every problem, in the order of the problems, from the full softmax at `temperature`
     (0: greedy).
 
-    A prompt is run once and its keys and values are copied to its samples. `rows` sequences are decoded at a time; a
+    A prompt is run once, and its keys and values are shared by its samples. `rows` sequences are decoded at a time; a
     row that has finished is handed to the next sample at once. The random numbers of a sample depend on (seed,
-    problem, sample number) alone, so it does not matter how many rows there are or what else is sampled.
+    problem, sample number) alone, so it does not matter how many rows there are or what else is sampled. When memory
+    runs out, the number of rows is halved, with a warning, and no finished sample is lost.
     few_shot: prompt with two worked examples; a sample then ends when its answer line is complete, because such a model
     goes on to invent the next question. stop: asked before every step; when true, KeyboardInterrupt. Raises UserError
     if a prompt does not fit into the model's positions."""
     prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
-    capacity = max(map(len, prompts), default=0) + max_new_tokens
-    check_length(policy, capacity, f"the longest prompt with --max-new-tokens {max_new_tokens}")
-    device, config = policy.device, policy.model.config.get_text_config()
-    vocabulary = policy.model.get_output_embeddings().weight.shape[0]
-    is_eos = np.zeros(vocabulary, bool)
-    is_eos[policy.eos_ids] = True
-    rows = min(rows, len(problems) * samples)
-    queue = ((i, number) for i in range(len(problems)) for number in range(samples))
-    cache, prefilled = SlotCache(), {}  # problem index -> (cache of its prefill batch, row in it)
-    work: list[tuple[int, int]] = [(0, 0)] * rows  # what each row is sampling
-    uniforms = np.zeros((rows, max_new_tokens), np.float32)
-    tokens, logprobs = np.zeros((rows, max_new_tokens), np.int64), np.zeros((rows, max_new_tokens), np.float32)
-    lengths, positions, inputs = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-    finished: dict[tuple[int, int], Sample] = {}
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    check_length(policy, longest, f"the longest prompt with --max-new-tokens {max_new_tokens}")
+    done: list[list[Sample | None]] = [[None] * samples for _ in problems]
     bar = tqdm(total=len(problems) * samples, desc=progress, unit="sample", disable=None if progress else True)
 
-    def prefill(first: int) -> None:
-        """Run the next prompts, all but their last token, which the decode loop feeds like any other."""
-        batch = range(first, min(len(problems), first + max(1, min(64, rows // samples))))
-        prefilled.clear()  # the queue goes through the problems in order: earlier prompts are not needed again
-        width = max(1, max(len(prompts[i]) for i in batch) - 1)
-        ids = torch.tensor([(prompts[i][:-1] + [0] * width)[:width] for i in batch], device=device)
-        where = torch.arange(width, device=device)[None].expand(len(ids), -1)
-        store = SlotCache()
-        run_model(ids, where, store, width, logits_to_keep=1)
-        prefilled.update({i: (store, row) for row, i in enumerate(batch)})
-        if not cache.keys:
-            cache.allocate(store, rows, capacity)
-
-    def run_model(ids, where, past, length, **kwargs):
-        masks = attention_masks(config, where, length)
-        with policy.autocast():
-            return policy.model(
-                input_ids=ids, position_ids=where, attention_mask=masks, past_key_values=past, use_cache=True, **kwargs
-            )
-
-    def start(row: int) -> bool:
-        """Hand a row to the next sample; False when there is none left."""
-        i, number = next(queue, (None, None))
-        if i is None:
-            return False
-        if i not in prefilled:
-            prefill(i)
-        cache.copy_row(row, *prefilled[i], len(prompts[i]) - 1)
+    def draws(i: int, number: int) -> np.ndarray:
         key = [*np.atleast_1d(seed).tolist(), zlib.crc32(problems[i].id.encode()), number]
-        uniforms[row] = np.random.default_rng(key).random(max_new_tokens, np.float32)
-        work[row], lengths[row], positions[row], inputs[row] = (i, number), 0, len(prompts[i]) - 1, prompts[i][-1]
-        return True
+        return np.random.default_rng(key).random(max_new_tokens, np.float32)
 
-    n = sum(start(row) for row in range(rows))
-    while n:
-        if stop():
-            raise KeyboardInterrupt
-        # 1. one decode step of the first n rows
-        cache.positions, cache.length = torch.from_numpy(positions[:n]).to(device), int(positions[:n].max()) + 1
-        ids = torch.from_numpy(inputs[:n]).to(device)[:, None]
-        logits = run_model(ids, cache.positions[:, None], cache, cache.length).logits[:, -1]  # [n, vocabulary]
-        # 2. pick a token for each
-        draws = torch.from_numpy(uniforms[np.arange(n), lengths[:n]]).to(device)
-        picked, picked_logprobs = (t.cpu().numpy() for t in pick_tokens(logits, draws, temperature))
-        if not np.isfinite(picked_logprobs).all():
-            raise UserError("the model's probabilities are not finite: its weights are broken")
-        tokens[np.arange(n), lengths[:n]], logprobs[np.arange(n), lengths[:n]] = picked, picked_logprobs
-        lengths[:n] += 1
-        positions[:n] += 1
-        inputs[:n] = picked
-        # 3. collect what has ended, hand its row to the next sample, and close the gap when none is left
-        ended = is_eos[picked]
-        if few_shot:
-            for row in np.flatnonzero(policy.ends_line[picked]):
-                lines = policy.decode(tokens[row, : lengths[row]]).rpartition("\n")[0]
-                ended[row] |= MARKER in lines or "\nQuestion:" in lines
-        for row in np.flatnonzero(ended | (lengths[:n] == max_new_tokens))[::-1]:
-            (i, number), length = work[row], lengths[row]
-            ids = tokens[row, :length].tolist()
-            sample = Sample(
-                problems[i], number, policy.decode(ids), bool(ended[row]), ids, logprobs[row, :length].tolist()
-            )
-            finished[i, number] = sample
-            bar.update()
-            if not start(row):
-                n -= 1
-                if row < n:
-                    cache.copy_row(row, cache, n, positions[n])
-                    for state in (uniforms, tokens, logprobs, lengths, positions, inputs):
-                        state[row] = state[n]
-                    work[row] = work[n]
+    def deliver(i: int, number: int, ids: np.ndarray, logprobs: np.ndarray, finished: bool) -> None:
+        done[i][number] = Sample(problems[i], number, policy.decode(ids), finished, ids, logprobs)
+        bar.update()
+
+    def is_complete(ids: np.ndarray) -> bool:
+        lines = policy.decode(ids).rpartition("\n")[0]
+        return MARKER in lines or "\nQuestion:" in lines
+
+    while wanted := {i: [k for k, s in enumerate(group) if s is None] for i, group in enumerate(done) if None in group}:
+        rows = min(rows, sum(map(len, wanted.values())))
+        try:
+            with policy.autocast():
+                decode(
+                    policy, prompts, wanted, draws, deliver, temperature=temperature, max_new_tokens=max_new_tokens,
+                    rows=rows, is_complete=is_complete if few_shot else None, stop=stop, fast=policy.decodes_fast,
+                )  # fmt: skip
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+            warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)")
+            rows //= 2
     bar.close()
-    return [finished[i, number] for i in range(len(problems)) for number in range(samples)]
+    return [sample for group in done for sample in group]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that the memory of the device is used up (PyTorch has a class for it on GPUs only)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in str(error)
+
+
+def warn(text: str) -> None:
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -964,7 +1267,7 @@ def sample_to_file(
         with open(path, "a", encoding="utf-8") as file:
             file.write("".join(sample.to_json() + "\n" for sample in new))
         for sample in new:
-            sample.tokens, sample.logprobs = [], []
+            sample.tokens, sample.logprobs = (), ()
         samples += new
     return samples
 
