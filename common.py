@@ -57,7 +57,12 @@ class Problem:
     question: str
     answer: Fraction
     solution: str | None = None  # a written solution that ends in "#### answer"; None where only the answer is known
-    steps: tuple[str, ...] | None = None  # the reference's arithmetic operations where known: for metrics and rewards
+    reference: str | None = None  # a solution for metrics, dense rewards and curricula; not for training on
+
+    @functools.cached_property
+    def steps(self) -> tuple[str, ...] | None:
+        """The reference's arithmetic operations."""
+        return None if self.reference is None else equations(self.reference)
 
 
 # The embedded task: a story is a plan of steps; each kind of step has an operation and sentences that say it.
@@ -143,7 +148,7 @@ def write_solution(steps: list[tuple[str, int]]) -> str:
 
 def arithmetic_problems(split: str, min_steps: int = 1, max_steps: int = 4) -> list[Problem]:
     """The embedded task: 2,560 problems for train and dev, 1,000 for test, the same in every run. Only the first 24
-    carry a written solution (written solutions are dear, answers are cheap); the reference steps of all are known."""
+    carry a written solution (written solutions are dear, answers are cheap); all have a reference."""
     rng, seen, problems = random.Random(20240307), set(), []
     while len(problems) < 3560:
         question, plan = tell_story(rng, rng.randint(min_steps, max_steps))
@@ -151,9 +156,8 @@ def arithmetic_problems(split: str, min_steps: int = 1, max_steps: int = 4) -> l
             continue
         seen.add(question)
         steps, number = solve_story(plan), len(problems)
-        solution = write_solution(steps) if number < 24 else None
-        name = f"arithmetic{max_steps}-{number}"
-        problems.append(Problem(name, question, Fraction(steps[-1][1]), solution, tuple(left for left, _ in steps)))
+        name, text = f"arithmetic{max_steps}-{number}", write_solution(steps)
+        problems.append(Problem(name, question, Fraction(steps[-1][1]), text if number < 24 else None, text))
     return problems[2560:] if split == "test" else problems[:2560]
 
 
@@ -258,7 +262,7 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
     answer = extract_answer(written if solution else f"#### {written}")
     if answer is None:
         raise UserError(f"{place}: the answer {written[-40:]!r} is no number")
-    return Problem(name, question, answer, solution, equations(solution) if solution else None)
+    return Problem(name, question, answer, solution, solution)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,6 +355,12 @@ def equations(text: str) -> tuple[str, ...]:
         found = [side[len(side.rstrip("0123456789.,+-*/x\u00d7\u00f7()$% ")) :] for side in sides]
     found = [expression.translate(_PLAIN).lstrip("*.") for expression in found]
     return tuple(e for e in found if any(c in "+-*/" for c in e[1:]) and any(c.isdigit() for c in e))
+
+
+def computed_values(text: str) -> list[Fraction]:
+    """The results in the calculator annotations of a text, in order: "14+6=<<14+6=20>>20\n#### 20" -> [20]."""
+    found = (extract_answer(f"#### {value}") for value in re.findall(r"<<[^<>]*=([^<>=]*)>>", text))
+    return [value for value in found if value is not None]
 
 
 _PLAIN = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "\u2212": "-", " ": "", "$": "", "%": "", ",": ""})
@@ -450,10 +460,14 @@ class Policy:
         ids = self.tokenizer(text).input_ids
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
+    def encode_prefix(self, text: str) -> list[int]:
+        """Token ids of the beginning of a solution."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
     def encode_solution(self, text: str) -> list[int]:
         """Token ids of a finished solution with the end-of-text token, encoded apart from the prompt: sampling and
         training then see the same boundary."""
-        return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+        return [*self.encode_prefix(text), self.tokenizer.eos_token_id]
 
     @functools.cached_property
     def ends_line(self) -> np.ndarray:
@@ -558,6 +572,8 @@ class Sample:
     # sample, and the log-probability (float32) of each under the distribution that it was sampled from.
     tokens: np.ndarray | tuple = ()
     logprobs: np.ndarray | tuple = ()
+    prompt: Sequence[int] = ()  # the ids that it was sampled from; those of `prefix` are at their end
+    prefix: str = ""  # the beginning of `text` that was given, not sampled
 
     def __post_init__(self):
         self.grade()
@@ -971,6 +987,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     rows: int = 128,
     few_shot: bool = False,
+    prefixes: Sequence[str] | None = None,
     progress: str | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
@@ -982,9 +999,12 @@ def generate(
     problem, sample number) alone, so it does not matter how many rows there are or what else is sampled. When memory
     runs out, the number of rows is halved, with a warning, and no finished sample is lost.
     few_shot: prompt with two worked examples; a sample then ends when its answer line is complete, because such a model
-    goes on to invent the next question. stop: asked before every step; when true, KeyboardInterrupt. Raises UserError
-    if a prompt does not fit into the model's positions."""
+    goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
+    asked before every step; when true, KeyboardInterrupt. Raises UserError if a prompt does not fit into the model's
+    positions."""
+    prefixes = prefixes or [""] * len(problems)
     prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
+    prompts = [ids + policy.encode_prefix(prefix) for ids, prefix in zip(prompts, prefixes, strict=True)]
     longest = max(map(len, prompts), default=0) + max_new_tokens
     check_length(policy, longest, f"the longest prompt with --max-new-tokens {max_new_tokens}")
     done: list[list[Sample | None]] = [[None] * samples for _ in problems]
@@ -995,7 +1015,8 @@ def generate(
         return np.random.default_rng(key).random(max_new_tokens, np.float32)
 
     def deliver(i: int, number: int, ids: np.ndarray, logprobs: np.ndarray, finished: bool) -> None:
-        done[i][number] = Sample(problems[i], number, policy.decode(ids), finished, ids, logprobs)
+        text = prefixes[i] + policy.decode(ids)
+        done[i][number] = Sample(problems[i], number, text, finished, ids, logprobs, prompts[i], prefixes[i])
         bar.update()
 
     def is_complete(ids: np.ndarray) -> bool:
@@ -1035,6 +1056,12 @@ def warn(text: str) -> None:
 Example = tuple[list[int], list[int]]  # prompt ids, response ids
 
 
+def response_places(examples: Sequence[Example], device: torch.device) -> torch.Tensor:
+    """Row and column of every response token in the right-padded batch: [2, response tokens of all examples]."""
+    where = [(row, len(p) + i) for row, (p, r) in enumerate(examples) for i in range(len(r))]
+    return torch.tensor(where, device=device).T
+
+
 def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: float = 1.0) -> torch.Tensor:
     """Log-probability of every response token under softmax(logits / temperature): [response tokens of all examples,
     one after the other]. No mask: what is not a response token is never computed. With prompt [p0 p1] and response
@@ -1045,8 +1072,7 @@ def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: 
     width = max(len(prompt) + len(response) for prompt, response in examples)
     check_length(policy, width, "the longest solution with its prompt")
     ids = torch.tensor([(p + r + [0] * width)[:width] for p, r in examples], device=policy.device)  # [batch, width]
-    where = [(row, len(p) + i) for row, (p, r) in enumerate(examples) for i in range(len(r))]
-    rows, columns = torch.tensor(where, device=policy.device).T
+    rows, columns = response_places(examples, policy.device)
     with policy.autocast():
         hidden = policy.hidden_states(ids)[rows, columns - 1]  # [response tokens, width]
 

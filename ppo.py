@@ -1,0 +1,513 @@
+"""PPO on reasoning problems: a KL-penalised policy gradient with a learned value function.
+
+Objective, for question q and sampled solution s with tokens s_1 ... s_T:
+
+    maximise   E_{q, s ~ pi} [ R(q, s)  -  kl_coef * sum_t ( log pi(s_t | q, s_<t) - log pi_ref(s_t | q, s_<t) ) ]
+
+"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), its PPO, on the clipped
+surrogate of "Proximal Policy Optimization Algorithms" (Schulman et al. 2017). A phase is
+
+    1. draw questions (--curriculum) and sample solutions from the policy
+    2. task reward of every token: 1 at the end of a correct solution (--reward dense: also along the way)
+    3. one forward pass: log-probabilities and values; another for the reference; reward of a token =
+       task reward - kl_coef * (log pi - log pi_ref)
+    4. advantages by GAE, whitened
+    5. several epochs of minibatches: clipped policy loss and clipped value loss
+    6. every few phases greedy accuracy on dev; the best becomes model/
+
+The value function is a trainable copy of the policy's top layers with a scalar head, fed with the hidden states below
+them, through which no gradient flows (--no-detach-value: it does). With --lora-rank the policy is the initial model plus
+low-rank adapters, and the reference is the same network with the adapters off: there is no second one.
+
+Where this differs from the paper: full fine-tuning by default, because the default model is tiny; learning rates and the
+number of rollouts of a phase to match; the value function trains alone in the first phase; gamma is 1.
+
+CPU, five minutes after `python sft.py` (README.md has the measured numbers):
+    python ppo.py
+From the base, without any written solution:
+    python ppo.py --model tiny --temperature 1 --out runs/ppo_base
+One GPU, the paper's setting, after sft.py:
+    python ppo.py --dataset gsm8k --lora-rank 128 --lr 1e-6 --value-lr 1e-5 --questions 256 --samples 4 --epochs 4 \
+        --batch-size 256 --phases 250 --max-new-tokens 512 --rows 1024
+"""
+
+import contextlib
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+
+
+def parse_args(argv: list[str]):
+    parser = common.common_parser(
+        __doc__, model="runs/sft/model", out="runs/ppo", samples=4, temperature=0.7, lr=2e-4, epochs=2, batch_size=128,
+        rows=256, token_budget=16384, limit_train=None, checkpoint_every=120,
+    )  # fmt: skip
+    whole, positive, share = common.number(int, 1), common.number(float, 0), common.number(float, 0, 1)
+    add = parser.add_argument
+    add("--phases", type=whole, default=20, help="rounds of sampling and training")
+    add("--questions", type=whole, default=128, help="questions a phase (paper: 256, with 4 samples each)")
+    add("--reward", choices=["sparse", "dense"], default="sparse",
+        help="sparse: 1 for a correct answer; dense: also for each value of the reference solution")  # fmt: skip
+    add("--kl-coef", type=positive, default=0.05, help="weight of the KL penalty (paper: 0.05)")
+    add("--kl-limit", type=positive, default=0, help="end a phase when a minibatch is this far (nats) from the policy "
+        "that sampled; 0: never")  # fmt: skip
+    add("--clip", type=positive, default=0.2, help="how far the ratio may leave 1 (paper: 0.2)")
+    add("--value-clip", type=positive, default=0.2, help="how far a value may move in a phase (paper: 0.2)")
+    add("--lam", type=share, default=1.0, help="lambda of GAE; below 1 the value function must be good")
+    add("--lr-warmup", type=whole, default=20, help="steps over which the policy's learning rate rises to --lr")
+    add("--value-lr", type=positive, default=1e-3, help="learning rate of the value function")
+    add("--value-layers", type=common.number(int, 0), default=4, help="layers of its own; at most half of the model's")
+    add("--value-warmup", type=common.number(int, 0), default=1, help="phases in which only the value function trains")
+    add("--no-detach-value", action="store_true", help="let the value loss change the policy's layers, too")
+    add("--lora-rank", type=common.number(int, 0), default=0, help="rank of the adapters; 0: train all weights "
+        "(paper: 128)")  # fmt: skip
+    add("--curriculum", choices=["none", "backtracking", "plr"], default="none",
+        help="backtracking: begin within the reference solution, reveal less as success grows; plr: prefer questions "
+        "whose value was wrong")  # fmt: skip
+    add("--few-shot", action="store_true", help="two worked examples in every prompt, for a base that never saw the "
+        "format (then --temperature 0.2 as in the paper)")  # fmt: skip
+    add("--eval-every", type=whole, default=4, help="phases between evaluations on dev")
+    add("--pass-k", type=common.number(int, 0), default=0, help="samples per dev problem for pass@k; 0: none")
+    return parser.parse_args(argv)
+
+
+# ---- the formulas ----------------------------------------------------------------------------------------------------
+
+
+def penalised_rewards(task: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kl_coef: float):
+    """Reward of every token: its task reward less its share of the KL penalty. All of the same shape."""
+    return task - kl_coef * (logprobs - ref_logprobs)
+
+
+def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Unbiased estimate of KL(pi, ref) from a sample of pi; may be negative ("Approximating KL Divergence", Schulman)."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Unbiased estimate of the same that is never negative: r - 1 - log r with r = ref / pi."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016) and the returns, advantages + values.
+
+    rewards, values [samples, longest], zero behind the end of a sample: nothing follows its last token, cut or not."""
+    advantages, following = torch.zeros_like(rewards), torch.zeros(len(rewards))
+    next_value = torch.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = advantages[:, t] = delta + gamma * lam * following
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+def whiten(x: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and variance 1 over all tokens."""
+    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float):
+    """The clipped surrogate, per token."""
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
+    """Half the squared error, per token, of the value or of the value held within `clip` of the old one, if larger."""
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def task_rewards(kind: str, policy: common.Policy, samples: list[common.Sample]) -> list[np.ndarray]:
+    """The reward of every token of every sample. A cut solution may be correct and gets none for it."""
+    rewards = []
+    for sample in samples:
+        reward = np.zeros(len(sample.tokens), np.float32)
+        reward[-1] = float(sample.correct and sample.finished)
+        if kind == "dense":
+            reward += step_rewards(policy, sample)
+        rewards.append(reward)
+    return rewards
+
+
+def step_rewards(policy: common.Policy, sample: common.Sample) -> np.ndarray:
+    """1 / (values in the reference) at the end of the line in which one of them appears for the first time."""
+    reward = np.zeros(len(sample.tokens), np.float32)
+    reference = common.computed_values(sample.problem.reference or "")
+    open_values, seen = list(reference), 0
+    ends = sorted({*np.flatnonzero(policy.ends_line[sample.tokens]).tolist(), len(sample.tokens) - 1})
+    for place, line_end in enumerate([None, *ends]):
+        text = sample.prefix + ("" if line_end is None else policy.decode(sample.tokens[: line_end + 1]))
+        found = common.computed_values(common.first_solution(text))
+        for value in found[seen:]:
+            if value in open_values:
+                open_values.remove(value)
+                if place:  # what the prefix gives away earns nothing
+                    reward[line_end] += 1 / len(reference)
+        seen = len(found)
+    return reward
+
+
+# ---- the value function and the adapters -----------------------------------------------------------------------------
+
+
+def top_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The stack of layers of any decoder: the longest list of modules in it."""
+    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+
+
+class ValueFunction(torch.nn.Module):
+    """A trainable copy of the policy's top layers and a scalar head that starts at zero.
+
+    It is fed with what the policy's own layers are called with (hidden states, masks, position embeddings, ...), caught
+    on the way in a forward pass of the policy, so that it works for any decoder."""
+
+    def __init__(self, policy: common.Policy, n_layers: int, detach: bool):
+        super().__init__()
+        layers = top_layers(policy.model)
+        n_layers = min(n_layers, max(1, len(layers) // 2))
+        own = list(layers)[len(layers) - n_layers :]
+        self.layers = torch.nn.ModuleList(copy.deepcopy(layer) for layer in own)
+        width = policy.model.config.get_text_config().hidden_size
+        self.norm = torch.nn.LayerNorm(width, device=policy.device)
+        self.head = torch.nn.Linear(width, 1, device=policy.device)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+        self.detach, self.calls, self.catching = detach, [], False
+        for layer in own:
+            layer.register_forward_pre_hook(self._catch, with_kwargs=True)
+
+    def _catch(self, module, args, kwargs):
+        if self.catching:
+            self.calls.append((args, kwargs))
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Around a forward pass of the policy, after which `values` can be asked for."""
+        self.calls, self.catching = [], True
+        try:
+            yield
+        finally:
+            self.catching = False
+
+    def values(self, policy: common.Policy, examples: list[common.Example]) -> torch.Tensor:
+        """Expected return before every response token: [response tokens of all examples]."""
+        calls, self.calls = self.calls, []
+        rows, columns = common.response_places(examples, policy.device)
+        with policy.autocast():
+            args, kwargs = calls[0]
+            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = hidden.detach() if self.detach else hidden
+            for layer, (args, kwargs) in zip(self.layers, calls, strict=True):
+                args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                hidden = layer(hidden, *args, **kwargs)
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            return self.head(self.norm(hidden[rows, columns - 1].float()))[:, 0].float()
+
+
+class Lora(torch.nn.Module):
+    """Low-rank adapters (Hu et al. 2021) on every linear map within the layers: W x + B A x, with B = 0 at first. They
+    hang on the modules as hooks, so the model itself, its names and its checkpoint, stay what they are."""
+
+    def __init__(self, policy: common.Policy, rank: int):
+        super().__init__()
+        policy.model.requires_grad_(False)
+        self.on, self.targets, self.down, self.up = True, [], torch.nn.ParameterList(), torch.nn.ParameterList()
+        for module in top_layers(policy.model).modules():
+            weight = getattr(module, "weight", None)
+            if weight is None or weight.ndim != 2 or isinstance(module, torch.nn.Embedding):
+                continue
+            transposed = not isinstance(module, torch.nn.Linear)  # the Conv1D of GPT-2 keeps [in, out]
+            n_out, n_in = weight.T.shape if transposed else weight.shape
+            self.down.append(torch.nn.Parameter(torch.randn(rank, n_in, device=weight.device) / n_in**0.5))
+            self.up.append(torch.nn.Parameter(torch.zeros(n_out, rank, device=weight.device)))
+            self.targets.append((module, transposed))
+            module.register_forward_hook(self._adapter(len(self.targets) - 1))
+
+    def _adapter(self, i: int):
+        def hook(module, inputs, output):
+            return output + (inputs[0] @ self.down[i].T) @ self.up[i].T if self.on else output
+
+        return hook
+
+    @contextlib.contextmanager
+    def off(self):
+        """The initial model."""
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
+
+    @contextlib.contextmanager
+    def merged(self):
+        """The adapters within the weights, for saving."""
+        kept = [module.weight.data for module, _ in self.targets]
+        for (module, transposed), down, up in zip(self.targets, self.down, self.up, strict=True):
+            delta = up.data @ down.data
+            module.weight.data = module.weight.data + (delta.T if transposed else delta)
+        with self.off():
+            yield
+        for (module, _), weight in zip(self.targets, kept, strict=True):
+            module.weight.data = weight
+
+
+# ---- curricula -------------------------------------------------------------------------------------------------------
+
+
+class Curriculum:
+    """Which questions a phase asks, and how much of the reference solution it gives away. Its state is plain data."""
+
+    def __init__(self, kind: str, problems: list[common.Problem], seed: int):
+        self.kind, self.problems, self.seed = kind, problems, seed
+        self.state = {"next": 0, "score": [-1.0] * len(problems), "hidden": [1] * len(problems)}
+
+    def draw(self, phase: int, count: int) -> tuple[list[int], list[str]]:
+        """Indices of questions, and for each the beginning of a solution that is given away."""
+        n, rng = len(self.problems), np.random.default_rng([self.seed, phase, 1])
+        fresh = count
+        if self.kind == "plr":  # half of the questions new as long as there are such, half by score
+            fresh = min(count // 2, self.state["score"].count(-1.0)) if phase > 1 else count
+        chosen: list[int] = []
+        while len(chosen) < fresh:
+            turn, place = divmod(self.state["next"], n)
+            i = common.shuffled(n, self.seed, turn)[place]
+            self.state["next"] += 1
+            chosen += [i] if i not in chosen or fresh > n else []
+        if fresh < count:
+            seen = np.array([i for i in range(n) if self.state["score"][i] >= 0 and i not in chosen])
+            rank = np.empty(len(seen))
+            rank[np.argsort([-self.state["score"][i] for i in seen], kind="stable")] = np.arange(1, len(seen) + 1)
+            weight = 1 / rank
+            chosen += rng.choice(seen, min(count - fresh, len(seen)), replace=False, p=weight / weight.sum()).tolist()
+        if self.kind != "backtracking":
+            return chosen, [""] * len(chosen)
+        lines = [(self.problems[i].reference or "").splitlines(keepends=True) for i in chosen]
+        return chosen, [
+            "".join(ls[: max(0, len(ls) - self.state["hidden"][i])]) for i, ls in zip(chosen, lines, strict=True)
+        ]
+
+    def update(self, chosen: list[int], correct: list[float], errors: list[float]) -> None:
+        """After a phase: for each question the share of correct samples and the mean size of the value's error."""
+        for i, share, error in zip(chosen, correct, errors, strict=True):
+            self.state["score"][i] = error
+            if share >= 0.5:  # begin a line earlier the next time (Salimans and Chen 2018)
+                self.state["hidden"][i] += 1
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+
+    # 0. problems, policy, reference, value function
+    train = common.load_problems(args.dataset, "train", args.limit_train)
+    dev = common.load_problems(args.dataset, "dev", args.limit_eval)
+    if args.reward == "dense" and not any(common.computed_values(p.reference or "") for p in train):
+        raise common.UserError(f"--reward dense: --dataset {args.dataset} has no solutions with <<a+b=c>> annotations")
+    if args.curriculum == "backtracking" and not any(p.reference for p in train):
+        raise common.UserError(f"--curriculum backtracking: --dataset {args.dataset} has no reference solutions")
+    run = common.Run(args)
+    if run.is_finished:
+        print(f"{args.out} is complete")
+        return
+    policy = common.Policy(args.model, args.device, args.dtype)
+    torch.manual_seed(args.seed)  # of the adapters; nothing else draws from it
+    critic = ValueFunction(policy, args.value_layers, detach=not args.no_detach_value)
+    if args.lora_rank:
+        lora = Lora(policy, args.lora_rank)
+        trained, reference, reference_mode, merged = lora, policy, lora.off, lora.merged
+    else:
+        reference = copy.copy(policy)
+        reference.model = copy.deepcopy(policy.model).requires_grad_(False)
+        trained, reference_mode, merged = policy.model, contextlib.nullcontext, contextlib.nullcontext
+    run.begin()
+    weights, critic_weights = list(trained.parameters()), list(critic.parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": weights, "lr": args.lr}, {"params": critic_weights, "lr": args.value_lr}],
+        betas=(0.9, 0.95), weight_decay=0.0,
+    )  # fmt: skip
+    curriculum = Curriculum(args.curriculum, train, args.seed)
+
+    progress = {"phase": 0, "step": 0, "policy_steps": 0, "samples": 0, "tokens": 0, "best": -1.0}
+    if run.state:
+        progress, curriculum.state = run.state["progress"], run.state["curriculum"]
+        trained.load_state_dict(run.state["trained"])
+        critic.load_state_dict(run.state["critic"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        run.state = None
+
+    def evaluate(phase: int) -> dict:
+        file = run.out / "samples" / f"dev_{phase}.jsonl"
+        metrics = common.dev_metrics(policy, dev, args, args.pass_k, file, args.few_shot)
+        if metrics["maj@1"] > progress["best"]:
+            progress["best"] = metrics["maj@1"]
+            with merged():
+                policy.save(run.out / "model")
+        return {f"dev_{key}" if key in ("unreadable", "cut") else key: value for key, value in metrics.items()}
+
+    def forward(examples: list[common.Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        with critic.listening():
+            logprobs = common.response_logprobs(policy, examples, args.temperature)
+        return logprobs, critic.values(policy, examples)
+
+    if progress["phase"] == 0:
+        run.log(step=0, samples=0, tokens=0, phase=0, **evaluate(0))
+
+    for phase in range(progress["phase"] + 1, args.phases + 1):
+        # 1. questions and solutions
+        started = time.monotonic()
+        chosen, prefixes = curriculum.draw(phase, args.questions)
+        samples = common.generate(
+            policy, [train[i] for i in chosen], samples=args.samples, temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, phase], few_shot=args.few_shot,
+            prefixes=prefixes, progress=f"phase {phase}", stop=lambda: run.interrupted,
+        )  # fmt: skip
+        with common.write_aside(run.out / "samples" / f"phase_{phase}.jsonl") as file:
+            file.write("".join(sample.to_json() + "\n" for sample in samples).encode())
+        seconds_sampling, started = time.monotonic() - started, time.monotonic()
+
+        # 2. task rewards
+        rewards = task_rewards(args.reward, policy, samples)
+
+        # 3. log-probabilities and values of the policy that sampled, as training computes them; of the reference
+        examples = [(list(sample.prompt), sample.tokens.tolist()) for sample in samples]
+        lengths = [len(response) for _, response in examples]
+        old_logprobs, ref_logprobs, old_values = (torch.zeros(len(samples), max(lengths)) for _ in range(3))
+        with torch.no_grad():
+            for indices in common.token_batches([len(p) + len(r) for p, r in examples], args.token_budget):
+                batch = [examples[i] for i in indices]
+                logprobs, values = forward(batch)
+                with reference_mode():
+                    ref = common.response_logprobs(reference, batch, args.temperature)
+                for table, flat in ((old_logprobs, logprobs), (old_values, values), (ref_logprobs, ref)):
+                    for i, row in zip(indices, flat.cpu().split([lengths[i] for i in indices]), strict=True):
+                        table[i, : lengths[i]] = row
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [samples, longest]
+        task = torch.zeros(len(samples), max(lengths))
+        for i, reward in enumerate(rewards):
+            task[i, : lengths[i]] = torch.from_numpy(reward)
+
+        # 4. advantages; gamma is 1, and a cut solution is over like any other
+        token_rewards = penalised_rewards(task, old_logprobs, ref_logprobs, args.kl_coef)
+        advantages, returns = gae(token_rewards, old_values, 1.0, args.lam)
+        raw_advantages = advantages
+        advantages = torch.zeros_like(advantages)
+        advantages[real] = whiten(raw_advantages[real])
+        errors = [float(raw_advantages[i, : lengths[i]].abs().mean()) for i in range(len(samples))]
+        by_question = np.arange(len(samples)).reshape(len(chosen), args.samples)
+        correct = np.array([float(s.correct and s.finished) for s in samples])
+        curriculum.update(chosen, correct[by_question].mean(1).tolist(), np.array(errors)[by_question].mean(1).tolist())
+
+        # 5. minibatches
+        stats, first_ratio, phase_over = [], None, False
+        warming = phase <= args.value_warmup
+        value_clip = np.inf if warming else args.value_clip  # from zero it has a long way to go
+        bar = tqdm(
+            total=args.epochs * -(-len(samples) // args.batch_size), desc=f"phase {phase} training", disable=None
+        )
+        for epoch in range(args.epochs):
+            order = common.shuffled(len(samples), args.seed, phase, epoch)
+            for first in range(0, len(order), args.batch_size):
+                minibatch = order[first : first + args.batch_size]
+                n_tokens = sum(lengths[i] for i in minibatch)
+                total = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "kl_old"), 0.0)
+                for indices in common.token_batches(
+                    [len(examples[i][0]) + lengths[i] for i in minibatch], args.token_budget
+                ):
+                    indices = [minibatch[j] for j in indices]
+                    logprobs, values = forward([examples[i] for i in indices])
+                    mask = real[indices]
+                    old, old_value, advantage, target = (
+                        t[indices][mask].to(policy.device) for t in (old_logprobs, old_values, advantages, returns)
+                    )
+                    losses = (
+                        policy_loss(logprobs, old, advantage, args.clip),
+                        value_loss(values, old_value, target, value_clip),
+                    )
+                    (losses[1].sum() / n_tokens if warming else (losses[0] + losses[1]).sum() / n_tokens).backward()
+                    with torch.no_grad():
+                        ratio = (logprobs - old).exp()
+                        sums = *losses, ((ratio - 1).abs() > args.clip).float(), kl_k3(old, logprobs)
+                        for key, x in zip(total, sums, strict=True):
+                            total[key] += x.sum().item() / n_tokens
+                        if first_ratio is None or not stats:
+                            first_ratio = max(first_ratio or 0.0, (ratio - 1).abs().max().item())
+                if args.kl_limit and total["kl_old"] > args.kl_limit:
+                    optimizer.zero_grad(set_to_none=True)
+                    phase_over = True
+                    break
+                if not warming:  # Adam's first steps are as long as any, in directions that are mostly noise
+                    progress["policy_steps"] += 1
+                warmed, left = min(1.0, progress["policy_steps"] / args.lr_warmup), 1 - (phase - 1) / args.phases
+                optimizer.param_groups[0]["lr"] = args.lr * warmed * left
+                stats.append(total | update(optimizer, weights, critic_weights))
+                progress["step"] += 1
+                bar.update()
+            if phase_over:
+                break
+        bar.close()
+
+        # 6. what happened, and how good the policy is
+        progress |= {
+            "phase": phase,
+            "samples": progress["samples"] + len(samples),
+            "tokens": progress["tokens"] + sum(lengths),
+        }
+        residual = (returns - old_values)[real]
+        row = {
+            "reward": float(np.mean([reward.sum() for reward in rewards])),
+            "correct": common.share(correct),
+            "kl_k1": kl_k1(old_logprobs, ref_logprobs)[real].mean().item(),
+            "kl_k3": kl_k3(old_logprobs, ref_logprobs)[real].mean().item(),
+            "entropy": -old_logprobs[real].mean().item(),
+            "first_ratio": first_ratio,
+            **{key: float(np.mean([s[key] for s in stats])) for key in (stats[0] if stats else ())},
+            "explained_variance": 1 - (residual.var() / returns[real].var().clamp(min=1e-8)).item(),
+            "minibatches": len(stats),
+            "mixed": common.share(0 < c < 1 for c in correct[by_question].mean(1)),
+            "response_length": float(np.mean(lengths)),
+            "unreadable": common.share(s.answer is None for s in samples),
+            "cut": common.share(not s.finished for s in samples),
+            "given_away": common.share(bool(prefix) for prefix in prefixes),
+            "seconds_sampling": seconds_sampling,
+            "seconds_training": time.monotonic() - started,
+        }
+        if phase % args.eval_every == 0 or phase == args.phases:
+            row |= evaluate(phase)
+        run.log(step=progress["step"], samples=progress["samples"], tokens=progress["tokens"], phase=phase, **row)
+        run.checkpoint(
+            progress=progress, curriculum=curriculum.state, trained=trained.state_dict(), critic=critic.state_dict(),
+            optimizer=optimizer.state_dict(),
+        )  # fmt: skip
+    run.finish()
+    print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")
+
+
+def update(optimizer: torch.optim.Optimizer, weights: list, critic_weights: list) -> dict[str, float]:
+    """One step with gradients that are clipped to norm 1, the policy's and the value function's apart."""
+    norms = {
+        name: torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        for name, parameters in (("grad_norm", weights), ("value_grad_norm", critic_weights))
+    }
+    if not np.isfinite(list(norms.values())).all():
+        raise common.UserError(f"the gradient is not finite ({norms}); try a smaller --lr")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norms
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,351 @@
+"""PPO: each formula against brute force, the value function and the adapters, and the algorithm on a problem whose optimum
+is known."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_generation import ARCHITECTURES, random_policy
+from test_scripts import cli, rows_of, without_time  # noqa: F401
+
+import common
+import ppo
+
+TINY_RUN = ["--model", "tiny", "--questions", "8", "--samples", "3", "--batch-size", "10", "--max-new-tokens", "60", "--rows",
+            "16", "--limit-eval", "16", "--limit-train", "64", "--eval-every", "2", "--checkpoint-every", "0"]  # fmt: skip
+EXAMPLES = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 1]), ([4, 4, 4, 4, 4], [3])]
+
+
+# ---- formulas
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5), (1.0, 0.0)])
+def test_gae_is_the_sum_that_it_abbreviates(gamma, lam):
+    """A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), on samples of different lengths: what stands behind
+    the end of one sample must not leak into it."""
+    torch.manual_seed(0)
+    lengths = [1, 4, 7]
+    rewards, values = torch.zeros(3, 7), torch.zeros(3, 7)
+    for i, n in enumerate(lengths):
+        rewards[i, :n], values[i, :n] = torch.randn(n), torch.randn(n)
+    advantages, returns = ppo.gae(rewards, values, gamma, lam)
+    for i, n in enumerate(lengths):
+        v = [*values[i, :n].tolist(), 0.0]
+        for t in range(n):
+            expected = sum(
+                (gamma * lam) ** (k - t) * (rewards[i, k].item() + gamma * v[k + 1] - v[k]) for k in range(t, n)
+            )
+            assert advantages[i, t].item() == pytest.approx(expected, abs=1e-5)
+        assert not advantages[i, n:].any()
+        if lam == 1 and gamma == 1:
+            to_go = rewards[i, :n].flip(0).cumsum(0).flip(0)
+            torch.testing.assert_close(returns[i, :n], to_go)
+
+
+@pytest.mark.parametrize("distance", [0.05, 1.0, 3.0])
+def test_kl_estimators_against_the_exact_kl_near_and_far(distance):
+    """In expectation under pi both are KL(pi, ref), computed exactly over 6 outcomes. A flipped sign or direction is off by
+    more than the KL itself when the two are far apart."""
+    torch.manual_seed(1)
+    log_pi = torch.randn(6).log_softmax(0)
+    log_ref = (log_pi + distance * torch.randn(6)).log_softmax(0)
+    exact = (log_pi.exp() * (log_pi - log_ref)).sum()
+    reverse = (log_ref.exp() * (log_ref - log_pi)).sum()
+    for estimator in (ppo.kl_k1, ppo.kl_k3):
+        expected = (log_pi.exp() * estimator(log_pi, log_ref)).sum()
+        torch.testing.assert_close(expected, exact, atol=1e-6, rtol=1e-5)
+    assert distance < 3 or abs(exact - reverse) > 0.2
+    assert (ppo.kl_k3(log_pi, log_ref) >= 0).all() and (ppo.kl_k1(log_pi, log_ref) < 0).any()
+
+
+def test_clipped_policy_loss_by_hand():
+    """Ratios 1, 1.5 and 0.5 with either sign of the advantage; clip 0.2. The gradient is 0 exactly where clipping bites."""
+    old = torch.zeros(6)
+    ratios, advantages = torch.tensor([1.0, 1.0, 1.5, 1.5, 0.5, 0.5]), torch.tensor([2.0, -2.0] * 3)
+    logprobs = ratios.log().requires_grad_()
+    losses = ppo.policy_loss(logprobs, old, advantages, 0.2)
+    torch.testing.assert_close(losses, torch.tensor([-2.0, 2.0, -2.4, 3.0, -1.0, 1.6]))
+    losses.sum().backward()
+    assert (logprobs.grad == 0).tolist() == [False, False, True, False, False, True]
+
+
+def test_clipped_value_loss_by_hand():
+    values, old, returns = torch.tensor([0.0, 0.5, 0.5]), torch.zeros(3), torch.tensor([1.0, 1.0, 0.4])
+    # unclipped: 1, .25, .01; held within .2 of 0: 1, .64, .04; the larger counts, halved
+    torch.testing.assert_close(ppo.value_loss(values, old, returns, 0.2), torch.tensor([0.5, 0.32, 0.02]))
+
+
+def test_whitening_and_penalty():
+    x = ppo.whiten(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert x.mean().item() == pytest.approx(0, abs=1e-6) and x.var(correction=0).item() == pytest.approx(1)
+    assert not ppo.whiten(torch.ones(1)).any() and not ppo.whiten(torch.ones(5)).any()
+    got = ppo.penalised_rewards(torch.tensor([0.0, 1.0]), torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0]), 0.1)
+    torch.testing.assert_close(got, torch.tensor([-0.1, 1.1]))  # a token that became likelier costs
+
+
+# ---- rewards
+
+
+def sampled(policy, problem, text, finished=True, prefix="") -> common.Sample:
+    ids = policy.encode_solution(text.removeprefix(prefix))[: None if finished else -1]
+    return common.Sample(problem, 0, text, finished, np.array(ids), (), (), prefix)
+
+
+REFERENCE = common.Problem("p", "q", 30, None, "2+3=<<2+3=5>>5\n5*2=<<5*2=10>>10\n10*3=<<10*3=30>>30\n#### 30")
+
+
+def test_the_sparse_reward_is_on_the_last_token_and_a_cut_solution_has_none(tiny):
+    right, wrong, cut = (
+        sampled(tiny, REFERENCE, "10*3=<<10*3=30>>30\n#### 30"),
+        sampled(tiny, REFERENCE, "10*3=<<10*3=30>>30\n#### 31"),
+        sampled(tiny, REFERENCE, "10*3=<<10*3=30>>30\n#### 30\n", finished=False),
+    )
+    assert right.tokens[-1] == tiny.tokenizer.eos_token_id and cut.correct
+    for sample, total in ((right, 1.0), (wrong, 0.0), (cut, 0.0)):
+        (reward,) = ppo.task_rewards("sparse", tiny, [sample])
+        assert len(reward) == len(sample.tokens) and reward[-1] == total and not reward[:-1].any()
+
+
+def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of_its_line(tiny):
+    text = "2+3=<<2+3=5>>5\n7+3=<<7+3=10>>10\n2+3=<<2+3=5>>5\n9+9=<<9+9=18>>18\n#### 30"
+    sample = sampled(tiny, REFERENCE, text)
+    (reward,) = ppo.task_rewards("dense", tiny, [sample])
+    credit = {place: float(r) for place, r in enumerate(reward) if r}
+    lines = [i for i, token in enumerate(sample.tokens) if tiny.ends_line[token]]
+    assert credit == {lines[0]: pytest.approx(1 / 3), lines[1]: pytest.approx(1 / 3), len(reward) - 1: 1.0}
+    prefix = "2+3=<<2+3=5>>5\n"
+    (reward,) = ppo.task_rewards("dense", tiny, [sampled(tiny, REFERENCE, text, prefix=prefix)])
+    assert reward.sum() == pytest.approx(1 + 1 / 3), "what was given away earns nothing"
+    whole = sampled(tiny, REFERENCE, REFERENCE.reference)
+    assert ppo.task_rewards("dense", tiny, [whole])[0].sum() == pytest.approx(2.0)
+
+
+# ---- value function and adapters
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_value_branch_is_the_top_of_the_policy_and_starts_at_zero(name, tmp_path_factory):
+    """For every architecture: with the copy still equal to the original, what enters the head is the policy's own last
+    hidden state, up to the final norm; the value is exactly 0; and it does not depend on padding."""
+    policy = random_policy(name, tmp_path_factory)
+    critic = ppo.ValueFunction(policy, 4, detach=True)
+    assert len(critic.layers) == 1
+
+    def run(examples):
+        with critic.listening():
+            common.response_logprobs(policy, examples)
+        return critic.values(policy, examples)
+
+    with torch.no_grad():
+        assert (run(EXAMPLES) == 0).all()
+        last = {}
+        top = ppo.top_layers(policy.model)[-1]
+        hook = top.register_forward_hook(lambda m, i, out: last.update(out=out[0] if isinstance(out, tuple) else out))
+        torch.nn.init.normal_(critic.head.weight)
+        together = run(EXAMPLES)
+        rows, columns = common.response_places(EXAMPLES, policy.device)
+        torch.testing.assert_close(together, critic.head(critic.norm(last["out"][rows, columns - 1]))[:, 0])
+        hook.remove()
+        alone = torch.cat([run([example]) for example in EXAMPLES])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_value_loss_reaches_the_policy_only_when_attached(detach, nano):
+    policy = common.Policy(nano)
+    critic = ppo.ValueFunction(policy, 1, detach=detach)
+    torch.nn.init.normal_(critic.head.weight)
+    with critic.listening():
+        common.response_logprobs(policy, EXAMPLES)
+    critic.values(policy, EXAMPLES).sum().backward()
+    assert all(p.grad is not None for p in critic.layers.parameters())
+    touched = [name for name, p in policy.model.named_parameters() if p.grad is not None and p.grad.any()]
+    assert bool(touched) != detach
+    assert not any("layers.1" in name for name in touched), "the policy's own top layer has no part in the value"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_factory, tmp_path):
+    policy = random_policy(name, tmp_path_factory)
+    policy = common.Policy(policy.model.config._name_or_path, device="cpu", dtype="float32")
+    with torch.no_grad():
+        initial = common.response_logprobs(policy, EXAMPLES)
+        lora = ppo.Lora(policy, 3)
+        assert torch.equal(common.response_logprobs(policy, EXAMPLES), initial)
+    common.response_logprobs(policy, EXAMPLES).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in lora.up) and not any(
+        p.requires_grad for p in policy.model.parameters()
+    )
+    with torch.no_grad():
+        for p in lora.up:
+            p.normal_(std=0.05)
+        adapted = common.response_logprobs(policy, EXAMPLES)
+        assert (adapted - initial).abs().max() > 1e-3
+        with lora.off():
+            assert torch.equal(common.response_logprobs(policy, EXAMPLES), initial)
+        with lora.merged():
+            policy.save(tmp_path / "model")
+        assert torch.equal(common.response_logprobs(policy, EXAMPLES), adapted)
+        plain = common.Policy(str(tmp_path / "model"), device="cpu", dtype="float32")
+        torch.testing.assert_close(common.response_logprobs(plain, EXAMPLES), adapted, atol=1e-4, rtol=1e-4)
+
+
+# ---- curricula
+
+
+def test_backtracking_gives_away_all_but_the_answer_and_less_after_success():
+    problems = common.load_problems("arithmetic", "train", 4)
+    curriculum = ppo.Curriculum("backtracking", problems, 0)
+    chosen, prefixes = curriculum.draw(1, 4)
+    assert sorted(chosen) == [0, 1, 2, 3]
+    for i, prefix in zip(chosen, prefixes, strict=True):
+        assert problems[i].reference.startswith(prefix) and problems[i].reference[len(prefix) :].startswith("####")
+    curriculum.update(chosen, [1.0, 1.0, 0.25, 0.0], [0.0] * 4)
+    again = dict(zip(*curriculum.draw(2, 4), strict=True))
+    assert [len(again[i]) < len(p) or not p for i, p in zip(chosen[:2], prefixes[:2], strict=True)] == [True, True]
+    assert [again[i] for i in chosen[2:]] == prefixes[2:]
+    json.dumps(curriculum.state)
+
+
+def test_prioritised_replay_prefers_large_value_errors_and_still_shows_new_questions():
+    problems = common.load_problems("arithmetic", "train", 400)
+    curriculum = ppo.Curriculum("plr", problems, 0)
+    chosen, _ = curriculum.draw(1, 40)
+    errors = [1.0 if rank < 5 else 0.0 for rank in range(40)]
+    curriculum.update(chosen, [0.5] * 40, errors)
+    hits, new = 0, set()
+    for phase in range(2, 10):
+        drawn, _ = curriculum.draw(phase, 20)
+        assert len(set(drawn)) == 20
+        hits += sum(i in chosen[:5] for i in drawn)
+        new |= set(drawn) - set(chosen)
+    assert hits > 8 * 10 * 5 / 40 * 2, "more than twice what chance gives the five questions with an error"
+    assert len(new) == 8 * 10
+
+
+def test_without_curriculum_every_question_comes_once_a_pass():
+    curriculum = ppo.Curriculum("none", common.load_problems("arithmetic", "train", 30), 0)
+    drawn = [curriculum.draw(phase, 10)[0] for phase in range(1, 7)]
+    for turn in (drawn[:3], drawn[3:]):
+        assert sorted(itertools.chain(*turn)) == list(range(30))
+    assert drawn[:3] != drawn[3:]
+    assert len(curriculum.draw(7, 64)[0]) == 64
+
+
+# ---- the algorithm
+
+
+def test_without_clipping_the_gradient_is_the_exact_policy_gradient():
+    """Two questions, answers of two tokens out of three, all 9 enumerated: the expectation of the loss's gradient (one epoch,
+    lambda 1, no baseline) is minus the gradient of E[reward] - kl_coef * KL, which autograd gets from the definition."""
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, 3, requires_grad=True)
+    ref_first, ref_second = torch.randn(2, 3).log_softmax(-1), torch.randn(2, 3, 3).log_softmax(-1)
+    reward, kl_coef = torch.rand(2, 3, 3), 0.3
+    pairs = list(itertools.product(range(2), range(3), range(3)))
+
+    def logprobs_of(log_first, log_second):
+        return torch.stack([torch.stack([log_first[q, a], log_second[q, a, b]]) for q, a, b in pairs])  # [18, 2]
+
+    logprobs = logprobs_of(first.log_softmax(-1), second.log_softmax(-1))
+    ref = logprobs_of(ref_first, ref_second)
+    probability = logprobs.sum(1).exp()
+    task = torch.tensor([[0.0, reward[q, a, b]] for q, a, b in pairs])
+    objective = (probability * (task.sum(1) - kl_coef * (logprobs - ref).sum(1))).sum()
+    exact = torch.autograd.grad(objective, (first, second), retain_graph=True)
+
+    old = logprobs.detach()
+    advantages, _ = ppo.gae(ppo.penalised_rewards(task, old, ref, kl_coef), torch.zeros_like(old), 1.0, 1.0)
+    loss = (probability.detach()[:, None] * ppo.policy_loss(logprobs, old, advantages, 1e9)).sum()
+    for got, expected in zip(torch.autograd.grad(loss, (first, second)), exact, strict=True):
+        torch.testing.assert_close(got, -expected, atol=1e-6, rtol=1e-5)
+
+
+def test_ppo_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):  # noqa: F811
+    """Two questions and a policy that answers either with 1 or 2 at random: the optimum is to know which. The whole script;
+    reward .5 at first. That untrained weights get 40 out of 40 right has probability 1e-12."""
+    answers = {"Is it odd?": "1", "Is it even?": "2"}
+    lines = [json.dumps({"question": q, "answer": f"#### {a}"}) + "\n" for q, a in answers.items()]
+    (tmp_path / "train.jsonl").write_text("".join(lines * 10))
+    policy = common.Policy(nano)
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    prompts = [policy.encode_prompt(common.prompt_text(common.Problem("", q, 0))) for q in answers]
+    data = [(prompt, policy.encode_solution(f"#### {a}")) for prompt in prompts for a in "12"]
+    for _ in range(80):
+        common.cross_entropy_step(policy, optimizer, data, 3e-3, 4096)
+    policy.save(tmp_path / "start")
+    argv = ["--model", tmp_path / "start", "--dataset", tmp_path, "--max-new-tokens", 8, "--questions", 18, "--phases", 25,
+            "--temperature", 1, "--lr", "1e-3", "--batch-size", 24, "--eval-every", 25]  # fmt: skip
+    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
+    _, first, *_, last = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert first["correct"] < 0.75 and last["correct"] > 0.9 and last["maj@1"] == 1
+    problems = common.load_problems(str(tmp_path), "train")[:2]
+    drawn = common.generate(common.Policy(str(tmp_path / "run" / "model")), problems, samples=20, max_new_tokens=8)
+    assert sum(s.correct for s in drawn) >= 38
+
+
+def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    assert cli(ppo, *TINY_RUN, "--phases", 3, "--out", out)[0] == 0
+    start, *phases = rows_of(out / "metrics.jsonl")
+    assert start["phase"] == 0 and "maj@1" in start and [row["samples"] for row in phases] == [24, 48, 72]
+    assert "maj@1" not in phases[0] and "maj@1" in phases[1] and "maj@1" in phases[2]
+    for row in phases:
+        assert row["first_ratio"] < 1e-4, "sampling and training disagree about the policy"
+        assert 0 <= row["correct"] <= 1 and row["reward"] == pytest.approx(row["correct"]) and row["minibatches"] == 6
+        for key in ("kl_k1", "kl_k3", "entropy", "clip_fraction", "value_loss", "explained_variance", "response_length",
+                    "cut", "unreadable", "grad_norm", "seconds_sampling", "seconds_training"):  # fmt: skip
+            assert np.isfinite(row[key])
+    assert phases[0]["kl_k3"] == pytest.approx(0, abs=1e-8) and phases[0]["grad_norm"] == 0, (
+        "only the value trains at first"
+    )
+    assert phases[2]["kl_k3"] > 0 and phases[1]["grad_norm"] > 0
+    written = rows_of(out / "samples" / "phase_2.jsonl")
+    assert len(written) == 24 and sum(r["correct"] for r in written) / 24 == pytest.approx(
+        phases[1]["correct"], rel=1e-5
+    )
+    common.Policy(str(out / "model"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--reward", "dense", "--lora-rank", "4"],
+        ["--curriculum", "backtracking", "--no-detach-value"],
+        ["--curriculum", "plr", "--kl-limit", "1e-9", "--few-shot"],
+    ],
+)
+def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(flags, cli, tmp_path, monkeypatch):  # noqa: F811
+    argv = [*TINY_RUN, "--phases", 3, *flags]
+    assert cli(ppo, *argv, "--out", tmp_path / "whole")[0] == 0
+    log, calls = common.Run.log, []
+
+    def interrupted(run, **metrics):
+        log(run, **metrics)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # after the second phase was logged, before its checkpoint
+
+    monkeypatch.setattr(common.Run, "log", interrupted)
+    assert cli(ppo, *argv, "--out", tmp_path / "broken")[0] == 130
+    monkeypatch.setattr(common.Run, "log", log)
+    assert cli(ppo, *argv, "--out", tmp_path / "broken", "--resume")[0] == 0
+    assert without_time(tmp_path / "broken" / "metrics.jsonl") == without_time(tmp_path / "whole" / "metrics.jsonl")
+    for name in ("model.safetensors",):
+        assert (tmp_path / "broken" / "model" / name).read_bytes() == (tmp_path / "whole" / "model" / name).read_bytes()
+    rows = rows_of(tmp_path / "whole" / "metrics.jsonl")
+    if "--kl-limit" in flags:
+        assert rows[-1]["minibatches"] < 6
+
+
+def test_bad_combinations_end_in_one_line(cli, tmp_path):  # noqa: F811
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(20)))
+    for flags in (["--reward", "dense"], ["--curriculum", "backtracking"]):
+        code, message = cli(ppo, "--model", "tiny", "--dataset", file, "--out", tmp_path / "run", *flags)
+        assert code == 2 and flags[0] in message and message.count("\n") == 1
+    for flags in (["--clip", "-1"], ["--lam", "2"], ["--reward", "nothing"], ["--phases", "0"]):
+        assert cli(ppo, *flags, "--out", tmp_path / "run")[0] == 2
+    assert not (tmp_path / "run").exists()
