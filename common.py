@@ -482,7 +482,7 @@ class Policy:
         prompts = [[i % self.vocabulary for i in ids] for ids in (range(10, 22), range(5, 8), range(1))]
         decoded, autocast, self.autocast = [], self.autocast, contextlib.nullcontext
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 decode(
                     self, prompts, {i: range(2) for i in range(3)}, lambda *_: np.zeros(4, np.float32),
                     lambda i, _, ids, logprobs, finished: decoded.append((prompts[i], ids.tolist(), logprobs)),
@@ -493,6 +493,8 @@ class Policy:
             reason = f"log-probabilities differ by {(again - said).abs().max():.2g}"
             fits = torch.allclose(again, said, atol=1e-2)
         except Exception as error:  # whatever an unusual model raises
+            if is_out_of_memory(error):
+                raise
             fits, reason = False, f"{type(error).__name__}: {first_line(error)}"
         finally:
             self.autocast = autocast
@@ -546,6 +548,8 @@ def torch_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where CUDA graphs are recorded
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: cannot be used here ({first_line(error)})") from None
     return device
@@ -648,7 +652,7 @@ class PagedCache:
             empty = [t.new_zeros(0, t.shape[1], 0, t.shape[3], dtype=values.dtype) for t in (keys, values)]
             self.prompts.append([t.new_zeros(0, t.shape[1], self.longest_prompt, t.shape[3]) for t in empty])
             self.own.append([t.new_zeros(0, t.shape[1], PAGE, t.shape[3]) for t in empty])
-        if not self.free["own"]:
+        if not len(self.own[0][0]):
             self.reserve("own", 1)
             self.take("own", 1)  # page 0 belongs to no sample: it stands for "none" in a row's table
         slots = self.take("prompts", len(recorded[0][0]))
@@ -764,18 +768,17 @@ def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
 
     logits [rows, vocabulary], uniforms [rows] -> tokens [rows] and their log-probabilities [rows] under that
     distribution. temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
-    logits = logits.float() / (temperature or 1.0)
-    shifted = logits - logits.amax(-1, keepdim=True)
-    cumulative = shifted.exp().cumsum(-1)
+    logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
+    top = logits.amax(-1, keepdim=True)
+    cumulative = (logits - top).exp_().cumsum_(-1)
     total = cumulative[:, -1:]
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     else:  # below the total even after rounding, so that no token of probability 0 behind the last one is drawn
         target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cumulative, target, right=True).clamp_(
-            max=logits.shape[-1] - 1
-        )  # NaN: caught later
-    return tokens[:, 0], (shifted.gather(-1, tokens) - total.log())[:, 0]
+        tokens = torch.searchsorted(cumulative, target, right=True)
+        tokens = tokens.clamp_(max=logits.shape[-1] - 1)  # NaN: caught later
+    return tokens[:, 0], (logits.gather(-1, tokens) - top - total.log())[:, 0]
 
 
 def decode(
@@ -798,11 +801,16 @@ def decode(
     The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
     step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
     for each of the few sizes that rounding leaves."""
-    device, config, on_gpu = policy.device, policy.model.config.get_text_config(), policy.device.type in GRAPH_DEVICES
+    device, config, on_gpu = (
+        policy.device,
+        policy.model.config.get_text_config(),
+        fast and policy.device.type in GRAPH_DEVICES,
+    )
     stride = 16 if on_gpu else 1
     width = max_new_tokens + stride - 1  # a row may run on until the host looks
     uniforms, tokens, logprobs = (torch.zeros(rows, width, device=device, dtype=t) for t in (torch.float, torch.long, torch.float))  # fmt: skip
     ages, starts, inputs = torch.zeros(3, rows, device=device, dtype=torch.long)
+    at_once = max(1, (1 << 28 if on_gpu else 1 << 22) // policy.vocabulary)  # rows whose logits stay in a CPU's cache
     is_eos = np.zeros(policy.vocabulary, bool)
     is_eos[policy.eos_ids] = True
     queue = ((i, number) for i, numbers in wanted.items() for number in numbers)
@@ -810,8 +818,15 @@ def decode(
     work, lengths = [None] * rows, np.zeros(rows, np.int64)  # what a row samples (prompt, number); `ages` for the host
     table = np.zeros((rows, (width - 1) // PAGE + 1), np.int64)  # the pages of a row, 0: none
     row_slot, slot_of = np.zeros(rows, np.int64), {}  # where the prompt of a row is; the same by prompt
-    graphs = {}
-    cache = PagedCache(max(1, max(map(len, prompts)) - 1), on_growth=graphs.clear)  # they read what growth replaces
+    graphs, pool = {}, None
+
+    def forget_graphs() -> None:
+        """They read tensors that are replaced when the cache grows. All share their memory: only one runs at a time."""
+        nonlocal pool
+        graphs.clear()
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    cache = PagedCache(max(1, max(map(len, prompts)) - 1), on_growth=forget_graphs)
 
     def rounded(size: int) -> int:
         """On a GPU up to the next of 1, 2, 3, ... 8, 10, 12, 14, 16, 20, ...: at most a quarter too many."""
@@ -825,9 +840,9 @@ def decode(
         ids = torch.tensor([(prompts[i][:-1] + [0] * length)[:length] for i in batch], device=device)
         where = torch.arange(length, device=device)[None].expand(len(ids), -1)
         cache.recorded = []
-        policy.model(
+        policy.model.base_model(
             input_ids=ids, position_ids=where, attention_mask=attention_masks(config, where, length),
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            past_key_values=cache, use_cache=True,
         )  # fmt: skip
         slot_of.update(zip(batch, cache.keep_prompts(), strict=True))
 
@@ -856,22 +871,26 @@ def decode(
         """One token for each of the first n rows. Device only; the shapes depend on n and the view's."""
         cache.begin_step(ages[:n], starts[:n], view)
         where = (starts[:n] + ages[:n]).clamp_(max=policy.max_length - 1)
-        logits = policy.model(
+        hidden = policy.model.base_model(
             input_ids=inputs[:n, None], position_ids=where[:, None], past_key_values=cache, use_cache=True,
             attention_mask=attention_masks(config, where[:, None] * 0, 1),  # not used, but without one it makes its own
-        ).logits[:, -1]  # fmt: skip
-        accept(n, logits)
+        ).last_hidden_state[:, -1]  # fmt: skip
+        accept(n, hidden)
 
     def slow_step(n: int) -> None:
-        """The same for a model that does not work with PagedCache: run whole sequences again."""
+        """The same for a model that PagedCache does not fit: run whole sequences again."""
         sequences = [prompts[work[row][0]] + tokens[row, : lengths[row]].tolist() for row in range(n)]
         last = torch.tensor([len(s) - 1 for s in sequences], device=device)
         ids = torch.tensor([s + [0] * (int(last.max()) + 1 - len(s)) for s in sequences], device=device)
-        accept(n, policy.head(policy.hidden_states(ids)[torch.arange(n, device=device), last]))
+        accept(n, policy.hidden_states(ids)[torch.arange(n, device=device), last])
 
-    def accept(n: int, logits: torch.Tensor) -> None:
+    def accept(n: int, hidden: torch.Tensor) -> None:
         age = ages[:n, None]
-        picked, picked_logprobs = pick_tokens(logits, uniforms[:n].gather(1, age)[:, 0], temperature)
+        draw = uniforms[:n].gather(1, age)[:, 0]
+        parts = zip(hidden.split(at_once), draw.split(at_once), strict=True)
+        picked, picked_logprobs = (
+            torch.cat(t) for t in zip(*(pick_tokens(policy.head(h), u, temperature) for h, u in parts), strict=True)
+        )
         tokens[:n].scatter_(1, age, picked[:, None])
         logprobs[:n].scatter_(1, age, picked_logprobs[:, None])
         inputs[:n] = picked
@@ -914,7 +933,7 @@ def decode(
                 t.copy_(new)
         else:
             step(n_run, view)  # the first step of a size runs as it is, which warms up what the graph needs
-            replay, _ = graphs[sizes] = record(lambda: step(n_run, view)), view
+            replay, _ = graphs[sizes] = record(lambda: step(n_run, view), device, pool), view
         for _ in range(stride - first):
             replay()
 
@@ -963,20 +982,24 @@ def decode(
                 work[gap] = work[row]
 
 
-GRAPH_DEVICES = {"cuda"}
+GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
 
 
-def record(step: Callable[[], None]) -> Callable[[], None]:
-    """Something that does what `step` does, without Python: a CUDA graph. `step` itself where there is no GPU."""
-    if not torch.cuda.is_available():
+def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
+    """Something that does what `step` does without Python: a CUDA graph. On a CPU `step` itself."""
+    if device.type != "cuda":
         return step
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # a recording that fails does not come back from its own
+        raise
     return graph.replay
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, under which autocast would cast the weights anew in every step
 def generate(
     policy: Policy,
     problems: Sequence[Problem],
@@ -1023,13 +1046,14 @@ def generate(
         lines = policy.decode(ids).rpartition("\n")[0]
         return MARKER in lines or "\nQuestion:" in lines
 
+    fast = not problems or policy.decodes_fast
     while wanted := {i: [k for k, s in enumerate(group) if s is None] for i, group in enumerate(done) if None in group}:
         rows = min(rows, sum(map(len, wanted.values())))
         try:
             with policy.autocast():
                 decode(
                     policy, prompts, wanted, draws, deliver, temperature=temperature, max_new_tokens=max_new_tokens,
-                    rows=rows, is_complete=is_complete if few_shot else None, stop=stop, fast=policy.decodes_fast,
+                    rows=rows, is_complete=is_complete if few_shot else None, stop=stop, fast=fast,
                 )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if rows == 1 or not is_out_of_memory(error):
@@ -1041,8 +1065,9 @@ def generate(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that the memory of the device is used up (PyTorch has a class for it on GPUs only)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "t allocate memory" in str(error)
+    """Whether an exception says that the memory of the device is used up: PyTorch and CUDA say it in several ways."""
+    said = ("t allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def warn(text: str) -> None:
@@ -1409,13 +1434,17 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
         ),
         "max_new_tokens": dict(type=number(int, 1), help="length limit of a solution, in tokens (GSM8K: 256 to 512)"),
         "temperature": dict(type=number(float, 0), help="sampling temperature; 0: greedy"),
-        "samples": dict(type=number(int, 1), help="samples per problem, K (paper: 96)"),
+        "samples": dict(type=number(int, 1), help="samples per problem, K (paper: 96; PPO: 4)"),
         "rows": dict(
             type=number(int, 1), help="sequences decoded at the same time; bounded by memory (GPU: 512 to 2048)"
         ),
-        "lr": dict(type=number(float, 0), help="peak learning rate (paper: 2e-5); falls to 1/100 along a cosine"),
-        "epochs": dict(type=number(int, 1), help="passes over the training data (paper: 4)"),
-        "batch_size": dict(type=number(int, 1), help="solutions per optimizer step (paper: 128)"),
+        "lr": dict(
+            type=number(float, 0), help="peak learning rate (paper: 2e-5, falling to 1/100 along a cosine; PPO: 1e-6)"
+        ),
+        "epochs": dict(
+            type=number(int, 1), help="passes over the training data; in PPO over the samples of a phase (paper: 4)"
+        ),
+        "batch_size": dict(type=number(int, 1), help="solutions per optimizer step (paper: 128; PPO: 256)"),
         "token_budget": dict(type=number(int, 1), help="tokens per micro-batch, padding included; bounded by memory"),
         "limit_train": dict(type=number(int, 1), help="use only the first so many training problems"),
         "limit_eval": dict(type=number(int, 1), help="use only the first so many dev or test problems"),
@@ -1429,7 +1458,7 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
         "device": "auto",
         "dtype": "auto",
         "max_new_tokens": 128,
-        "rows": 128,
+        "rows": 256,
     }
     everywhere |= {"limit_eval": None, "resume": False, "overwrite": False}
     parser = OneLineParser(description=doc)

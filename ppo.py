@@ -20,7 +20,8 @@ them, through which no gradient flows (--no-detach-value: it does). With --lora-
 low-rank adapters, and the reference is the same network with the adapters off: there is no second one.
 
 Where this differs from the paper: full fine-tuning by default, because the default model is tiny; learning rates and the
-number of rollouts of a phase to match; the value function trains alone in the first phase; gamma is 1.
+number of rollouts of a phase to match; lambda of GAE is 1 and the value function trains alone in the first phase, because
+at first it knows nothing; gamma is 1.
 
 CPU, five minutes after `python sft.py` (README.md has the measured numbers):
     python ppo.py
@@ -46,7 +47,7 @@ import common
 def parse_args(argv: list[str]):
     parser = common.common_parser(
         __doc__, model="runs/sft/model", out="runs/ppo", samples=4, temperature=0.7, lr=2e-4, epochs=2, batch_size=128,
-        rows=256, token_budget=16384, limit_train=None, checkpoint_every=120,
+        token_budget=16384, limit_train=None, checkpoint_every=120,
     )  # fmt: skip
     whole, positive, share = common.number(int, 1), common.number(float, 0), common.number(float, 0, 1)
     add = parser.add_argument
@@ -62,7 +63,7 @@ def parse_args(argv: list[str]):
     add("--lam", type=share, default=1.0, help="lambda of GAE; below 1 the value function must be good")
     add("--lr-warmup", type=whole, default=20, help="steps over which the policy's learning rate rises to --lr")
     add("--value-lr", type=positive, default=1e-3, help="learning rate of the value function")
-    add("--value-layers", type=common.number(int, 0), default=4, help="layers of its own; at most half of the model's")
+    add("--value-layers", type=whole, default=4, help="layers of its own; at most half of the model's")
     add("--value-warmup", type=common.number(int, 0), default=1, help="phases in which only the value function trains")
     add("--no-detach-value", action="store_true", help="let the value loss change the policy's layers, too")
     add("--lora-rank", type=common.number(int, 0), default=0, help="rank of the adapters; 0: train all weights "
@@ -74,7 +75,10 @@ def parse_args(argv: list[str]):
         "format (then --temperature 0.2 as in the paper)")  # fmt: skip
     add("--eval-every", type=whole, default=4, help="phases between evaluations on dev")
     add("--pass-k", type=common.number(int, 0), default=0, help="samples per dev problem for pass@k; 0: none")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.temperature == 0:
+        parser.error("--temperature 0: greedy samples are all the same, there is nothing to learn from")
+    return args
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
@@ -130,13 +134,14 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
 
 
 def task_rewards(kind: str, policy: common.Policy, samples: list[common.Sample]) -> list[np.ndarray]:
-    """The reward of every token of every sample. A cut solution may be correct and gets none for it."""
+    """The reward of every token of every sample. A solution that was cut earns nothing, even if its answer is right."""
     rewards = []
     for sample in samples:
         reward = np.zeros(len(sample.tokens), np.float32)
-        reward[-1] = float(sample.correct and sample.finished)
-        if kind == "dense":
-            reward += step_rewards(policy, sample)
+        if sample.finished:
+            reward[-1] = float(sample.correct)
+            if kind == "dense":
+                reward += step_rewards(policy, sample)
         rewards.append(reward)
     return rewards
 
@@ -163,8 +168,9 @@ def step_rewards(policy: common.Policy, sample: common.Sample) -> np.ndarray:
 
 
 def top_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The stack of layers of any decoder: the longest list of modules in it."""
-    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    """The stack of layers of any decoder."""
+    depth = model.config.get_text_config().num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
 
 
 class ValueFunction(torch.nn.Module):
@@ -213,7 +219,7 @@ class ValueFunction(torch.nn.Module):
                 args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
                 hidden = layer(hidden, *args, **kwargs)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            return self.head(self.norm(hidden[rows, columns - 1].float()))[:, 0].float()
+        return self.head(self.norm(hidden[rows, columns - 1].float()))[:, 0]
 
 
 class Lora(torch.nn.Module):
@@ -271,12 +277,12 @@ class Curriculum:
 
     def __init__(self, kind: str, problems: list[common.Problem], seed: int):
         self.kind, self.problems, self.seed = kind, problems, seed
-        self.state = {"next": 0, "score": [-1.0] * len(problems), "hidden": [1] * len(problems)}
+        self.state = {"next": 0, "score": [-1.0] * len(problems), "hidden": 1}
 
     def draw(self, phase: int, count: int) -> tuple[list[int], list[str]]:
         """Indices of questions, and for each the beginning of a solution that is given away."""
         n, rng = len(self.problems), np.random.default_rng([self.seed, phase, 1])
-        fresh = count
+        fresh = count = min(count, n)  # a question that came twice would get the same samples twice
         if self.kind == "plr":  # half of the questions new as long as there are such, half by score
             fresh = min(count // 2, self.state["score"].count(-1.0)) if phase > 1 else count
         chosen: list[int] = []
@@ -284,7 +290,7 @@ class Curriculum:
             turn, place = divmod(self.state["next"], n)
             i = common.shuffled(n, self.seed, turn)[place]
             self.state["next"] += 1
-            chosen += [i] if i not in chosen or fresh > n else []
+            chosen += [i] if i not in chosen else []
         if fresh < count:
             seen = np.array([i for i in range(n) if self.state["score"][i] >= 0 and i not in chosen])
             rank = np.empty(len(seen))
@@ -293,17 +299,15 @@ class Curriculum:
             chosen += rng.choice(seen, min(count - fresh, len(seen)), replace=False, p=weight / weight.sum()).tolist()
         if self.kind != "backtracking":
             return chosen, [""] * len(chosen)
-        lines = [(self.problems[i].reference or "").splitlines(keepends=True) for i in chosen]
-        return chosen, [
-            "".join(ls[: max(0, len(ls) - self.state["hidden"][i])]) for i, ls in zip(chosen, lines, strict=True)
-        ]
+        lines = [common.first_solution(self.problems[i].reference or "").splitlines(keepends=True) for i in chosen]
+        return chosen, ["".join(ls[: max(0, len(ls) - self.state["hidden"])]) for ls in lines]
 
     def update(self, chosen: list[int], correct: list[float], errors: list[float]) -> None:
         """After a phase: for each question the share of correct samples and the mean size of the value's error."""
-        for i, share, error in zip(chosen, correct, errors, strict=True):
+        for i, error in zip(chosen, errors, strict=True):
             self.state["score"][i] = error
-            if share >= 0.5:  # begin a line earlier the next time (Salimans and Chen 2018)
-                self.state["hidden"][i] += 1
+        if np.mean(correct) >= 0.5:  # begin a line earlier from now on (Salimans and Chen 2018)
+            self.state["hidden"] += 1
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
@@ -325,14 +329,14 @@ def main(argv: list[str]) -> None:
         return
     policy = common.Policy(args.model, args.device, args.dtype)
     torch.manual_seed(args.seed)  # of the adapters; nothing else draws from it
+    if not args.lora_rank:
+        reference = copy.copy(policy)
+        reference.model = copy.deepcopy(policy.model).requires_grad_(False)
+        trained, reference_mode, merged = policy.model, contextlib.nullcontext, contextlib.nullcontext
     critic = ValueFunction(policy, args.value_layers, detach=not args.no_detach_value)
     if args.lora_rank:
         lora = Lora(policy, args.lora_rank)
         trained, reference, reference_mode, merged = lora, policy, lora.off, lora.merged
-    else:
-        reference = copy.copy(policy)
-        reference.model = copy.deepcopy(policy.model).requires_grad_(False)
-        trained, reference_mode, merged = policy.model, contextlib.nullcontext, contextlib.nullcontext
     run.begin()
     weights, critic_weights = list(trained.parameters()), list(critic.parameters())
     optimizer = torch.optim.AdamW(
@@ -373,7 +377,7 @@ def main(argv: list[str]) -> None:
         samples = common.generate(
             policy, [train[i] for i in chosen], samples=args.samples, temperature=args.temperature,
             max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, phase], few_shot=args.few_shot,
-            prefixes=prefixes, progress=f"phase {phase}", stop=lambda: run.interrupted,
+            prefixes=prefixes, progress=f"phase {phase}",
         )  # fmt: skip
         with common.write_aside(run.out / "samples" / f"phase_{phase}.jsonl") as file:
             file.write("".join(sample.to_json() + "\n" for sample in samples).encode())
@@ -395,6 +399,7 @@ def main(argv: list[str]) -> None:
                 for table, flat in ((old_logprobs, logprobs), (old_values, values), (ref_logprobs, ref)):
                     for i, row in zip(indices, flat.cpu().split([lengths[i] for i in indices]), strict=True):
                         table[i, : lengths[i]] = row
+        sampled = torch.from_numpy(np.concatenate([sample.logprobs for sample in samples]))
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [samples, longest]
         task = torch.zeros(len(samples), max(lengths))
         for i, reward in enumerate(rewards):
@@ -455,17 +460,14 @@ def main(argv: list[str]) -> None:
                 optimizer.param_groups[0]["lr"] = args.lr * warmed * left
                 stats.append(total | update(optimizer, weights, critic_weights))
                 progress["step"] += 1
+                progress["tokens"] += n_tokens
                 bar.update()
             if phase_over:
                 break
         bar.close()
 
         # 6. what happened, and how good the policy is
-        progress |= {
-            "phase": phase,
-            "samples": progress["samples"] + len(samples),
-            "tokens": progress["tokens"] + sum(lengths),
-        }
+        progress |= {"phase": phase, "samples": progress["samples"] + len(samples)}
         residual = (returns - old_values)[real]
         row = {
             "reward": float(np.mean([reward.sum() for reward in rewards])),
@@ -473,6 +475,7 @@ def main(argv: list[str]) -> None:
             "kl_k1": kl_k1(old_logprobs, ref_logprobs)[real].mean().item(),
             "kl_k3": kl_k3(old_logprobs, ref_logprobs)[real].mean().item(),
             "entropy": -old_logprobs[real].mean().item(),
+            "sampling_error": ((old_logprobs[real] - sampled).exp() - 1).abs().max().item(),
             "first_ratio": first_ratio,
             **{key: float(np.mean([s[key] for s in stats])) for key in (stats[0] if stats else ())},
             "explained_variance": 1 - (residual.var() / returns[real].var().clamp(min=1e-8)).item(),

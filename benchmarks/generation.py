@@ -119,18 +119,19 @@ def limits(policy, rows: int, samples: int, prompt_lengths: list[int], lengths: 
 @contextlib.contextmanager
 def counted(policy):
     """Counts the tokens that go through the model: {"prefill": ..., "decode": ...}. A CUDA graph's replays bypass it."""
-    counts, forward = {"prefill": 0, "decode": 0}, policy.model.forward
+    model = policy.model.base_model
+    counts, forward = {"prefill": 0, "decode": 0}, model.forward
 
     def counting(*args, **kwargs):
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         counts["decode" if ids.shape[1] == 1 else "prefill"] += ids.numel()
         return forward(*args, **kwargs)
 
-    policy.model.forward = counting
+    model.forward = counting
     try:
         yield counts
     finally:
-        del policy.model.forward
+        del model.forward
 
 
 @contextlib.contextmanager
@@ -205,8 +206,12 @@ def run_model_generate(policy, problems, samples, rows, args, seed) -> list[int]
 def run_generate_batch(policy, problems, samples, rows, args, seed) -> list[int]:
     torch.manual_seed(seed)
     prompts = [policy.encode_prompt(common.prompt_text(problem)) for problem in problems for _ in range(samples)]
-    with policy.autocast():
-        said = policy.model.generate_batch(inputs=prompts, generation_config=sampling_config(policy, args, 1))
+    policy.model.set_attn_implementation("sdpa")  # it has its own cache, which ours does not know
+    try:
+        with policy.autocast():
+            said = policy.model.generate_batch(inputs=prompts, generation_config=sampling_config(policy, args, 1))
+    finally:
+        policy.model.set_attn_implementation("paged_attention")
     if len(said) != len(prompts):
         raise RuntimeError(f"{len(said)} of {len(prompts)} samples came back")
     return [len(output.generated_tokens) for output in said.values()]

@@ -192,10 +192,9 @@ def test_one_prefill_serves_all_samples_of_a_problem(tmp_path_factory, monkeypat
     """Count what goes through the model: each prompt once, then one token a row and step."""
     policy = random_policy("llama", tmp_path_factory)
     calls = []
-    forward = policy.model.forward
-    monkeypatch.setattr(
-        policy.model, "forward", lambda *a, **k: calls.append(tuple(k["input_ids"].shape)) or forward(*a, **k)
-    )
+    model = policy.model.base_model
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(tuple(k["input_ids"].shape)) or forward(*a, **k))
     samples = common.generate(policy, PROBLEMS[:2], samples=16, max_new_tokens=10, rows=16)
     prefills = [shape for shape in calls if shape[1] > 1]
     decoded = sum(rows for rows, width in calls if width == 1)
@@ -251,11 +250,21 @@ def test_a_model_that_the_cache_does_not_fit_is_sampled_slowly_and_says_so_once(
     monkeypatch.setattr(common, "attend", lambda q, k, v, b: attend(q.tanh() / 2, k, v, b))
     how = dict(samples=2, temperature=1.0, max_new_tokens=12, rows=7)
     got = [common.generate(policy, PROBLEMS, **how) for _ in range(2)][0]
+    monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
+    assert ids_of(common.generate(policy, PROBLEMS, **how)) == ids_of(got), "the slow path has no steps of 16"
     assert capsys.readouterr().err.count("sampling is slow") == 1
     monkeypatch.undo()
     policy.__dict__.pop("decodes_fast")
     assert ids_of(got) == ids_of(common.generate(policy, PROBLEMS, **how))
     assert policy.decodes_fast
+
+
+def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory):
+    """The check is made in float32: the rounding of bfloat16 would look like a wrong mask."""
+    folder = random_policy("llama", tmp_path_factory).model.config._name_or_path
+    policy = common.Policy(folder, device="cpu", dtype="bfloat16")
+    samples = common.generate(policy, PROBLEMS, samples=2, max_new_tokens=8)
+    assert policy.decodes_fast and all(np.isfinite(s.logprobs).all() for s in samples)
 
 
 def test_a_model_without_key_cache_is_sampled_slowly(tmp_path):

@@ -1,0 +1,43 @@
+"""The benchmarks run and report what they promise. How fast things are is not tested: machines differ."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def test_the_generation_benchmark_compares_and_relates_to_the_limit(tmp_path):
+    out = tmp_path / "deep" / "report.json"
+    argv = [
+        "--problems",
+        "2",
+        "--samples",
+        "2",
+        "4",
+        "--rows",
+        "4",
+        "--max-new-tokens",
+        "40",
+        "--repeats",
+        "1",
+        "--out",
+        out,
+    ]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "generation.py", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert [(row["samples"], row["problems"]) for row in report["table"]] == [(2, 4), (4, 2)], "as many samples in each"
+    for row in report["table"]:
+        ours, theirs = row["generate"], row["model.generate"]
+        assert row["speedup"] * theirs["tokens_per_second"] == pytest.approx(ours["tokens_per_second"])
+        assert 0 < row["fraction_of_limit"] < 1 and ours["wasted"] == 0 <= theirs["wasted"] < 1
+        assert row["limit"] * row["fraction_of_limit"] == pytest.approx(ours["tokens_per_second"])
+        assert row["weights"] == 385 * 128 + 3 * (4 * 128 * 128 + 3 * 128 * 352), "what a token is multiplied with"
+    assert report["speedup"] == report["table"][-1]["speedup"]
