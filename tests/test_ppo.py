@@ -285,7 +285,7 @@ def test_ppo_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):  # noqa
             "--temperature", 1, "--lr", "1e-3", "--batch-size", 12, "--eval-every", 40]  # fmt: skip
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     _, first, *_, last = rows_of(tmp_path / "run" / "metrics.jsonl")
-    last["correct"] > 0.9 > 0.75 > first["correct"] and last["maj@1"] == 1
+    assert first["correct"] < 0.75 and last["correct"] > 0.9 and last["maj@1"] == 1
     problems = common.load_problems(str(tmp_path), "train")[:2]
     drawn = common.generate(common.Policy(str(tmp_path / "run" / "model")), problems, samples=20, max_new_tokens=8)
     assert sum(s.correct for s in drawn) >= 38
