@@ -127,7 +127,7 @@ def test_sampled_tokens_follow_the_softmax(temperature):
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -30.0])
     n = 100_000
     uniforms = torch.from_numpy(np.random.default_rng(0).random(n, np.float32))
-    tokens, logprobs = common.pick_tokens(logits.expand(n, -1), uniforms, temperature)
+    tokens, logprobs = common.pick_tokens(logits.repeat(n, 1), uniforms, temperature)
     expected = torch.softmax(logits / temperature, -1) * n
     counts = torch.bincount(tokens, minlength=8)
     likely = expected > 5
@@ -297,7 +297,7 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch, caps
 
     def limited(query, keys, values, bias):
         calls.append(len(query))
-        if len(query) > 40 and len(calls) > 400:
+        if len(query) > 40 and len(calls) > 100:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
         return attend(query, keys, values, bias)
 
