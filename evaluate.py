@@ -7,13 +7,17 @@
          pass@k     at least one of k samples is right, estimated without bias from n (`common.pass_at_k`)
          distinct@n number of correct solutions that differ in their sequence of arithmetic operations
          unreadable, cut: share of samples without an answer, and of those that hit the length limit
-    3. a 95 % interval over the problems for every number
+    3. with --orm, a reward model scores the same samples
+         rerank@n   the best-scored sample is right
+         weighted@n the vote again, every sample weighted with its score
+    4. a 95 % interval over the problems for every number, and for the two of --orm a paired test against maj@n
 
 "Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), section "Metrics"; the paper
 uses n = 96. The tie rule is ours.
 
 CPU, under a minute after `python sft.py`:
     python evaluate.py --model runs/sft/model
+    python evaluate.py --model runs/sft/model --orm runs/reward_model/model --out runs/evaluate/sft_orm.json
 One GPU:
     python evaluate.py --model runs/sft/model --dataset gsm8k --samples 96 --max-new-tokens 512 --rows 1024
 """
@@ -21,8 +25,6 @@ One GPU:
 import math
 import sys
 import time
-from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +50,13 @@ def parse_args(argv: list[str]):
     parser.add_argument(
         "--lenient", action="store_true", help="without an answer line, take the last number of the text as the answer"
     )
+    parser.add_argument(
+        "--condition",
+        choices=["good", "bad", "none"],
+        help="for a model of rcrl.py, the label that is put before every line (default: good if the model has labels)",
+    )
+    parser.add_argument("--orm", help="folder of a reward model, for rerank@n and weighted@n")
     return parser.parse_args(argv)
-
-
-def majority_vote(answers: list[Fraction | None]) -> Fraction | None:
-    """The most frequent answer; of equally frequent ones the first to appear. None where nothing was answered."""
-    votes = Counter(answer for answer in answers if answer is not None)  # a Counter remembers the order of insertion
-    return max(votes, key=votes.get) if votes else None
 
 
 def distinct_correct(samples: list[common.Sample]) -> int:
@@ -73,6 +75,20 @@ def confidence_interval(values: list[float]) -> list[float]:
     return [max(0.0, mean - half), mean + half]  # every metric is a share or a count
 
 
+def paired_test(values: list[float], others: list[float]) -> dict:
+    """Two yes-or-no metrics of the same problems: the mean difference with its 95 % interval (Agresti and Min 2005), and
+    the probability of a split at least this uneven among the problems on which they differ if neither were better
+    (McNemar's exact test)."""
+    differences = np.array(values) - np.array(others)
+    better, worse, total = int((differences > 0).sum()), int((differences < 0).sum()), len(differences)
+    n, fewer = better + worse, min(better, worse)
+    p = min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    centre = (better - worse) / (total + 2)  # half a problem added to each of the four cases, or it has no width at 0
+    half = 1.96 * math.sqrt(n + 1 - (better - worse) ** 2 / (total + 2)) / (total + 2)
+    found = {"difference": float(differences.mean()), "ci95": [centre - half, centre + half]}
+    return found | {"better": better, "worse": worse, "p": p}
+
+
 def metrics_per_problem(greedy: list[common.Sample], samples: list[common.Sample]) -> dict[str, list[float]]:
     """Metric name -> one value per problem."""
     values = {
@@ -83,7 +99,13 @@ def metrics_per_problem(greedy: list[common.Sample], samples: list[common.Sample
     groups = common.by_problem(samples)
     n = len(groups[0])
     if n > 1:
-        values[f"maj@{n}"] = [majority_vote([s.answer for s in group]) == group[0].problem.answer for group in groups]
+        values[f"maj@{n}"] = [common.vote([s.answer for s in group]) == group[0].problem.answer for group in groups]
+        if samples[0].score is not None:
+            values[f"rerank@{n}"] = [max(group, key=lambda s: s.score).correct for group in groups]
+            values[f"weighted@{n}"] = [
+                common.vote([s.answer for s in group], [s.score for s in group]) == group[0].problem.answer
+                for group in groups
+            ]
     for k in common.powers_of_two(n):
         values[f"pass@{k}"] = [common.pass_at_k(n, sum(s.correct for s in group), k) for group in groups]
     values[f"distinct@{n}"] = [distinct_correct(group) for group in groups]
@@ -98,6 +120,8 @@ def main(argv: list[str]) -> None:
     out = Path(args.out or f"runs/evaluate/{name}-{Path(args.dataset).stem}-{args.split}.json")
     settings = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite", "device", "out")}
     settings["model_fingerprint"] = common.fingerprint(args.model)
+    if args.orm:
+        settings["orm_fingerprint"] = common.fingerprint(args.orm, "--orm")
     if out.suffix != ".json" or out.is_dir():
         raise common.UserError(f"--out {out}: must be the name of a .json file")
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
@@ -111,6 +135,9 @@ def main(argv: list[str]) -> None:
             f"{taken[0]} is there already: add --resume to go on, --overwrite to replace it, or choose another --out"
         )
     policy = common.Policy(args.model, args.device, args.dtype)
+    if args.condition:
+        policy.condition(args.condition)
+    orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
     for file in [] if args.resume else taken:
         file.unlink()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,16 +154,31 @@ def main(argv: list[str]) -> None:
         for sample in greedy + samples:
             sample.grade(lenient=True)
 
-    # 3. every metric is a mean over problems
+    # 3. scores of the reward model, which then stand in the files of samples, too
+    for file, group in zip(files, (greedy, samples), strict=True) if orm else ():
+        orm.grade(group)
+        with common.write_aside(file) as out_file:
+            out_file.write("".join(sample.to_json() + "\n" for sample in group).encode())
+
+    # 4. every metric is a mean over problems
     columns = metrics_per_problem(greedy, samples)
     report = {name: {"value": float(np.mean(v)), "ci95": confidence_interval(v)} for name, v in columns.items()}
+    n = args.samples
+    paired = {
+        f"{name} - maj@{n}": paired_test(columns[name], columns[f"maj@{n}"])
+        for name in (f"rerank@{n}", f"weighted@{n}") if name in columns
+    }  # fmt: skip
     common.write_json(
         out,
-        report | {"n_problems": len(problems), "seconds": round(time.monotonic() - started, 1)} | settings,
+        report | paired | {"n_problems": len(problems), "seconds": round(time.monotonic() - started, 1)} | settings,
     )
     print(f"{args.model} on {len(problems)} problems of {args.dataset} {args.split}, temperature {args.temperature:g}")
     for name, entry in report.items():
         print(f"{name:>16}  {entry['value']:6.3f}  [{entry['ci95'][0]:.3f}, {entry['ci95'][1]:.3f}]")
+    for name, test in paired.items():
+        print(
+            f"{name:>24}  {test['difference']:+.3f}  [{test['ci95'][0]:+.3f}, {test['ci95'][1]:+.3f}]  p {test['p']:.2g}"
+        )
     print(f"written to {out}; samples in {files[1]}", file=sys.stderr)
 
 

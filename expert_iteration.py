@@ -8,7 +8,7 @@ Objective of round i, with R_i the correct, distinct samples of pi_{i-1} and D_i
 paper. A round is
 
     1. sample K solutions per training question from pi_{i-1} at temperature 1
-    2. keep the correct ones; of those with the same sequence of arithmetic operations keep one; add them to the data
+    2. keep the correct ones (--orm: those that a reward model scores at 0.5 or more); of those with the same sequence of arithmetic operations keep one; add them to the data
     3. train from the pretrained base again (--continue: from pi_{i-1}), as in sft.py
     4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve it
 
@@ -68,16 +68,26 @@ def parse_args(argv: list[str]):
         default=8,
         help="samples per dev problem for pass@k after every round; 0: none",
     )
+    parser.add_argument("--orm", help="folder of a reward model that decides in place of the answer check what is kept")
+    parser.add_argument(
+        "--orm-threshold",
+        type=common.number(float, 0, 1),
+        default=0.5,
+        help="with --orm: the lowest score that is kept",
+    )
     return parser.parse_args(argv)
 
 
-def keep_correct(samples: list[common.Sample], kept: dict[str, dict[tuple, str]]) -> list[common.Sample]:
-    """The correct, finished samples whose sequence of operations `kept` (problem id -> operations -> solution) does not
-    hold yet; they are added to it."""
+def keep_accepted(
+    samples: list[common.Sample], kept: dict[str, dict[tuple, str]], threshold: float | None = None
+) -> list[common.Sample]:
+    """The finished samples that are correct, or with `threshold` those that the ORM scored at least so high, whose
+    sequence of operations `kept` (problem id -> operations -> solution) does not hold yet; they are added to it."""
     new = []
     for sample in samples:
         solutions, operations = kept.setdefault(sample.problem.id, {}), common.equations(sample.text)
-        if sample.correct and sample.finished and operations not in solutions:
+        accepted = sample.correct if threshold is None else sample.answer is not None and sample.score >= threshold
+        if accepted and sample.finished and operations not in solutions:
             solutions[operations] = common.first_solution(sample.text).strip()
             new.append(sample)
     return new
@@ -97,11 +107,18 @@ def main(argv: list[str]) -> None:
         return
     if run.state and not args.from_previous:  # the checkpoint holds weights that were trained from the base
         policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
+        policy.condition("none")
     else:
         common.Policy(args.base, "cpu", flag="--base")  # a wrong --base must not show only after hours of sampling
         policy = common.Policy(args.model, args.device, args.dtype)
+    orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
     run.begin()
     kept = {p.id: {common.equations(p.solution): p.solution} for p in train if p.solution and args.sft_data}
+
+    def accept(samples: list[common.Sample]) -> list[common.Sample]:
+        if orm:
+            orm.grade(samples)
+        return keep_accepted(samples, kept, args.orm_threshold if orm else None)
 
     progress = {"round": 1, "place": 0, "step": 0, "samples": 0, "tokens": 0, "best": -1.0, "losses": [], "timing": {}}
     if run.state:
@@ -118,7 +135,7 @@ def main(argv: list[str]) -> None:
                 f"--resume: {run.out}/samples/round_{finished}.jsonl is damaged after line {len(samples)}"
             )
         if finished < progress["round"]:
-            keep_correct(samples, kept)
+            accept(samples)
 
     for round_number in range(progress["round"], args.rounds + 1):
         # 1. sample K solutions per question (read back where a restart finds them on disk)
@@ -132,12 +149,13 @@ def main(argv: list[str]) -> None:
         progress["timing"].setdefault("seconds_sampling", time.monotonic() - started)
 
         # 2. keep the correct and distinct ones, add them to the data
-        new = keep_correct(samples, kept)
+        new = accept(samples)
         data = [(p, solution) for p in train for solution in kept.get(p.id, {}).values()]
         follows = [common.equations(s.text) == s.problem.steps for s in new if s.problem.steps]
         filtering = {
             "correct": common.share(s.correct for s in samples),
             "kept": len(new),
+            "kept_correct": common.share(s.correct for s in new) if new else None,
             "solved": common.share(any(s.correct for s in group) for group in common.by_problem(samples)),
             "follows_reference": common.share(follows) if follows else None,
             "sampled_unreadable": common.share(s.answer is None for s in samples),
@@ -146,12 +164,13 @@ def main(argv: list[str]) -> None:
         }
         if not data:
             raise common.UserError(
-                "no sample was correct, so there is nothing to train on; raise --samples or start from SFT"
+                "no sample was accepted, so there is nothing to train on; raise --samples or start from SFT"
             )
 
         # 3. train from the base again; as in sft.py, the order of the data depends on the seed and the epoch alone
         if not args.from_previous and not (run.state and progress["place"]):
             policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
+            policy.condition("none")
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
         if run.state and progress["place"]:
             optimizer.load_state_dict(run.state["optimizer"])

@@ -8,7 +8,8 @@ Objective, for question q and sampled solution s with tokens s_1 ... s_T:
 surrogate of "Proximal Policy Optimization Algorithms" (Schulman et al. 2017). A phase is
 
     1. draw questions (--curriculum) and sample solutions from the policy
-    2. task reward of every token: 1 at the end of a correct solution (--reward dense: also along the way)
+    2. task reward of every token: 1 at the end of a correct solution (--reward dense: also along the way; --reward orm:
+       what a reward model thinks of it)
     3. one forward pass: log-probabilities and values; another for the reference; reward of a token =
        task reward - kl_coef * (log pi - log pi_ref)
     4. advantages by GAE, whitened
@@ -53,8 +54,11 @@ def parse_args(argv: list[str]):
     add = parser.add_argument
     add("--phases", type=whole, default=20, help="rounds of sampling and training")
     add("--questions", type=whole, default=128, help="questions a phase (paper: 256, with 4 samples each)")
-    add("--reward", choices=["sparse", "dense"], default="sparse",
-        help="sparse: 1 for a correct answer; dense: also for each value of the reference solution")  # fmt: skip
+    add("--reward", choices=["sparse", "dense", "orm", "orm_dense"], default="sparse",
+        help="sparse: 1 for a correct answer; dense: also for each value of the reference solution; orm: the probability "
+        "that a reward model gives the solution; orm_dense: the same in shares, what it rose by in each line")  # fmt: skip
+    add("--orm", help="folder of the reward model (default: runs/reward_model/model, if --reward needs one)")
+    add("--add-outcome", action="store_true", help="add 1 for a correct answer to the reward of the reward model")
     add("--kl-coef", type=positive, default=0.05, help="weight of the KL penalty (paper: 0.05)")
     add("--kl-limit", type=positive, default=0, help="end a phase when a minibatch is this far (nats) from the policy "
         "that sampled; 0: never")  # fmt: skip
@@ -78,6 +82,7 @@ def parse_args(argv: list[str]):
     args = parser.parse_args(argv)
     if args.temperature == 0:
         parser.error("--temperature 0: greedy samples are all the same, there is nothing to learn from")
+    args.orm = (args.orm or "runs/reward_model/model") if args.reward.startswith("orm") else None
     return args
 
 
@@ -133,17 +138,46 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
 # ---- rewards ---------------------------------------------------------------------------------------------------------
 
 
-def task_rewards(kind: str, policy: common.Policy, samples: list[common.Sample]) -> list[np.ndarray]:
+def task_rewards(
+    kind: str, policy: common.Policy, samples: list[common.Sample], orm: common.RewardModel | None, add_outcome: bool
+) -> list[np.ndarray]:
     """The reward of every token of every sample. A solution that was cut earns nothing, even if its answer is right."""
     rewards = []
-    for sample in samples:
+    probabilities = orm.scores(samples) if orm else [None] * len(samples)
+    for sample, scores in zip(samples, probabilities, strict=True):
         reward = np.zeros(len(sample.tokens), np.float32)
         if sample.finished:
-            reward[-1] = float(sample.correct)
+            if kind in ("sparse", "dense") or add_outcome:
+                reward[-1] = float(sample.correct)
             if kind == "dense":
                 reward += step_rewards(policy, sample)
+            if kind == "orm":
+                reward[-1] += scores[-1]
+            if kind == "orm_dense":
+                reward += potential_rewards(policy, sample, orm, scores)
         rewards.append(reward)
     return rewards
+
+
+def potential_rewards(
+    policy: common.Policy, sample: common.Sample, orm: common.RewardModel, scores: np.ndarray
+) -> np.ndarray:
+    """At the end of every line what the reward model's probability rose by (or fell), 0 before the first: together the
+    last probability, as with "orm". scores: after each of the reward model's tokens, which need not be the policy's; so
+    places are matched by how many lines with text are over."""
+
+    def lines(text: str) -> int:
+        return sum(bool(line.strip()) for line in text.split("\n"))
+
+    _, ids = orm.encode(sample)
+    ends = orm.line_ends(ids)
+    potential = {lines(orm.decode(ids[: end + 1])): scores[end] for end in reversed(ends)} | {0: 0.0}
+    reward, before = np.zeros(len(sample.tokens), np.float32), 0.0
+    for end in policy.line_ends(sample.tokens)[:-1]:
+        after = potential.get(lines(sample.prefix + policy.decode(sample.tokens[: end + 1])), scores[-1])
+        reward[end], before = after - before, after
+    reward[-1] = scores[-1] - before
+    return reward
 
 
 def step_rewards(policy: common.Policy, sample: common.Sample) -> np.ndarray:
@@ -151,7 +185,7 @@ def step_rewards(policy: common.Policy, sample: common.Sample) -> np.ndarray:
     reward = np.zeros(len(sample.tokens), np.float32)
     reference = common.computed_values(sample.problem.reference or "")
     open_values, seen = list(reference), 0
-    ends = sorted({*np.flatnonzero(policy.ends_line[sample.tokens]).tolist(), len(sample.tokens) - 1})
+    ends = policy.line_ends(sample.tokens)
     for place, line_end in enumerate([None, *ends]):
         text = sample.prefix + ("" if line_end is None else policy.decode(sample.tokens[: line_end + 1]))
         found = common.computed_values(common.first_solution(text))
@@ -328,6 +362,8 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.model, args.device, args.dtype)
+    policy.condition("none")  # a model of rcrl.py is trained on without its labels
+    orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
     torch.manual_seed(args.seed)  # of the adapters; nothing else draws from it
     if not args.lora_rank:
         reference = copy.copy(policy)
@@ -384,7 +420,7 @@ def main(argv: list[str]) -> None:
         seconds_sampling, started = time.monotonic() - started, time.monotonic()
 
         # 2. task rewards
-        rewards = task_rewards(args.reward, policy, samples)
+        rewards = task_rewards(args.reward, policy, samples, orm, args.add_outcome)
 
         # 3. log-probabilities and values of the policy that sampled, as training computes them; of the reference
         examples = [(list(sample.prompt), sample.tokens.tolist()) for sample in samples]
@@ -471,6 +507,9 @@ def main(argv: list[str]) -> None:
         residual = (returns - old_values)[real]
         row = {
             "reward": float(np.mean([reward.sum() for reward in rewards])),
+            "reward_if_wrong": float(
+                np.mean([reward.sum() for reward, c in zip(rewards, correct, strict=True) if not c] or [0])
+            ),
             "correct": common.share(correct),
             "kl_k1": kl_k1(old_logprobs, ref_logprobs)[real].mean().item(),
             "kl_k3": kl_k3(old_logprobs, ref_logprobs)[real].mean().item(),

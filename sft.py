@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.model, args.device, args.dtype)
+    policy.condition("none")  # a model of rcrl.py is trained on without its labels
     run.begin()
     examples, dev_examples = (
         [(policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(p.solution)) for p in problems]

@@ -151,12 +151,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
 
 def test_majority_vote_counts_equal_numbers_together_and_breaks_ties_by_order():
     a, b = Fraction(18), Fraction(7)
-    assert evaluate.majority_vote([b, a, None, a]) == a
-    assert evaluate.majority_vote([b, a, a, b]) == b
-    assert evaluate.majority_vote([None, None, b]) == b
-    assert evaluate.majority_vote([None]) is None
+    assert common.vote([b, a, None, a]) == a
+    assert common.vote([b, a, a, b]) == b
+    assert common.vote([None, None, b]) == b
+    assert common.vote([None]) is None and common.vote([]) is None
+    assert common.vote([a, b, a, None], [0.2, 0.9, 0.3, 5.0]) == b
+    assert common.vote([a, b], [0.5, 0.5]) == a
     answers = [common.extract_answer(f"#### {t}") for t in ("7", "7", "18", "18.0", "$18")]
-    assert evaluate.majority_vote(answers) == a
+    assert common.vote(answers) == a
 
 
 def make_sample(problem, number, text, finished=True):
@@ -189,14 +191,14 @@ def test_expert_iteration_keeps_correct_finished_and_distinct_samples():
     right, same, other = "2+2=<<2+2=4>>4\n#### 4", "2+2=<<2+2=4>>4 pens\n#### 4", "2*2=<<2*2=4>>4\n#### 4"
     texts = [right, same, other, "#### 5", right + "\n\nQuestion: next?"]
     kept = {}
-    new = expert_iteration.keep_correct([make_sample(p, i, t) for i, t in enumerate(texts)], kept)
+    new = expert_iteration.keep_accepted([make_sample(p, i, t) for i, t in enumerate(texts)], kept)
     assert [s.number for s in new] == [0, 2]
     assert kept == {"p": {("2+2",): right, ("2*2",): other}}
     assert (
-        expert_iteration.keep_correct(
+        expert_iteration.keep_accepted(
             [make_sample(p, 0, right), make_sample(p, 1, "8-4=<<8-4=4>>4\n#### 4", False)], kept
         )
         == []
     )
-    run_on = expert_iteration.keep_correct([make_sample(p, 5, "1+3=<<1+3=4>>4\n#### 4\n\nQuestion: next?")], kept)
+    run_on = expert_iteration.keep_accepted([make_sample(p, 5, "1+3=<<1+3=4>>4\n#### 4\n\nQuestion: next?")], kept)
     assert len(run_on) == 1 and kept["p"][("1+3",)] == "1+3=<<1+3=4>>4\n#### 4"

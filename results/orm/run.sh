@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Outcome reward models on the embedded task, three seeds: trained on the samples of the SFT policy; reranking that policy's
+# test samples (32 each) and those of another policy (PPO), which it never saw; and a second one trained on the samples of PPO.
+# The policies come from results/arithmetic/run.sh. `run.sh train SEED` only trains the first. Restartable.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=results/orm work=${WORK:-runs/results}
+
+train() { # name, student, seed
+    [ -f "$here/$1_$3/quality.json" ] && [ -d "$work/$1_$3/model" ] && return
+    python reward_model.py --seed "$3" --model "$work/$2_$3/model" --out "$work/$1_$3" --resume
+    mkdir -p "$here/$1_$3" && cp "$work/$1_$3"/{args.json,metrics.jsonl} "$here/$1_$3/"
+    cp "$work/$1_$3/quality.json" "$here/$1_$3/"
+}
+
+rerank() { # orm, policy, seed
+    local name=$1_on_$2_$3
+    [ -f "$here/$name/test.json" ] && return
+    mkdir -p "$here/$name"
+    python evaluate.py --model "$work/$2_$3/model" --orm "$work/$1_$3/model" --samples 32 --seed "$3" --resume \
+        --out "$work/$name.json" >"$work/$name.txt"
+    cp "$work/$name.json" "$here/$name/test.json"
+}
+
+if [ "${1:-}" = train ]; then
+    train orm sft "$2"
+    exit
+fi
+for seed in ${SEEDS:-0 1 2}; do
+    train orm sft $seed
+    rerank orm sft $seed
+    rerank orm ppo $seed
+    train orm_ppo ppo $seed
+    rerank orm_ppo ppo $seed
+    rerank orm_ppo sft $seed
+done

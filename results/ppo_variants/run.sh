@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# What PPO's parts are worth: each variant changes one thing in the runs ppo_0, ppo_1, ppo_2 of results/arithmetic, with the
+# same seeds, start (SFT) and number of rollouts. 18 runs of about six minutes on one core. Restartable: what is finished is
+# skipped, what was interrupted goes on. The policies of SFT come from results/arithmetic/run.sh.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=results/ppo_variants work=${WORK:-runs/results}
+declare -A flags=(
+    [kl0]="--kl-coef 0"
+    [attached]="--no-detach-value"
+    [dense]="--reward dense"
+    [orm]="--reward orm"
+    [orm_dense]="--reward orm_dense"
+    [orm_outcome]="--reward orm --add-outcome"
+)
+for seed in ${SEEDS:-0 1 2}; do
+    for name in ${VARIANTS:-kl0 attached dense orm orm_dense orm_outcome}; do
+        run=$work/ppo_${name}_$seed orm=$work/orm_$seed/model
+        [ -f "$here/${name}_$seed/test.json" ] && continue
+        [[ $name != orm* || -d $orm ]] || bash results/orm/run.sh train $seed
+        python ppo.py --seed $seed --model "$work/sft_$seed/model" --orm "$orm" ${flags[$name]} --out "$run" --resume
+        python evaluate.py --model "$run/model" --samples 16 --seed $seed --resume --out "$run/test.json" >"$run/test.txt"
+        mkdir -p "$here/${name}_$seed"
+        cp "$run"/{args.json,metrics.jsonl,test.json} "$here/${name}_$seed/"
+    done
+done
+python results/table.py "$here"

@@ -1,0 +1,259 @@
+"""Outcome reward model (ORM): how likely is the final answer to be right, judged from the solution so far.
+
+Objective, for question q, solution s = s_1 ... s_T (the last token is the end-of-text token) and label y, 1 if its final
+answer is right and 0 if not:
+
+    minimise   - sum_(q, s, y)  w(q, s) / T  sum_t [ y log P(q, s_<=t) + (1 - y) log(1 - P(q, s_<=t)) ]
+
+"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), its ORM, which follows
+"Training Verifiers to Solve Math Word Problems" (Cobbe et al. 2021). P is the policy's network with a scalar head.
+
+    1. sample K solutions per training question from a student policy (or read samples that were written before), and
+       16 per dev question, from the same policy
+    2. label them by the answer check; w: within a question right and wrong weigh the same
+    3. train the policy's weights and a scalar head, binary cross-entropy on every solution token
+    4. after every epoch: how good it is on the dev questions, none of which it trained on; the best becomes model/
+
+The last token's P is the score of a solution: `evaluate.py --orm` picks the best of n by it, `ppo.py --reward orm`
+maximises it, `expert_iteration.py --orm` filters by it.
+
+Where this differs from the paper: it does not say how the classes are balanced. Here a question with both right and
+wrong samples gives half of its weight to each, so that the model has to tell solutions apart and not only questions.
+A question whose samples are all right or all wrong keeps its weight.
+
+CPU, after `python sft.py` (README.md has the measured numbers):
+    python reward_model.py
+One GPU:
+    python reward_model.py --model runs/sft/model --dataset gsm8k --samples 96 --epochs 2 --lr 1e-5 --batch-size 128 \\
+        --max-new-tokens 512 --rows 1024
+"""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+
+
+def parse_args(argv: list[str]):
+    parser = common.common_parser(
+        __doc__, model="runs/sft/model", out="runs/reward_model", samples=8, temperature=0.7, lr=1e-3, epochs=3,
+        batch_size=64, token_budget=16384, limit_train=None, checkpoint_every=300,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--base", help="weights that the ORM starts from (default: those of --model, the student)")
+    add("--train-samples", nargs="+", default=[], metavar="FILE",
+        help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
+    add("--eval-samples", type=common.number(int, 2), default=16, help="samples per dev question")
+    return parser.parse_args(argv)
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+def balanced_weights(labels: list[bool]) -> list[float]:
+    """The weights of one question's samples, whose sum is their number: half of it for each class, if there are both.
+    [right, wrong, wrong, wrong] -> [2, 2/3, 2/3, 2/3]."""
+    n, n_right = len(labels), sum(labels)
+    return [n / (2 * (n_right if y else n - n_right)) if 0 < n_right < n else 1.0 for y in labels]
+
+
+def training_data(samples: list[common.Sample]) -> tuple[list[common.Sample], list[float]]:
+    """The distinct solutions of every question and their weights, those of equal ones added up: the loss is the same,
+    and a sharp policy repeats itself a lot."""
+    distinct: dict[tuple[str, str], list] = {}
+    for group in common.by_problem(samples):
+        for sample, weight in zip(group, balanced_weights([s.correct for s in group]), strict=True):
+            entry = distinct.setdefault((sample.problem.id, common.first_solution(sample.text).strip()), [sample, 0.0])
+            entry[1] += weight
+    return [sample for sample, _ in distinct.values()], [weight for _, weight in distinct.values()]
+
+
+# ---- the formulas ----------------------------------------------------------------------------------------------------
+
+
+def orm_loss(log_odds: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted binary cross-entropy, per token. All of the same shape."""
+    return weights * torch.nn.functional.binary_cross_entropy_with_logits(log_odds, labels, reduction="none")
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """P(a right one scores above a wrong one), ties counted half: the area under the ROC curve (Mann and Whitney 1947).
+    None where there is only one class."""
+    values, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (count.cumsum() - (count - 1) / 2)[place]  # the mean rank of equal scores, from 1
+    n_right = int(np.sum(labels))
+    pairs = n_right * (len(labels) - n_right)
+    return float((rank[labels].sum() - n_right * (n_right + 1) / 2) / pairs) if pairs else None
+
+
+def reliability(scores: np.ndarray, labels: np.ndarray, bins: int = 10) -> list[dict]:
+    """Bins of equal width over the scores: how many fall in, their mean score, and the share that is right."""
+    where = np.minimum((scores * bins).astype(int), bins - 1)
+    return [
+        {"from": b / bins, "n": int(inside.sum()), "score": float(scores[inside].mean()), "right": float(labels[inside].mean())}
+        for b in range(bins) if (inside := where == b).any()
+    ]  # fmt: skip
+
+
+def calibration_error(table: list[dict]) -> float:
+    """Expected calibration error (Naeini et al. 2015): |mean score - share right| of a bin, averaged over the samples."""
+    return sum(row["n"] * abs(row["score"] - row["right"]) for row in table) / sum(row["n"] for row in table)
+
+
+def best_of_n(samples: list[common.Sample], scores: list[float]) -> list[dict]:
+    """For n = 1, 2, 4 ...: the share of questions solved by the best-scored of n samples, by their majority, and by any
+    of them (the oracle). Averaged over the disjoint groups of n that a question's samples make."""
+    place, rows = itertools.count(), []
+    numbered = [[(sample, scores[next(place)]) for sample in group] for group in common.by_problem(samples)]
+    for n in common.powers_of_two(len(numbered[0])):
+        blocks = [group[i : i + n] for group in numbered for i in range(0, len(group) - n + 1, n)]
+        rows.append({
+            "n": n,
+            "orm": common.share(max(block, key=lambda pair: pair[1])[0].correct for block in blocks),
+            "majority": common.share(
+                common.vote([s.answer for s, _ in block]) == block[0][0].problem.answer for block in blocks
+            ),
+            "oracle": common.share(any(s.correct for s, _ in block) for block in blocks),
+        })  # fmt: skip
+    return rows
+
+
+def quality(samples: list[common.Sample], probabilities: list[np.ndarray]) -> dict:
+    """What the ORM is worth on the samples of questions that it was not trained on; see README.md for the keys."""
+    labels = np.array([sample.correct for sample in samples])
+    scores = np.array([p[-1] for p in probabilities], np.float64)
+    groups = np.split(np.arange(len(samples)), np.cumsum([len(g) for g in common.by_problem(samples)])[:-1])
+    within = [auc(scores[g], labels[g]) for g in groups if 0 < labels[g].sum() < len(g)]
+    table = reliability(scores, labels)
+    at = {
+        place: np.array([p[min(len(p) - 1, int(place * len(p)))] for p in probabilities])
+        for place in (0.0, 0.25, 0.5, 0.75, 1.0)
+    }
+    return {
+        "base_rate": float(labels.mean()),
+        "accuracy": common.share((scores >= 0.5) == labels),
+        "auc": auc(scores, labels),
+        "auc_within": float(np.mean(within)) if within else None,
+        "calibration_error": calibration_error(table),
+        "by_position": [
+            {"position": place, "accuracy": common.share((p >= 0.5) == labels), "auc": auc(p, labels)}
+            for place, p in at.items()
+        ],
+        "reliability": table,
+        "best_of_n": best_of_n(samples, scores.tolist()),
+    }
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+
+    # 0. problems
+    train = common.load_problems(args.dataset, "train", args.limit_train)
+    dev = common.load_problems(args.dataset, "dev", args.limit_eval)
+    written = [sample for file in args.train_samples for sample in common.load_samples(Path(file), train)]
+    args.base = args.base or args.model
+    run = common.Run(args)
+    if run.is_finished:
+        print(f"{args.out} is complete")
+        return
+    student = common.Policy(args.model, args.device, args.dtype)
+    orm = common.RewardModel(args.base, args.device, args.dtype, flag="--base", new=True)
+    run.begin()
+
+    # 1. samples of the student (read back where a restart finds them on disk)
+    how = dict(temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows)
+    samples = written or common.sample_to_file(
+        student, train, run.out / "samples" / "train.jsonl", run, samples=args.samples, seed=[args.seed, 0],
+        progress="train questions", **how,
+    )  # fmt: skip
+    dev_samples = common.sample_to_file(
+        student, dev, run.out / "samples" / "dev.jsonl", run, samples=args.eval_samples, seed=[args.seed, 1],
+        progress="dev questions", **how,
+    )  # fmt: skip
+    del student
+
+    # 2. labels and weights
+    data, weights = training_data(samples)
+    examples = [orm.encode(sample) for sample in data]
+    labels = [float(sample.correct) for sample in data]
+    mixed = common.share(0 < sum(s.correct for s in group) < len(group) for group in common.by_problem(samples))
+    print(f"{len(samples)} samples, {len(data)} of them distinct, {np.mean([s.correct for s in samples]):.1%} right; "
+          f"{mixed:.1%} of the questions have both kinds")  # fmt: skip
+    if len(set(labels)) < 2:
+        raise common.UserError("the samples are all right or all wrong: there is nothing to tell apart")
+
+    # 3. train; as in sft.py, the order of the data depends on the seed and the epoch alone
+    optimizer = torch.optim.AdamW(orm.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    steps_per_epoch = -(-len(examples) // args.batch_size)
+    n_steps = args.epochs * steps_per_epoch
+    progress = {"step": 0, "tokens": 0, "best": -1.0, "losses": []}
+    if run.state:
+        progress = run.state["progress"]
+        orm.model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        run.state = None  # as large as the model and its optimizer
+
+    bar = common.tqdm(total=n_steps, initial=progress["step"], desc="training", unit="step", disable=None)
+    while progress["step"] < n_steps:
+        epoch, place = divmod(progress["step"], steps_per_epoch)
+        order = common.shuffled(len(examples), args.seed, epoch)
+        batch = order[place * args.batch_size : (place + 1) * args.batch_size]
+        lr = common.cosine_lr(progress["step"], n_steps, args.lr)
+        loss, norm = orm_step(
+            orm, optimizer, [examples[i] for i in batch], [labels[i] for i in batch], [weights[i] for i in batch], lr,
+            args.token_budget,
+        )  # fmt: skip
+        progress["losses"].append(loss)
+        progress["tokens"] += sum(len(examples[i][1]) for i in batch)
+        progress["step"] += 1
+        bar.update()
+
+        # 4. after every epoch, and the best by dev AUC becomes model/
+        if progress["step"] % steps_per_epoch == 0:
+            report = quality(dev_samples, orm.scores(dev_samples, args.token_budget))
+            rerank = report["best_of_n"][-1]
+            n = rerank["n"]
+            run.log(
+                step=progress["step"], samples=len(samples), tokens=progress["tokens"], epoch=epoch + 1,
+                loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr, train_size=len(data), mixed=mixed,
+                **{key: value for key, value in report.items() if not isinstance(value, list)},
+                **{f"rerank@{n}": rerank["orm"], f"maj@{n}": rerank["majority"], f"pass@{n}": rerank["oracle"]},
+            )  # fmt: skip
+            progress["losses"] = []
+            if (report["auc"] or 0.0) > progress["best"]:
+                progress["best"] = report["auc"] or 0.0
+                common.write_json(run.out / "quality.json", report | {"epoch": epoch + 1})
+                orm.save(run.out / "model")
+        run.checkpoint(progress=progress, model=orm.model.state_dict(), optimizer=optimizer.state_dict())
+    bar.close()
+    run.finish()
+    print(
+        f"best AUC on dev {progress['best']:.3f}; model in {run.out / 'model'}, details in {run.out / 'quality.json'}"
+    )
+
+
+def orm_step(
+    orm: common.RewardModel, optimizer: torch.optim.Optimizer, examples: list, labels: list[float], weights: list[float],
+    lr: float, token_budget: int,
+) -> tuple[float, float]:  # fmt: skip
+    """One optimizer step on the weighted mean over the solutions of the mean over their tokens -> (loss in nats per token,
+    gradient norm). As in `common.cross_entropy_step` the gradient does not depend on how the batch is split."""
+    loss_sum = 0.0
+    for indices in common.token_batches([len(p) + len(r) for p, r in examples], token_budget):
+        lengths = torch.tensor([len(examples[i][1]) for i in indices])
+        y = torch.tensor([labels[i] for i in indices]).repeat_interleave(lengths)
+        w = (torch.tensor([weights[i] for i in indices]) / lengths).repeat_interleave(lengths) / sum(weights)
+        loss = orm_loss(orm.log_odds([examples[i] for i in indices]), y.to(orm.device), w.to(orm.device)).sum()
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum, common.clipped_step(optimizer, orm.model.parameters(), loss_sum, lr)
+
+
+if __name__ == "__main__":
+    common.run_main(main)

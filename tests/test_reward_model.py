@@ -1,0 +1,367 @@
+"""The outcome reward model: its formulas against brute force, its scores, and what the other scripts do with them."""
+
+import itertools
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from test_generation import ARCHITECTURES, random_policy
+from test_scripts import cli, rows_of, without_time  # noqa: F401
+
+import common
+import evaluate
+import expert_iteration
+import ppo
+import reward_model
+
+PROBLEMS = common.load_problems("arithmetic", "train", 40)
+RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--samples", "4", "--eval-samples", "4", "--epochs",
+       "2", "--batch-size", "8", "--max-new-tokens", "60", "--rows", "32"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def orm() -> common.RewardModel:
+    """The embedded model with a random head: scores that differ from token to token."""
+    model = common.RewardModel("tiny", "cpu", new=True)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.linear.weight)
+    return model
+
+
+@pytest.fixture(scope="module")
+def orm_folder(orm, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("orm") / "model"
+    orm.save(folder)
+    return str(folder)
+
+
+def sample_of(problem, text, number=0, finished=True, score=None) -> common.Sample:
+    sample = common.Sample(problem, number, text, finished)
+    sample.score = score
+    return sample
+
+
+def right(problem) -> str:
+    return problem.reference
+
+
+def wrong(problem) -> str:
+    return f"1+1=<<1+1=2>>2\n#### {problem.answer + 1}"
+
+
+# ---- formulas
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, labels = rng.integers(0, 6, 30) / 5, rng.random(30) < 0.4  # many ties
+        pairs = list(itertools.product(scores[labels], scores[~labels]))
+        expected = np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs])
+        assert reward_model.auc(scores, labels) == pytest.approx(expected)
+    assert reward_model.auc(scores, np.ones(30, bool)) is None
+
+
+def test_calibration_by_hand():
+    """Bin .8 to .9: two samples at .8 and .85, one right; the last bin holds the score 1.0."""
+    scores, labels = np.array([0.05, 0.8, 0.85, 1.0]), np.array([False, True, False, True])
+    table = reward_model.reliability(scores, labels)
+    assert [(row["n"], row["right"]) for row in table] == [(1, 0.0), (2, 0.5), (1, 1.0)]
+    assert reward_model.calibration_error(table) == pytest.approx((0.05 + 2 * (0.825 - 0.5) + 0.0) / 4)
+
+
+def test_within_a_question_both_classes_weigh_the_same():
+    assert reward_model.balanced_weights([True, False, False, False]) == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3])
+    assert reward_model.balanced_weights([True, True]) == [1, 1]
+    for labels in itertools.product([True, False], repeat=4):
+        weights = reward_model.balanced_weights(list(labels))
+        assert sum(weights) == pytest.approx(4)
+        if len(set(labels)) == 2:
+            assert sum(w for w, y in zip(weights, labels, strict=True) if y) == pytest.approx(2)
+
+
+def test_equal_solutions_are_merged_without_changing_the_loss(orm):
+    problem, other = PROBLEMS[:2]
+    texts = [right(problem), wrong(problem), wrong(problem), wrong(problem) + "\n"]
+    samples = [sample_of(problem, text, i) for i, text in enumerate(texts)] + [sample_of(other, right(other))]
+    data, weights = reward_model.training_data(samples)
+    assert len(data) == 3 and weights == pytest.approx([2, 2, 1])
+
+    def loss(samples, weights):
+        examples = [orm.encode(s) for s in samples]
+        optimizer = torch.optim.SGD(orm.model.parameters(), lr=0.0)
+        return reward_model.orm_step(orm, optimizer, examples, [float(s.correct) for s in samples], weights, 0.0, 9999)[
+            0
+        ]
+
+    every = [*reward_model.balanced_weights([s.correct for s in samples[:4]]), 1.0]
+    assert loss(samples, every) == pytest.approx(loss(data, weights), rel=1e-5)
+
+
+def test_best_of_n_by_hand():
+    """Two questions, four samples each. n = 2 makes two groups a question."""
+    p, q = PROBLEMS[:2]
+    rows = [(p, True, 0.1), (p, False, 0.9), (p, False, 0.2), (p, True, 0.3)]
+    rows += [(q, False, 0.5), (q, False, 0.4), (q, False, 0.3), (q, True, 0.6)]
+    samples = [
+        sample_of(problem, right(problem) if y else wrong(problem), i % 4) for i, (problem, y, _) in enumerate(rows)
+    ]
+    table = {row["n"]: row for row in reward_model.best_of_n(samples, [score for *_, score in rows])}
+    assert table[1] == {"n": 1, "orm": 3 / 8, "majority": 3 / 8, "oracle": 3 / 8}
+    assert table[2] == {"n": 2, "orm": 2 / 4, "majority": 1 / 4, "oracle": 3 / 4}  # ties of a vote: the first
+    assert table[4] == {"n": 4, "orm": 1 / 2, "majority": 1 / 2, "oracle": 2 / 2}
+
+
+def test_mcnemar_against_enumeration():
+    """All 2^n ways in which the n problems that differ could have gone: how many are at least this uneven."""
+    for better, worse in ((5, 1), (3, 3), (0, 4), (0, 0), (7, 2)):
+        values = [1.0] * better + [0.0] * worse + [1.0] * 3
+        others = [0.0] * better + [1.0] * worse + [1.0] * 3
+        n, gap = better + worse, abs(better - worse)
+        ways = [abs(2 * sum(way) - n) >= gap for way in itertools.product([0, 1], repeat=n)]
+        test = evaluate.paired_test(values, others)
+        assert test["p"] == pytest.approx(np.mean(ways)) and (test["better"], test["worse"]) == (better, worse)
+        assert test["difference"] == pytest.approx((better - worse) / len(values))
+
+
+# ---- scores
+
+
+def test_long_solutions_do_not_count_more(orm):
+    """One right solution of 5 tokens and one wrong of 80: each is half of the loss, whatever its length."""
+    problem = PROBLEMS[0]
+    short, long = sample_of(problem, f"#### {problem.answer}"), sample_of(problem, "1+1=<<1+1=2>>2\n" * 8 + "#### 99")
+    examples = [orm.encode(s) for s in (short, long)]
+    optimizer = torch.optim.SGD(orm.model.parameters(), lr=0.0)
+    alone = [
+        reward_model.orm_step(orm, optimizer, [example], [y], [1.0], 0.0, 9999)[0]
+        for example, y in zip(examples, (1.0, 0.0), strict=True)
+    ]
+    both = reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0], [1.0, 1.0], 0.0, 9999)[0]
+    assert both == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gemma3"])  # transformers has no such class
+def test_a_new_reward_model_says_one_half_and_a_saved_one_loads_without_our_help(name, tmp_path_factory, tmp_path):
+    from transformers import AutoModelForTokenClassification
+
+    random_policy(name, tmp_path_factory).save(tmp_path / "policy")
+    orm = common.RewardModel(str(tmp_path / "policy"), "cpu", new=True)
+    samples = [sample_of(p, right(p)) for p in PROBLEMS[:3]]
+    assert all((p == 0.5).all() for p in orm.scores(samples))
+    torch.nn.init.normal_(orm.linear.weight)
+    orm.save(tmp_path / "orm")
+    plain = AutoModelForTokenClassification.from_pretrained(tmp_path / "orm").eval()
+    for sample, said in zip(samples, orm.scores(samples), strict=True):
+        prompt, response = orm.encode(sample)
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) :, 0]
+        torch.testing.assert_close(torch.from_numpy(said), logits.sigmoid(), atol=1e-5, rtol=1e-4)
+    again = common.RewardModel(str(tmp_path / "orm"), "cpu")
+    assert all(np.allclose(a, b) for a, b in zip(again.scores(samples), orm.scores(samples), strict=True))
+
+
+def test_a_score_does_not_depend_on_the_batch(orm):
+    samples = [sample_of(p, right(p) if i % 2 else wrong(p)) for i, p in enumerate(PROBLEMS)]
+    together = orm.scores(samples)
+    alone = [orm.scores([sample])[0] for sample in samples]
+    narrow = orm.scores(samples[::-1], token_budget=200)[::-1]
+    for a, b, c, sample in zip(together, alone, narrow, samples, strict=True):
+        assert len(a) == len(orm.encode(sample)[1])
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, c, atol=1e-5)
+
+
+def test_ten_thousand_solutions_are_scored_within_bounded_memory(orm, monkeypatch):
+    """No forward pass holds more tokens than the budget, and what is kept is one number a token. Equal texts run once."""
+    sizes, forward = [], orm.hidden_states
+    monkeypatch.setattr(orm, "hidden_states", lambda ids: sizes.append(ids.numel()) or forward(ids))
+    samples = [sample_of(PROBLEMS[i % 40], f"{i % 97}+1=<<{i % 97}+1=2>>2\n#### 2", i) for i in range(10_000)]
+    scores = orm.scores(samples, token_budget=4096)
+    assert len(scores) == 10_000 and all(s.ndim == 1 and s.dtype == np.float32 for s in scores)
+    assert max(sizes) <= 4096
+    assert sum(sizes) < 1.5 * 40 * 97 * max(len(p) + len(r) for p, r in map(orm.encode, samples[:200]))
+
+
+def test_the_gradient_does_not_depend_on_how_a_batch_is_split(nano):
+    gradients = []
+    for budget in (10_000, 60):
+        orm = common.RewardModel(nano, "cpu", new=True)
+        torch.nn.init.constant_(orm.linear.weight, 0.1)
+        examples = [orm.encode(sample_of(p, wrong(p))) for p in PROBLEMS[:6]]
+        optimizer = torch.optim.SGD(orm.model.parameters(), lr=1.0)
+        before = {n: p.detach().clone() for n, p in orm.model.named_parameters()}
+        reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0] * 3, [0.5, 2.0, 1.0] * 2, 1.0, budget)
+        gradients.append(torch.cat([(before[n] - p.detach()).flatten() for n, p in orm.model.named_parameters()]))
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, nano, tmp_path):  # noqa: F811
+    out = ["--out", tmp_path / "r.json", "--model", nano]
+    for argv, words in (
+        ([*out, "--orm", nano], "not a reward model"),
+        (["--out", tmp_path / "r.json", "--model", orm_folder], "not a language model"),
+        ([*out, "--orm", "runs/none/model"], "--orm runs/none/model: no such folder"),
+    ):
+        code, message = cli(evaluate, *argv)
+        assert code == 2 and words in message and message.count("\n") == 1
+
+
+# ---- rewards
+
+
+def sampled(policy, problem, text, finished=True, prefix="") -> common.Sample:
+    ids = policy.encode_prefix(text[len(prefix) :]) + [policy.tokenizer.eos_token_id] * finished
+    return common.Sample(problem, 0, text, finished, np.array(ids, np.int32), prefix=prefix)
+
+
+def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(tiny, orm):
+    """orm: on the last token. orm_dense: on the last token of every line, differences that sum to the same. A solution
+    that was cut has neither. Added to the outcome, both grow by it."""
+    problem = next(p for p in PROBLEMS if len(p.steps) == 3)
+    samples = [sampled(tiny, problem, right(problem)), sampled(tiny, problem, wrong(problem), finished=False)]
+    (scores, _) = orm.scores(samples)
+    whole, cut = ppo.task_rewards("orm", tiny, samples, orm, False)
+    assert whole[-1] == pytest.approx(scores[-1]) and not whole[:-1].any() and not cut.any()
+    dense, cut = ppo.task_rewards("orm_dense", tiny, samples, orm, False)
+    ends = tiny.line_ends(samples[0].tokens)
+    assert set(np.flatnonzero(dense)) == set(ends) and len(ends) == 4 and not cut.any()
+    assert dense.sum() == pytest.approx(scores[-1], abs=1e-6)
+    assert dense[ends[0]] == pytest.approx(scores[ends[0]], abs=1e-6)  # the same tokenizer, the same places
+    assert dense[ends[1]] == pytest.approx(scores[ends[1]] - scores[ends[0]], abs=1e-6)
+    for kind, plain in (("orm", whole), ("orm_dense", dense)):
+        added = ppo.task_rewards(kind, tiny, samples, orm, True)[0]
+        assert added[-1] == pytest.approx(plain[-1] + 1) and (added[:-1] == plain[:-1]).all()
+
+
+def test_blank_lines_shift_nothing(tiny, orm):
+    """A policy that begins with a line break, or leaves a line empty, is paid nothing for that."""
+    problem = next(p for p in PROBLEMS if len(p.steps) == 3)
+    plain, blank = (sampled(tiny, problem, text) for text in (right(problem), "\n" + right(problem)))
+    scores = orm.scores([plain])[0]
+    expected = ppo.potential_rewards(tiny, plain, orm, scores)
+    reward = ppo.potential_rewards(tiny, blank, orm, scores)
+    assert tiny.ends_line[blank.tokens[0]]
+    np.testing.assert_allclose(reward, np.concatenate([[0], expected]), atol=1e-6)
+
+
+def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others(tiny, orm, tmp_path_factory):
+    """A given first line is not paid again line by line, and a policy with other tokens is paid at its own line ends."""
+    problem = next(p for p in PROBLEMS if len(p.steps) == 3)
+    first = right(problem).splitlines(keepends=True)[0]
+    sample = sampled(tiny, problem, right(problem), prefix=first)
+    scores = orm.scores([sample])[0]
+    ends = tiny.line_ends(sample.tokens)
+    reward = ppo.potential_rewards(tiny, sample, orm, scores)
+    assert len(ends) == 3 and reward.sum() == pytest.approx(scores[-1], abs=1e-6)
+    assert reward[ends[0]] == pytest.approx(scores[orm.line_ends(orm.encode(sample)[1])[1]], abs=1e-6)
+
+
+# ---- the scripts
+
+
+def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):  # noqa: F811
+    """Train an ORM on the base's samples, rerank with it, run PPO and expert iteration on it."""
+    out, report_file = tmp_path / "orm", tmp_path / "report.json"
+    assert cli(reward_model, *RUN, "--out", out)[0] == 0
+    rows = rows_of(out / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[0]["samples"] == 96
+    quality = json.loads((out / "quality.json").read_text())
+    assert quality["auc"] == max(row["auc"] for row in rows) or quality["auc"] == pytest.approx(
+        max(row["auc"] for row in rows), rel=1e-5
+    )
+    assert [row["n"] for row in quality["best_of_n"]] == [1, 2, 4] and len(quality["by_position"]) == 5
+    assert sum(row["n"] for row in quality["reliability"]) == 48
+    again = [*RUN, "--out", tmp_path / "again", "--train-samples", out / "samples" / "train.jsonl"]
+    assert cli(reward_model, *again)[0] == 0  # the same samples, read from the file
+    assert (tmp_path / "again" / "model" / "model.safetensors").read_bytes() == (
+        out / "model" / "model.safetensors"
+    ).read_bytes()
+
+    argv = ["--model", "tiny", "--samples", "6", "--limit-eval", "10", "--rows", "64", "--max-new-tokens", "60"]
+    argv += ["--orm", out / "model", "--out", report_file]
+    assert cli(evaluate, *argv)[0] == 0
+    report, lines = json.loads(report_file.read_text()), rows_of(tmp_path / "report.samples.jsonl")
+    groups = [lines[i : i + 6] for i in range(0, 60, 6)]
+    best = [max(group, key=lambda row: row["score"])["correct"] for group in groups]
+    assert report["rerank@6"]["value"] == pytest.approx(np.mean(best))
+    assert report["maj@1"]["value"] <= 1 and 0 <= report["rerank@6 - maj@6"]["p"] <= 1
+    votes = []
+    for group in groups:
+        sums: dict[str, float] = {}
+        for row in group:
+            if row["answer"] is not None:
+                sums[row["answer"]] = sums.get(row["answer"], 0) + row["score"]
+        votes.append(bool(sums) and max(sums, key=sums.get) == group[0]["reference"])
+    assert report["weighted@6"]["value"] == pytest.approx(np.mean(votes))
+    assert cli(evaluate, *argv, "--resume")[0] == 0  # the scores in the files do not disturb it
+
+    tiny_ppo = ["--model", "tiny", "--orm", out / "model", "--questions", "8", "--samples", "3", "--phases", "2", "--rows",
+                "16", "--max-new-tokens", "60", "--limit-eval", "8", "--limit-train", "64", "--eval-every", "2"]  # fmt: skip
+    for name in ("orm", "orm_dense"):
+        assert cli(ppo, *tiny_ppo, "--reward", name, "--out", tmp_path / f"ppo_{name}")[0] == 0
+        row = rows_of(tmp_path / f"ppo_{name}" / "metrics.jsonl")[-1]
+        assert 0 < row["reward"] < 1 and 0 <= row["correct"] <= 1 and 0 < row["reward_if_wrong"] < 1
+    rewards = [rows_of(tmp_path / f"ppo_{name}" / "metrics.jsonl")[1]["reward"] for name in ("orm", "orm_dense")]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)  # the first phase samples the same
+
+    argv = ["--model", "tiny", "--limit-train", "32", "--samples", "4", "--epochs", "1", "--rounds", "1", "--pass-k", "0",
+            "--limit-eval", "8", "--max-new-tokens", "60", "--orm", out / "model"]  # fmt: skip
+    assert cli(expert_iteration, *argv, "--orm-threshold", "0", "--out", tmp_path / "ei")[0] == 0
+    row = rows_of(tmp_path / "ei" / "metrics.jsonl")[1]
+    assert row["kept"] > 0 and row["kept_correct"] < 1  # at threshold 0 every readable solution is kept
+    code, message = cli(expert_iteration, *argv, "--orm-threshold", "1", "--out", tmp_path / "none")
+    assert code == 2 and "no sample was accepted" in message
+
+
+def test_only_accepted_solutions_are_kept():
+    problem = PROBLEMS[0]
+    good, bad = sample_of(problem, right(problem), score=0.4), sample_of(problem, wrong(problem), 1, score=0.9)
+    silent, cut = sample_of(problem, "no answer", 2, score=0.99), sample_of(problem, right(problem), 3, False, 0.95)
+    everything = [good, bad, silent, cut]
+    assert expert_iteration.keep_accepted(everything, {}) == [good]
+    assert expert_iteration.keep_accepted(everything, {}, 0.5) == [bad]
+    assert expert_iteration.keep_accepted(everything, {}, 0.3) == [good, bad]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):  # noqa: F811
+    class Killed(Exception):
+        pass
+
+    assert cli(reward_model, *RUN, "--out", tmp_path / "whole")[0] == 0
+    save, calls = torch.save, []
+
+    def dying(state, file):
+        save(state, file)
+        calls.append(1)
+        if len(calls) in (2, 5):
+            file.flush()
+            raise Killed
+
+    monkeypatch.setattr(torch, "save", dying)
+    argv = [*RUN, "--out", tmp_path / "broken", "--checkpoint-every", "0", "--resume"]
+    for _ in range(2):
+        with pytest.raises(Killed):
+            cli(reward_model, *argv)
+    monkeypatch.setattr(torch, "save", save)
+    assert cli(reward_model, *argv)[0] == 0
+    assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(tmp_path / "broken" / "metrics.jsonl")
+    names = ["model/model.safetensors", "quality.json", "samples/train.jsonl"]
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "broken" / n).read_bytes() for n in names)
+
+
+def test_samples_that_are_not_of_this_run_are_refused_with_file_and_line(cli, tmp_path):  # noqa: F811
+    good = sample_of(PROBLEMS[0], right(PROBLEMS[0])).to_json()
+    stranger = sample_of(common.Problem("x/1", "Why?", Fraction(1)), "#### 1").to_json()
+    cases = {"broken JSON": "{", "not a sample": stranger, "not a sample of": "[1]", "no samples": ""}
+    for i, (words, line) in enumerate(cases.items()):
+        file = tmp_path / f"{i}.jsonl"
+        file.write_text(f"{good}\n{line}\n" if line else "\n")
+        code, message = cli(reward_model, *RUN, "--out", tmp_path / "run", "--train-samples", file)
+        assert code == 2 and words in message and message.count("\n") == 1 and str(file) in message
+        assert not line or "line 2" in message
+    code, message = cli(reward_model, *RUN, "--out", tmp_path / "run", "--train-samples", tmp_path / "none.jsonl")
+    assert code == 2 and "no such file" in message
