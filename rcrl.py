@@ -1,0 +1,281 @@
+"""Return-conditioned RL: label every line of a solution as good or bad, learn what follows either label, ask for good.
+
+Objective, for question q and solution s with lines l_1 ... l_n and labels z_i:
+
+    minimise   - sum_(q, s)  sum_i  log pi(l_i | q, z_1, l_1, ..., z_(i-1), l_(i-1), z_i)
+
+    z_i = [GOOD] if Q(q, l_1 ... l_i) >= 0.5 else [BAD],      Q: share of M completions of this beginning that are right
+
+"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), its RCRL, after "Decision
+Transformer" (Chen et al. 2021).
+
+    1. sample K solutions per training question from a policy (by default the best of expert iteration), or read samples
+    2. complete every beginning M times, and label its last line by the share that is right (--labels outcome: one label
+       for the whole solution, whether it is right)
+    3. mix right and wrong solutions as --ratio says, and train from the pretrained base: the lines are targets, the
+       labels context
+    4. after every epoch greedy accuracy on dev, one line at a time, each after a forced [GOOD]; the best becomes model/
+
+The saved model knows its labels: `evaluate.py` forces [GOOD] by itself, and [BAD] or nothing with --condition.
+
+Where this differs from the paper: M is 8, as the paper does not say; solutions with the same sequence of arithmetic
+operations are the same, as in expert_iteration.py; solutions that were cut are left out. The last line needs no
+completion: its Q is 1 or 0.
+
+CPU, after `python expert_iteration.py` (README.md has the measured numbers):
+    python rcrl.py
+One GPU:
+    python rcrl.py --model runs/expert_iteration/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 32 \\
+        --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+
+LABELS = {"good": "[GOOD]", "bad": "[BAD]"}
+
+
+def parse_args(argv: list[str]):
+    parser = common.common_parser(
+        __doc__, model="runs/expert_iteration/model", out="runs/rcrl", samples=4, temperature=1.0, lr=1e-3, epochs=4,
+        batch_size=16, token_budget=16384, limit_train=None, checkpoint_every=300,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--base", default="tiny", help="pretrained model that is trained")
+    add("--train-samples", nargs="+", default=[], metavar="FILE",
+        help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
+    add("--labels", choices=["step", "outcome"], default="step", help="one for every line, or one for the solution")
+    add("--completions", type=common.number(int, 1), default=8, help="M, per beginning of a solution")
+    add("--ratio", type=common.number(float, 0.01), default=10.0,
+        help="right solutions for every wrong one, as far as there are enough (paper: 1 is worst)")  # fmt: skip
+    add("--train-size", type=common.number(int, 1), help="solutions in the mixture at most; to compare ratios, which without "
+        "it change the amount of data, too")  # fmt: skip
+    add("--check-labels", type=common.number(int, 0), default=0,
+        help="complete so many beginnings 64 times more, and log how often that changes the label")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+# ---- the labels ------------------------------------------------------------------------------------------------------
+
+
+def lines_of(sample: common.Sample) -> list[str]:
+    """The lines of a solution with their line breaks: "14+6=20\\n#### 20" -> ["14+6=20\\n", "#### 20"]."""
+    *lines, last = common.first_solution(sample.text).strip().split("\n")
+    return [line + "\n" for line in lines] + [last] * bool(last)
+
+
+def beginnings(solutions: list[common.Sample]) -> dict[tuple[str, str], common.Problem]:
+    """All distinct beginnings of the solutions that end with a line, the last line left out: (problem id, text) -> the
+    problem, with an id of its own for each, so that each has random numbers of its own."""
+    found = {}
+    for sample in solutions:
+        for text in itertools.accumulate(lines_of(sample)[:-1]):
+            key = (sample.problem.id, text)
+            found.setdefault(key, dataclasses.replace(sample.problem, id=f"{sample.problem.id}/{len(found)}"))
+    return found
+
+
+def estimate_q(
+    policy: common.Policy, starts: dict[tuple[str, str], common.Problem], completions: int, file: Path, run: common.Run,
+    args, seed: int,
+) -> dict[tuple[str, str], float]:  # fmt: skip
+    """The share of right completions of every beginning, sampled from the policy and written to `file`."""
+    if not starts:
+        return {}
+    drawn = common.sample_to_file(
+        policy, list(starts.values()), file, run, prefixes=[text for _, text in starts], samples=completions,
+        temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, seed],
+        progress="completions",
+    )  # fmt: skip
+    right = np.array([sample.correct for sample in drawn]).reshape(len(starts), completions)
+    return dict(zip(starts, right.mean(1).tolist(), strict=True))
+
+
+def label_solution(sample: common.Sample, q: dict[tuple[str, str], float], by: str) -> dict:
+    """A solution with the label of every line, as it is written to labelled.jsonl."""
+    texts = lines_of(sample)
+    starts = itertools.accumulate(texts)
+    values = [q[sample.problem.id, start] for start in itertools.islice(starts, len(texts) - 1)] if by == "step" else []
+    values = [*values, float(sample.correct)] if by == "step" else [float(sample.correct)] * len(texts)
+    lines = [
+        {"label": "good" if value >= 0.5 else "bad", "q": value, "text": text}
+        for value, text in zip(values, texts, strict=True)
+    ]
+    return {
+        "problem": sample.problem.id,
+        "question": sample.problem.question,
+        "correct": sample.correct,
+        "lines": lines,
+    }
+
+
+def mix(right: list, wrong: list, ratio: float, size: int | None, seed: int) -> list:
+    """The largest part of both, but no more than `size`, that has `ratio` right ones for every wrong one; at random."""
+    size = size or len(right) + len(wrong)
+    n_wrong = min(len(wrong), int(len(right) / ratio), round(size / (1 + ratio)))
+    n_right = min(len(right), round(ratio * n_wrong) if n_wrong else size, size - n_wrong)
+    chosen = [right[i] for i in sorted(common.shuffled(len(right), seed, 0)[:n_right])]
+    return chosen + [wrong[i] for i in sorted(common.shuffled(len(wrong), seed, 1)[:n_wrong])]
+
+
+def distinct(samples: list[common.Sample]) -> list[common.Sample]:
+    """The finished samples, one for each sequence of operations and outcome of a question."""
+    found = {}
+    for sample in samples:
+        if sample.finished and lines_of(sample):
+            found.setdefault((sample.problem.id, common.equations(sample.text), sample.correct), sample)
+    return list(found.values())
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def teach_labels(policy: common.Policy, by: str) -> None:
+    """Give the tokenizer a token for each label, and the model a row of its embedding; where that does not work, the
+    labels are plain text. What they are and where they stand is saved with the model."""
+    names, tokenizer = list(LABELS.values()), copy.deepcopy(policy.tokenizer)
+    try:
+        tokenizer.add_special_tokens({"extra_special_tokens": names})
+        if len(tokenizer) > policy.model.get_input_embeddings().weight.shape[0]:
+            policy.model.resize_token_embeddings(len(tokenizer))
+        policy.tokenizer, policy.vocabulary = tokenizer, policy.model.get_output_embeddings().weight.shape[0]
+    except (NotImplementedError, ValueError, AttributeError) as error:
+        common.warn(f"the labels are plain text, because this model takes no new tokens ({common.first_line(error)})")
+    plain = any(len(policy.encode_prefix(name)) != 1 for name in names)
+    policy.labels = {k: v + " " * plain for k, v in LABELS.items()} | {"by": by}
+    policy.condition("good")
+
+
+def encode(policy: common.Policy, problem: common.Problem, lines: list[dict]) -> tuple[common.Example, list[bool]]:
+    """Prompt and response ids, as sampling sees them: label, line, label, line ..., end-of-text token (with --labels outcome
+    only the first label); and for each response token whether it is a target. Labels are not."""
+    labels = policy.labels
+    prompt, response, targets = policy.encode_prompt(common.prompt_text(problem)), [], []
+    for i, line in enumerate(lines):
+        label = policy.encode_prefix(labels[line["label"]]) if i == 0 or labels["by"] == "step" else []
+        ids = policy.encode_prefix(line["text"])
+        response += label + ids
+        targets += [False] * len(label) + [True] * len(ids)
+    return (prompt, [*response, policy.tokenizer.eos_token_id]), [*targets, True]
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+
+    # 0. problems
+    train = common.load_problems(args.dataset, "train", args.limit_train)
+    dev = common.load_problems(args.dataset, "dev", args.limit_eval)
+    written = [sample for file in args.train_samples for sample in common.load_samples(Path(file), train)]
+    run = common.Run(args)
+    if run.is_finished:
+        print(f"{args.out} is complete")
+        return
+    sampler = common.Policy(args.model, args.device, args.dtype)
+    policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
+    torch.manual_seed(args.seed)  # of the new rows of the embedding
+    teach_labels(policy, args.labels)
+    run.begin()
+
+    # 1. sample K solutions per question (read back where a restart finds them on disk)
+    started = time.monotonic()
+    samples = written or common.sample_to_file(
+        sampler, train, run.out / "samples" / "train.jsonl", run, samples=args.samples, temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0], progress="solutions",
+    )  # fmt: skip
+    solutions = distinct(samples)
+
+    # 2. mix, and label every line of what is in the mix
+    right, wrong = ([s for s in solutions if s.correct == correct] for correct in (True, False))
+    chosen = mix(right, wrong, args.ratio, args.train_size, args.seed)
+    file = run.out / "samples" / "labelled.jsonl"
+    by_id = {problem.id: problem for problem in train}
+    if not file.exists():
+        starts = beginnings(chosen) if args.labels == "step" else {}
+        folder = run.out / "samples"
+        q = estimate_q(sampler, starts, args.completions, folder / "completions.jsonl", run, args, 1)
+        agreement = None
+        if args.check_labels and starts:
+            some = [list(starts)[i] for i in common.shuffled(len(starts), args.seed, 2)[: args.check_labels]]
+            again = {key: starts[key] for key in some}
+            again = estimate_q(sampler, again, 64, folder / "completions_64.jsonl", run, args, 2)
+            agreement = {
+                "label_agreement": common.share((q[key] >= 0.5) == (again[key] >= 0.5) for key in some),
+                "q_difference": float(np.mean([abs(q[key] - again[key]) for key in some])),
+            }
+        facts = {
+            "correct": common.share(s.correct for s in samples), "right": sum(s.correct for s in chosen),
+            "wrong": sum(not s.correct for s in chosen), "beginnings": len(starts), **(agreement or {}),
+            "seconds_sampling": time.monotonic() - started,
+        }  # fmt: skip
+        lines = [json.dumps(label_solution(s, q, args.labels), ensure_ascii=False) + "\n" for s in chosen]
+        with common.write_aside(run.out / "samples" / "labelled.facts.json") as out:
+            out.write(json.dumps(facts).encode())
+        with common.write_aside(file) as out:
+            out.write("".join(lines).encode())
+    facts = common.read_json(run.out / "samples" / "labelled.facts.json")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    facts["good_lines"] = common.share(line["label"] == "good" for row in rows for line in row["lines"])
+    facts["good_if_wrong"] = common.share(  # a wrong solution may begin well
+        line["label"] == "good" for row in rows if not row["correct"] for line in row["lines"]
+    ) if any(not row["correct"] for row in rows) else None  # fmt: skip
+    if not rows:
+        raise common.UserError("no sample is finished, so there is nothing to train on; raise --max-new-tokens")
+    del sampler
+
+    # 3. train from the base; as in sft.py, the order of the data depends on the seed and the epoch alone
+    encoded = [encode(policy, by_id[row["problem"]], row["lines"]) for row in rows]
+    examples, targets = [example for example, _ in encoded], [mask for _, mask in encoded]
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    steps_per_epoch = -(-len(examples) // args.batch_size)
+    n_steps = args.epochs * steps_per_epoch
+    progress = {"step": 0, "tokens": 0, "best": -1.0, "losses": []}
+    if run.state:
+        progress = run.state["progress"]
+        policy.model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        run.state = None  # as large as the model and its optimizer
+    started, first = time.monotonic(), progress["step"]
+    for step in tqdm(range(first, n_steps), desc="training", initial=first, total=n_steps, disable=None):
+        epoch, place = divmod(step, steps_per_epoch)
+        order = common.shuffled(len(examples), args.seed, epoch)
+        batch = order[place * args.batch_size : (place + 1) * args.batch_size]
+        lr = common.cosine_lr(step, n_steps, args.lr)
+        loss, norm = common.cross_entropy_step(
+            policy, optimizer, [examples[i] for i in batch], lr, args.token_budget, [targets[i] for i in batch]
+        )
+        progress["losses"].append(loss)
+        progress["tokens"] += sum(sum(targets[i]) for i in batch)
+        progress["step"] = step + 1
+
+        # 4. the best epoch by dev accuracy, conditioned on [GOOD], becomes model/
+        if (step + 1) % steps_per_epoch == 0:
+            metrics = common.dev_metrics(policy, dev, args, 0, run.out / "samples" / f"dev_{epoch + 1}.jsonl")
+            run.log(
+                step=step + 1, samples=len(samples), tokens=progress["tokens"], epoch=epoch + 1,
+                train_size=len(examples), **facts, loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr,
+                **metrics, seconds_training=time.monotonic() - started,
+            )  # fmt: skip
+            progress["losses"] = []
+            if metrics["maj@1"] > progress["best"]:
+                progress["best"] = metrics["maj@1"]
+                policy.save(run.out / "model")
+        run.checkpoint(progress=progress, model=policy.model.state_dict(), optimizer=optimizer.state_dict())
+    run.finish()
+    print(f"best maj@1 on dev {progress['best']:.3f}; model in {run.out / 'model'}")
+
+
+if __name__ == "__main__":
+    common.run_main(main)

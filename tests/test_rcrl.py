@@ -1,0 +1,263 @@
+"""Return-conditioned RL: the labels, the mixture, what is a target, and sampling with a forced label before every line."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_generation import ARCHITECTURES, random_policy
+from test_scripts import cli, rows_of, without_time  # noqa: F401
+
+import common
+import evaluate
+import rcrl
+import sft
+
+PROBLEMS = common.load_problems("arithmetic", "train", 24)
+RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--samples", "4", "--completions", "2", "--epochs",
+       "2", "--batch-size", "8", "--max-new-tokens", "60", "--rows", "32", "--ratio", "1"]  # fmt: skip
+THREE = next(p for p in PROBLEMS if len(p.steps) == 3)
+
+
+def sample_of(problem, text, number=0, finished=True) -> common.Sample:
+    return common.Sample(problem, number, text, finished)
+
+
+@pytest.fixture(scope="module")
+def labelled() -> common.Policy:
+    """The embedded model with two new tokens."""
+    policy = common.Policy("tiny", "cpu")
+    torch.manual_seed(0)
+    rcrl.teach_labels(policy, "step")
+    return policy
+
+
+# ---- labels and mixture
+
+
+def test_a_line_is_good_if_at_least_half_of_its_completions_are_right():
+    sample = sample_of(THREE, THREE.reference)
+    starts = list(rcrl.beginnings([sample, sample]))
+    assert [text for _, text in starts] == ["".join(THREE.reference.splitlines(keepends=True)[:i]) for i in (1, 2, 3)]
+    q = dict(zip(starts, (0.5, 0.375, 1.0), strict=True))
+    row = rcrl.label_solution(sample, q, "step")
+    assert [line["label"] for line in row["lines"]] == ["good", "bad", "good", "good"]  # the last: the answer is right
+    assert "".join(line["text"] for line in row["lines"]) == THREE.reference
+    wrong = sample_of(THREE, THREE.reference.replace("####", "#### 1"))
+    assert [x["label"] for x in rcrl.label_solution(wrong, q, "step")["lines"]] == ["good", "bad", "good", "bad"]
+    for s, label in ((sample, "good"), (wrong, "bad")):
+        assert {line["label"] for line in rcrl.label_solution(s, {}, "outcome")["lines"]} == {label}
+
+
+def test_beginnings_have_random_numbers_of_their_own():
+    """Two beginnings of one problem, completed with the same uniforms, would not be independent."""
+    problems = list(rcrl.beginnings([sample_of(THREE, THREE.reference)]).values())
+    assert len({p.id for p in problems}) == 3 and {p.answer for p in problems} == {THREE.answer}
+
+
+@pytest.mark.parametrize("n_right, n_wrong, ratio, size, expected", [
+    (100, 50, 1, None, (50, 50)), (100, 50, 10, None, (100, 10)), (100, 50, 100, None, (100, 1)),
+    (20, 50, 1, None, (20, 20)), (100, 0, 1, None, (100, 0)), (10, 50, 100, None, (10, 0)),
+    (10, 50, 0.5, None, (10, 20)), (100, 50, 1, 60, (30, 30)), (100, 50, 10, 55, (50, 5)), (100, 50, 100, 50, (50, 0)),
+])  # fmt: skip
+def test_the_mixture_has_the_ratio_and_is_as_large_as_it_can_be(n_right, n_wrong, ratio, size, expected):
+    right, wrong = [("r", i) for i in range(n_right)], [("w", i) for i in range(n_wrong)]
+    mixed = rcrl.mix(right, wrong, ratio, size, 0)
+    assert (sum(k == "r" for k, _ in mixed), sum(k == "w" for k, _ in mixed)) == expected
+    assert len(set(mixed)) == len(mixed)
+
+
+def test_equal_and_cut_solutions_count_once_or_not_at_all():
+    right = sample_of(THREE, THREE.reference)
+    same = sample_of(THREE, THREE.reference + " ", 1)
+    cut = sample_of(THREE, "1+1=<<1+1=2>>2\n", 2, finished=False)
+    wrong = sample_of(THREE, "1+1=<<1+1=2>>2\n#### 2", 3)
+    assert rcrl.distinct([right, same, cut, wrong]) == [right, wrong]
+
+
+# ---- what is trained, and what is sampled
+
+
+@pytest.mark.parametrize("by", ["step", "outcome"])
+def test_lines_are_targets_and_labels_are_not(by):
+    policy = common.Policy("tiny", "cpu")
+    rcrl.teach_labels(policy, by)
+    lines = [{"label": "good", "text": "1+1=<<1+1=2>>2\n"}, {"label": "bad", "text": "#### 2"}]
+    (prompt, response), targets = rcrl.encode(policy, THREE, lines)
+    ids = {name: policy.tokenizer.convert_tokens_to_ids(text) for name, text in rcrl.LABELS.items()}
+    assert response[0] == ids["good"] and response[-1] == policy.tokenizer.eos_token_id
+    assert [i for i, flag in zip(response, targets, strict=True) if not flag] == (
+        [ids["good"], ids["bad"]] if by == "step" else [ids["good"]]
+    )
+    assert policy.decode(response) == "1+1=<<1+1=2>>2\n#### 2"  # labels are not part of the text
+    assert prompt == policy.encode_prompt(common.prompt_text(THREE))
+
+
+def test_labels_get_no_gradient(labelled):
+    """The loss of a batch is the mean over the targets alone: brute force against the log-probabilities."""
+    lines = [{"label": "bad", "text": "1+1=<<1+1=2>>2\n"}, {"label": "good", "text": "#### 2"}]
+    example, targets = rcrl.encode(labelled, THREE, lines)
+    with torch.no_grad():
+        logprobs = common.response_logprobs(labelled, [example])
+    optimizer = torch.optim.SGD(labelled.model.parameters(), lr=0.0)
+    loss, _ = common.cross_entropy_step(labelled, optimizer, [example], 0.0, 10_000, [targets])
+    assert loss == pytest.approx(-logprobs[torch.tensor(targets)].mean().item(), abs=1e-5)
+    assert abs(loss + logprobs.mean().item()) > 1e-2
+
+
+def check_labels(policy, samples, label: list[int]) -> int:
+    """Every line but the first of every sample begins with the label, whose log-probability is 0, and the label stands
+    nowhere else; the other log-probabilities are those of the training pass. -> number of labels seen"""
+    seen = 0
+    for sample in samples:
+        ids, m = sample.tokens.tolist(), len(label)
+        after_break = [i + 1 for i, t in enumerate(ids) if policy.ends_line[t] and i + m < len(ids)]
+        assert list(sample.prompt[-m:]) == label  # the label of the first line
+        for i in after_break:
+            assert ids[i : i + m] == label and not sample.logprobs[i : i + m].any()
+        forced = {j for i in after_break for j in range(i, i + m)}
+        free = [j for j in range(len(ids) - m) if j not in forced]
+        again = common.response_logprobs(policy, [(list(sample.prompt), ids)]).detach()
+        np.testing.assert_allclose(sample.logprobs[free], again[free], atol=2e-4)
+        seen += len(after_break)
+    return seen
+
+
+@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("on", ["good", "bad"])
+def test_every_sampled_line_begins_with_the_forced_label(labelled, rows, on):
+    labelled.condition(on)
+    samples = common.generate(labelled, PROBLEMS[:4], samples=4, max_new_tokens=60, rows=rows, seed=3)
+    assert check_labels(labelled, samples, labelled.label) > 8
+    assert not any("[" in sample.text for sample in samples)
+    labelled.condition("none")
+    plain = common.generate(labelled, PROBLEMS[:4], samples=1, max_new_tokens=40, rows=4, seed=3)
+    assert not labelled.label and all(
+        list(s.prompt) == labelled.encode_prompt(common.prompt_text(s.problem)) for s in plain
+    )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_labels_of_several_tokens_are_forced_on_every_path(name, tmp_path_factory, monkeypatch):
+    """A label that is plain text has several tokens. The same samples whatever the rows, on the fast path as on a CPU, with
+    the stride of a GPU, and on the slow path."""
+    policy = copy.copy(random_policy(name, tmp_path_factory))  # others use it, too
+    policy.labels = {"good": "ab c", "bad": "x", "by": "step"}
+    broken = np.zeros(policy.vocabulary, bool)
+    broken[::3] = True  # a random model hardly ever breaks a line
+    policy.__dict__["ends_line"] = broken
+    policy.condition("good")
+    del policy.model.config.return_labels
+    policy.label = policy.label if len(policy.label) > 1 else [5, 7, 11]
+    how = dict(samples=3, max_new_tokens=24, seed=1)
+    found = []
+    for rows, devices, fast in ((2, set(), True), (9, set(), True), (9, {"cpu"}, True), (4, set(), False)):
+        monkeypatch.setattr(common, "GRAPH_DEVICES", devices)
+        policy.__dict__["decodes_fast"] = fast
+        samples = common.generate(policy, PROBLEMS[:3], rows=rows, **how)
+        found.append([sample.tokens.tolist() for sample in samples])
+    assert found[0] == found[1] == found[2] == found[3]
+    m = len(policy.label)
+    for sample in samples:
+        ids, i = sample.tokens.tolist(), 0
+        while i < len(ids):
+            if broken[ids[i]]:
+                assert ids[i + 1 : i + 1 + m] == policy.label[: len(ids) - i - 1]
+                i += m
+            i += 1
+
+
+def test_a_model_that_takes_no_new_tokens_has_its_labels_as_text(nano, monkeypatch):
+    policy = common.Policy(nano, "cpu")
+
+    def refuse(*_):
+        raise NotImplementedError("tied in a way of its own")
+
+    monkeypatch.setattr(policy.model, "resize_token_embeddings", refuse)
+    rcrl.teach_labels(policy, "step")
+    assert policy.model.config.return_labels["good"] == "[GOOD] " and len(policy.label) > 1
+    (_, response), targets = rcrl.encode(policy, THREE, [{"label": "good", "text": "1+1=<<1+1=2>>2\n"}])
+    assert response[: len(policy.label)] == policy.label and targets.count(False) == len(policy.label)
+
+
+# ---- the script
+
+
+def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_path):  # noqa: F811
+    out = tmp_path / "rcrl"
+    assert cli(rcrl, *RUN, "--out", out, "--check-labels", "5")[0] == 0
+    rows = rows_of(out / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [1, 2] and 0 <= rows[0]["label_agreement"] <= 1
+    labelled = rows_of(out / "samples" / "labelled.jsonl")
+    assert len(labelled) == rows[0]["train_size"] == rows[0]["right"] + rows[0]["wrong"]
+    assert rows[0]["right"] == rows[0]["wrong"] > 0
+    assert all(line["q"] in (0, 0.5, 1) and line["label"] in rcrl.LABELS for row in labelled for line in row["lines"])
+    assert all(row["lines"][-1]["q"] == row["correct"] for row in labelled)
+    completions = rows_of(out / "samples" / "completions.jsonl")
+    assert len(completions) == 2 * rows[0]["beginnings"]
+
+    argv = ["--model", out / "model", "--samples", "2", "--limit-eval", "10", "--max-new-tokens", "60"]
+    texts = {}
+    for name, flags in {"default": [], "good": ["--condition", "good"], "bad": ["--condition", "bad"],
+                        "none": ["--condition", "none"]}.items():  # fmt: skip
+        assert cli(evaluate, *argv, *flags, "--out", tmp_path / f"{name}.json")[0] == 0
+        texts[name] = [row["text"] for row in rows_of(tmp_path / f"{name}.samples.jsonl")]
+    assert texts["default"] == texts["good"] and len({tuple(t) for t in texts.values()}) > 1
+    code, message = cli(evaluate, "--model", "tiny", "--condition", "good", "--out", tmp_path / "x.json")
+    assert code == 2 and "not trained with return labels" in message and not (tmp_path / "x.json").exists()
+
+    # trained on by another script, it has no labels any more
+    short = ["--epochs", "1", "--limit-eval", "4", "--max-new-tokens", "20", "--out", tmp_path / "sft"]
+    assert cli(sft, "--model", out / "model", *short)[0] == 0
+    assert "return_labels" not in json.loads((tmp_path / "sft" / "model" / "config.json").read_text())
+
+    argv = [
+        *RUN,
+        "--out",
+        tmp_path / "outcome",
+        "--labels",
+        "outcome",
+        "--train-samples",
+        out / "samples" / "train.jsonl",
+    ]
+    assert cli(rcrl, *argv)[0] == 0
+    rows = rows_of(tmp_path / "outcome" / "samples" / "labelled.jsonl")
+    assert all({line["label"] for line in row["lines"]} == {"good" if row["correct"] else "bad"} for row in rows)
+    config = json.loads((tmp_path / "outcome" / "model" / "config.json").read_text())
+    assert config["return_labels"]["by"] == "outcome"
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):  # noqa: F811
+    """Killed while its completions are being written, and at a checkpoint."""
+
+    class Killed(Exception):
+        pass
+
+    assert cli(rcrl, *RUN, "--out", tmp_path / "whole")[0] == 0
+    argv = [*RUN, "--out", tmp_path / "broken", "--checkpoint-every", "0", "--resume"]
+    generate, save, calls = common.generate, torch.save, []
+
+    def dying_generate(*args, **how):
+        if how.get("prefixes", [""])[0]:
+            raise Killed
+        return generate(*args, **how)
+
+    def dying_save(state, file):
+        save(state, file)
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+
+    monkeypatch.setattr(common, "generate", dying_generate)
+    with pytest.raises(Killed):
+        cli(rcrl, *argv)
+    monkeypatch.setattr(common, "generate", generate)
+    monkeypatch.setattr(torch, "save", dying_save)
+    with pytest.raises(Killed):
+        cli(rcrl, *argv)
+    monkeypatch.setattr(torch, "save", save)
+    assert cli(rcrl, *argv)[0] == 0
+    assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(tmp_path / "broken" / "metrics.jsonl")
+    names = ["model/model.safetensors", "samples/labelled.jsonl", "samples/completions.jsonl"]
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "broken" / n).read_bytes() for n in names)
