@@ -39,8 +39,8 @@ import common
 
 def parse_args(argv: list[str]):
     parser = common.common_parser(
-        __doc__, model="runs/sft/model", out="runs/reward_model", samples=8, temperature=0.7, lr=1e-3, epochs=3,
-        batch_size=64, token_budget=16384, limit_train=None, checkpoint_every=300,
+        __doc__, model="runs/sft/model", out="runs/reward_model", samples=16, temperature=0.7, lr=1e-3, epochs=5,
+        batch_size=32, token_budget=16384, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add = parser.add_argument
     add("--base", help="weights that the ORM starts from (default: those of --model, the student)")

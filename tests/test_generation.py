@@ -346,3 +346,39 @@ def test_memory_does_not_grow_with_the_number_of_samples(tiny):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert (peaks[1] - peaks[0]) / 3000 < 1200
+
+
+def test_a_step_computes_little_more_than_the_pages_and_prompts_in_use(tiny, monkeypatch):
+    """As the last samples run out, what they use is moved together; else the last row would cost as much as all."""
+    seen, begin = [], common.PagedCache.begin_step
+
+    def watching(self, ages, starts, view):
+        used = len(np.unique(view.table[view.table > 0]))
+        seen.append((used, len(view.own_row), len(view.grid)))
+        begin(self, ages, starts, view)
+
+    tiny.decodes_fast  # noqa: B018, the self-check decodes, too
+    monkeypatch.setattr(common.PagedCache, "begin_step", watching)
+    how = dict(samples=8, max_new_tokens=100, seed=2)
+    samples = common.generate(tiny, common.load_problems("arithmetic", "dev", 24), rows=192, **how)
+    assert all(own <= 1.25 * (used + 1) + 4 for used, own, _ in seen)
+    assert max(own for _, own, _ in seen) > 150 and seen[-1][1] < 30 and seen[-1][2] < 16
+    monkeypatch.setattr(common.PagedCache, "compact", lambda *_: None)
+    assert ids_of(samples) == ids_of(
+        common.generate(tiny, common.load_problems("arithmetic", "dev", 24), rows=192, **how)
+    )
+
+
+def test_packed_weights_compute_the_same_and_are_never_stale(tiny):
+    """The layers are as they were afterwards, and new weights are packed anew."""
+    model, ids = tiny.model, torch.arange(5, 25)[None]
+    layer = model.base_model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        for _ in range(2):
+            plain = model(ids).logits
+            with common.packed_weights(tiny):
+                assert "forward" in vars(layer)
+                torch.testing.assert_close(model(ids).logits, plain, atol=1e-4, rtol=1e-4)
+            assert "forward" not in vars(layer)
+            layer.weight.mul_(1.5)
+        layer.weight.div_(1.5**2)

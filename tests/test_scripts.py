@@ -17,6 +17,9 @@ from conftest import ROOT
 import common
 import evaluate
 import expert_iteration
+import ppo
+import rcrl
+import reward_model
 import sft
 
 SFT = ["--epochs", "2", "--batch-size", "4", "--limit-eval", "16", "--max-new-tokens", "80", "--rows", "16"]
@@ -134,7 +137,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("script", [sft, expert_iteration, evaluate], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("script", [sft, expert_iteration, evaluate, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_in_one_line_and_harms_nothing(cli, script, name, tmp_path):
     """Exit code 2, one line on standard error, and what was in the folder before is still there, to the byte."""
