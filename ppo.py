@@ -139,7 +139,11 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
 
 
 def task_rewards(
-    kind: str, policy: common.Policy, samples: list[common.Sample], orm: common.RewardModel | None, add_outcome: bool
+    kind: str,
+    policy: common.Policy,
+    samples: list[common.Sample],
+    orm: common.RewardModel | None = None,
+    add_outcome: bool = False,
 ) -> list[np.ndarray]:
     """The reward of every token of every sample. A solution that was cut earns nothing, even if its answer is right."""
     rewards = []

@@ -12,7 +12,7 @@ folder = Path(sys.argv[1])
 runs: dict[str, list[dict]] = {}
 for file in sorted(folder.glob("*/test.json")):
     runs.setdefault(re.sub(r"_\d+$", "", file.parent.name), []).append(json.loads(file.read_text()))
-names = [key for key in next(iter(runs.values()))[0] if re.fullmatch(r"(maj|pass|distinct)@\d+", key)]
+names = [key for key in next(iter(runs.values()))[0] if re.fullmatch(r"(maj|rerank|weighted|pass|distinct)@\d+", key)]
 print("| method | seeds | " + " | ".join(names) + " | minutes |")
 print("|---" * (len(names) + 3) + "|")
 for method, reports in runs.items():
@@ -23,4 +23,5 @@ for method, reports in runs.items():
         cells.append(f"{sum(values) / len(values):.3f}{spread}")
     logs = [p / "metrics.jsonl" for p in sorted(folder.glob(f"{method}_[0-9]")) if (p / "metrics.jsonl").exists()]
     minutes = [json.loads(log.read_text().splitlines()[-1])["seconds"] / 60 for log in logs]
-    print(f"| {method} | {len(reports)} | {' | '.join(cells)} | {sum(minutes) / max(1, len(minutes)):.1f} |")
+    spent = f"{sum(minutes) / len(minutes):.1f}" if minutes else ""
+    print(f"| {method} | {len(reports)} | {' | '.join(cells)} | {spent} |")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Outcome reward models on the embedded task, three seeds: trained on the samples of the SFT policy; reranking that policy's
-# test samples (32 each) and those of another policy (PPO), which it never saw; and a second one trained on the samples of PPO.
+# test samples (32 each) and those of another policy (PPO), of which it saw none.
 # The policies come from results/arithmetic/run.sh. `run.sh train SEED` only trains the first. Restartable.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -30,7 +30,4 @@ for seed in ${SEEDS:-0 1 2}; do
     train orm sft $seed
     rerank orm sft $seed
     rerank orm ppo $seed
-    train orm_ppo ppo $seed
-    rerank orm_ppo ppo $seed
-    rerank orm_ppo sft $seed
 done
