@@ -54,10 +54,11 @@ def parse_args(argv: list[str]):
     add("--base", default="tiny", help="pretrained model that is trained")
     add("--train-samples", nargs="+", default=[], metavar="FILE",
         help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
-    add("--labels", choices=["step", "outcome"], default="step", help="one for every line, or one for the solution")
+    add("--labels", choices=["step", "outcome", "none"], default="step",
+        help="one for every line, or one for the solution, or the control: the same solutions without labels")  # fmt: skip
     add("--completions", type=common.number(int, 1), default=8, help="M, per beginning of a solution")
     add("--ratio", type=common.number(float, 0.01), default=10.0,
-        help="right solutions for every wrong one, as far as there are enough (paper: 1 is worst)")  # fmt: skip
+        help="right solutions for every wrong one, as far as there are enough; 1e9: none (paper: 1 is worst)")  # fmt: skip
     add("--train-size", type=common.number(int, 1), help="solutions in the mixture at most; to compare ratios, which without "
         "it change the amount of data, too")  # fmt: skip
     add("--check-labels", type=common.number(int, 0), default=0,
@@ -102,7 +103,7 @@ def estimate_q(
 
 
 def label_solution(sample: common.Sample, q: dict[tuple[str, str], float], by: str) -> dict:
-    """A solution with the label of every line, as it is written to labelled.jsonl."""
+    """A solution with the label of every line, as it is written to labelled.jsonl. Q is the outcome but with "step"."""
     texts = lines_of(sample)
     starts = itertools.accumulate(texts)
     values = [q[sample.problem.id, start] for start in itertools.islice(starts, len(texts) - 1)] if by == "step" else []
@@ -142,12 +143,19 @@ def distinct(samples: list[common.Sample]) -> list[common.Sample]:
 
 def teach_labels(policy: common.Policy, by: str) -> None:
     """Give the tokenizer a token for each label, and the model a row of its embedding; where that does not work, the
-    labels are plain text. What they are and where they stand is saved with the model."""
+    labels are plain text. What they are and where they stand is saved with the model. "none": no labels."""
+    if by == "none":
+        policy.condition("none")
+        return
     names, tokenizer = list(LABELS.values()), copy.deepcopy(policy.tokenizer)
     try:
         tokenizer.add_special_tokens({"extra_special_tokens": names})
         if len(tokenizer) > policy.model.get_input_embeddings().weight.shape[0]:
-            policy.model.resize_token_embeddings(len(tokenizer))
+            policy.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # as far apart as other tokens are: new rows that all lie at the mean, as is usual, would stay hard to tell apart
+        rows, n = policy.model.get_input_embeddings().weight.data, len(policy.tokenizer)
+        std, mean = torch.std_mean(rows[:n], dim=0)
+        rows[tokenizer.convert_tokens_to_ids(names)] = mean + std * torch.randn(2, len(mean), device=rows.device)
         policy.tokenizer, policy.vocabulary = tokenizer, policy.model.get_output_embeddings().weight.shape[0]
     except (NotImplementedError, ValueError, AttributeError) as error:
         common.warn(f"the labels are plain text, because this model takes no new tokens ({common.first_line(error)})")
@@ -158,11 +166,12 @@ def teach_labels(policy: common.Policy, by: str) -> None:
 
 def encode(policy: common.Policy, problem: common.Problem, lines: list[dict]) -> tuple[common.Example, list[bool]]:
     """Prompt and response ids, as sampling sees them: label, line, label, line ..., end-of-text token (with --labels outcome
-    only the first label); and for each response token whether it is a target. Labels are not."""
+    only the first label, with none no label); and for each response token whether it is a target. Labels are not."""
     labels = policy.labels
     prompt, response, targets = policy.encode_prompt(common.prompt_text(problem)), [], []
     for i, line in enumerate(lines):
-        label = policy.encode_prefix(labels[line["label"]]) if i == 0 or labels["by"] == "step" else []
+        labelled = policy.label and (i == 0 or labels["by"] == "step")
+        label = policy.encode_prefix(labels[line["label"]]) if labelled else []
         ids = policy.encode_prefix(line["text"])
         response += label + ids
         targets += [False] * len(label) + [True] * len(ids)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Return-conditioned RL on the embedded task, three seeds: 16 samples per training question from the policy of expert
+# iteration, and from them mixtures of the same size (3,200 solutions where there are enough wrong ones) that differ in the ratio of right to wrong
+# solutions and in the labels; each evaluated with [GOOD], [BAD] and no label forced. control: only right solutions, without labels, which is
+# what expert iteration would train on. The policies come from results/arithmetic/run.sh. Restartable.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=results/rcrl work=${WORK:-runs/results}
+declare -A flags=(
+    [ratio1]="--ratio 1 --check-labels 200"
+    [ratio10]="--ratio 10"
+    [ratio100]="--ratio 100"
+    [outcome1]="--ratio 1 --labels outcome"
+    [control]="--ratio 1e9 --labels none"
+)
+for seed in ${SEEDS:-0 1 2}; do
+    for name in ${VARIANTS:-ratio1 ratio10 ratio100 outcome1 control}; do
+        run=$work/rcrl_${name}_$seed to=$here/${name}_$seed samples=$work/rcrl_ratio1_$seed/samples/train.jsonl
+        [ -f "$to/test.json" ] && continue
+        [ $name = ratio1 ] || extra="--train-samples $samples"
+        python rcrl.py --seed $seed --model "$work/ei_$seed/model" --samples 16 --train-size 3200 ${flags[$name]} ${extra:-} \
+            --out "$run" --resume
+        extra=
+        for on in bad none good; do
+            samples=4 && [ $on != good ] || samples=16
+            [[ $name != control || $on = good ]] || continue
+            condition="--condition $on" && [ $name != control ] || condition=
+            python evaluate.py --model "$run/model" $condition --samples $samples --seed $seed --resume --out "$run/$on.json" >"$run/$on.txt"
+        done
+        mkdir -p "$to" && cp "$run"/{args.json,metrics.jsonl} "$to/"
+        for on in bad none; do [ ! -f "$run/$on.json" ] || cp "$run/$on.json" "$to/$on.json"; done
+        cp "$run/good.json" "$to/test.json"
+    done
+done
+python results/table.py "$here"
