@@ -94,6 +94,31 @@ def test_lines_are_targets_and_labels_are_not(by):
     assert prompt == policy.encode_prompt(common.prompt_text(THREE))
 
 
+def test_the_new_labels_lie_as_far_apart_as_other_tokens_do(labelled):
+    """Rows at the mean of the others, where transformers puts them, are so alike that training hardly tells them apart."""
+    *_, good, bad = rows = labelled.model.get_input_embeddings().weight.detach()
+    assert labelled.tokenizer.convert_ids_to_tokens([len(rows) - 2, len(rows) - 1]) == list(rcrl.LABELS.values())
+    typical = torch.pdist(rows[:-2]).median()
+    assert typical / 2 < (good - bad).norm() < typical * 2
+    base = common.Policy("tiny", "cpu").model.get_input_embeddings().weight
+    assert torch.equal(rows[:-2], base), "the other tokens keep their rows"
+
+
+def test_the_control_learns_the_solutions_without_labels(labelled, tmp_path):
+    """Also from a base that has labels already."""
+    labelled.save(tmp_path)
+    lines = [{"label": "good", "text": "1+1=<<1+1=2>>2\n"}, {"label": "bad", "text": "#### 2"}]
+    for base in ("tiny", str(tmp_path)):
+        policy = common.Policy(base, "cpu")
+        rcrl.teach_labels(policy, "none")
+        (_, response), targets = rcrl.encode(policy, THREE, lines)
+        assert response == [*policy.encode_prefix("1+1=<<1+1=2>>2\n#### 2"), policy.tokenizer.eos_token_id] and all(
+            targets
+        )
+        policy.save(tmp_path / "saved")
+        assert common.Policy(str(tmp_path / "saved"), "cpu").label == []
+
+
 def test_labels_get_no_gradient(labelled):
     """The loss of a batch is the mean over the targets alone: brute force against the log-probabilities."""
     lines = [{"label": "bad", "text": "1+1=<<1+1=2>>2\n"}, {"label": "good", "text": "#### 2"}]
@@ -171,7 +196,7 @@ def test_labels_of_several_tokens_are_forced_on_every_path(name, tmp_path_factor
 def test_a_model_that_takes_no_new_tokens_has_its_labels_as_text(nano, monkeypatch):
     policy = common.Policy(nano, "cpu")
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise NotImplementedError("tied in a way of its own")
 
     monkeypatch.setattr(policy.model, "resize_token_embeddings", refuse)
