@@ -20,7 +20,7 @@ The value function is a trainable copy of the policy's top layers with a scalar 
 them, through which no gradient flows (--no-detach-value: it does). With --lora-rank the policy is the initial model plus
 low-rank adapters, and the reference is the same network with the adapters off: there is no second one.
 
-Where this differs from the paper: full fine-tuning by default, because the default model is tiny; learning rates and the
+Where this differs from the paper: full fine-tuning of a tiny model, as the default one; learning rates and the
 number of rollouts of a phase to match; lambda of GAE is 1 and the value function trains alone in the first phase, because
 at first it knows nothing; gamma is 1.
 
@@ -70,8 +70,8 @@ def parse_args(argv: list[str]):
     add("--value-layers", type=whole, default=4, help="layers of its own; at most half of the model's")
     add("--value-warmup", type=common.number(int, 0), default=1, help="phases in which only the value function trains")
     add("--no-detach-value", action="store_true", help="let the value loss change the policy's layers, too")
-    add("--lora-rank", type=common.number(int, 0), default=0, help="rank of the adapters; 0: train all weights "
-        "(paper: 128)")  # fmt: skip
+    add("--lora-rank", type=common.number(int, 0), help="rank of the adapters; 0: train all weights (default: 128, as in "
+        "the paper, for a model of more than 10 million weights, 0 for a smaller one)")  # fmt: skip
     add("--curriculum", choices=["none", "backtracking", "plr"], default="none",
         help="backtracking: begin within the reference solution, reveal less as success grows; plr: prefer questions "
         "whose value was wrong")  # fmt: skip
@@ -369,13 +369,15 @@ def main(argv: list[str]) -> None:
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
     torch.manual_seed(args.seed)  # of the adapters; nothing else draws from it
-    if not args.lora_rank:
+    is_tiny = sum(weight.numel() for weight in policy.model.parameters()) <= 10**7
+    rank = (0 if is_tiny else 128) if args.lora_rank is None else args.lora_rank
+    if not rank:
         reference = copy.copy(policy)
         reference.model = copy.deepcopy(policy.model).requires_grad_(False)
         trained, reference_mode, merged = policy.model, contextlib.nullcontext, contextlib.nullcontext
     critic = ValueFunction(policy, args.value_layers, detach=not args.no_detach_value)
-    if args.lora_rank:
-        lora = Lora(policy, args.lora_rank)
+    if rank:
+        lora = Lora(policy, rank)
         trained, reference, reference_mode, merged = lora, policy, lora.off, lora.merged
     run.begin()
     weights, critic_weights = list(trained.parameters()), list(critic.parameters())

@@ -3,6 +3,8 @@
     generate          common.py: shared prompts, rows that are refilled, one random number a token
     model.generate    `model.generate(num_return_sequences=K, top_k=0)` on batches of as many rows; the usual way
     generate_batch    transformers' continuous batching, with its own choice of batch size
+    plain             for a model of rcrl.py: `generate` without its labels, where generate puts [GOOD] before every line;
+                      the labels are not counted as tokens
 
 The same prompts and as many samples of each; lengths are natural, so they agree in distribution. Every engine runs once
 to warm up and then `--repeats` times in turn; medians are printed. Tokens: those of the samples, the end-of-text token
@@ -44,7 +46,7 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
-ENGINES = ["generate", "model.generate", "generate_batch"]
+ENGINES = ["generate", "model.generate", "generate_batch", "plain"]
 
 
 def parse_args(argv: list[str]):
@@ -166,12 +168,21 @@ def peak_memory(device: torch.device):
 
 
 def run_generate(policy, problems, samples, rows, args, seed) -> list[int]:
-    """-> the length of every sample, in tokens"""
+    """-> the length of every sample, in tokens that were sampled"""
     drawn = common.generate(
         policy, problems, samples=samples, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=seed,
         rows=rows,
     )  # fmt: skip
-    return [len(sample.tokens) for sample in drawn]
+    forced = policy.label if len(policy.label) == 1 else []  # labels that are plain text count
+    return [len(sample.tokens) - int(np.isin(sample.tokens, forced).sum()) for sample in drawn]
+
+
+def run_plain(policy, problems, samples, rows, args, seed) -> list[int]:
+    policy.condition("none")
+    try:
+        return run_generate(policy, problems, samples, rows, args, seed)
+    finally:
+        policy.condition("good")
 
 
 def sampling_config(policy, args, samples: int) -> GenerationConfig:
@@ -217,7 +228,7 @@ def run_generate_batch(policy, problems, samples, rows, args, seed) -> list[int]
     return [len(output.generated_tokens) for output in said.values()]
 
 
-RUNNERS = dict(zip(ENGINES, (run_generate, run_model_generate, run_generate_batch), strict=True))
+RUNNERS = dict(zip(ENGINES, (run_generate, run_model_generate, run_generate_batch, run_plain), strict=True))
 
 
 def measure(policy, problems, samples: int, rows: int, args) -> dict:
@@ -258,7 +269,11 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
         row |= limits(policy, rows, samples, prompt_lengths, lengths)
         speed = row["generate"]["tokens_per_second"]
         row["fraction_of_limit"] = speed / row["limit"]
-        for engine, key in (("model.generate", "speedup"), ("generate_batch", "speedup_over_generate_batch")):
+        for engine, key in (
+            ("model.generate", "speedup"),
+            ("generate_batch", "speedup_over_generate_batch"),
+            ("plain", "speed_conditioned_over_plain"),
+        ):
             if "tokens_per_second" in row.get(engine, {}):
                 row[key] = speed / row[engine]["tokens_per_second"]
     return row
