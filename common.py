@@ -1421,6 +1421,8 @@ class Run:
         self.settings["script"] = Path(sys.argv[0]).name
         models = {key: self.settings.get(key) for key in ("model", "base", "orm")}
         self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items() if name}
+        if files := self.settings.get("train_samples"):
+            self.settings["train_samples_fingerprint"] = [f"{zlib.crc32(Path(f).read_bytes()):08x}" for f in files]
         folders = ("checkpoint", "samples", "model", "model.old")
         logged = self.metrics_file.exists() and self.metrics_file.stat().st_size
         occupied = [name for name in folders if any((self.out / name).glob("*"))] + ["metrics.jsonl"] * bool(logged)
@@ -1517,7 +1519,7 @@ def sample_to_file(
     ]
     longest = max(len(policy.encode_prompt(prompt)) for prompt in prompts)
     check_length(policy, longest + how["max_new_tokens"], "the longest prompt with --max-new-tokens")
-    samples = read_samples(path, problems, per_problem) if path.exists() else []
+    samples = read_samples(path, problems, per_problem, prefixes) if path.exists() else []
     if len(samples) < len(problems) * per_problem:
         samples = samples[: len(samples) // (group * per_problem) * (group * per_problem)]
         with write_aside(path) as file:
@@ -1539,20 +1541,25 @@ def sample_to_file(
     return samples
 
 
-def read_samples(path: Path, problems: Sequence[Problem], per_problem: int) -> list[Sample]:
+def read_samples(
+    path: Path, problems: Sequence[Problem], per_problem: int, prefixes: Sequence[str] | None = None
+) -> list[Sample]:
     """The samples of a file that `sample_to_file` began: those before the first line that is broken or out of order."""
-    samples = []
+    samples, prefixes = [], prefixes or [""] * len(problems)
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if len(samples) == len(problems) * per_problem:
             break
-        problem, number = problems[len(samples) // per_problem], len(samples) % per_problem
+        place, number = divmod(len(samples), per_problem)
+        problem = problems[place]
         try:
             row = json.loads(line)
+            if not row["text"].startswith(prefixes[place]):
+                break
             expected = (problem.id, number, problem.question, str(problem.answer))
             if (row["problem"], row["sample"], row["question"], row["reference"]) != expected:
                 break
             samples.append(Sample(problem, number, row["text"], row["finished"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             break
     return samples
 

@@ -10,17 +10,18 @@ Objective, for question q and solution s with lines l_1 ... l_n and labels z_i:
 Transformer" (Chen et al. 2021).
 
     1. sample K solutions per training question from a policy (by default the best of expert iteration), or read samples
-    2. complete every beginning M times, and label its last line by the share that is right (--labels outcome: one label
-       for the whole solution, whether it is right)
-    3. mix right and wrong solutions as --ratio says, and train from the pretrained base: the lines are targets, the
-       labels context
+    2. mix right and wrong solutions as --ratio says; complete every beginning of these M times, and label its last line by
+       the share that is right (--labels outcome: one label for the whole solution, whether it is right)
+    3. train from the pretrained base: the lines are targets, the labels context
     4. after every epoch greedy accuracy on dev, one line at a time, each after a forced [GOOD]; the best becomes model/
 
 The saved model knows its labels: `evaluate.py` forces [GOOD] by itself, and [BAD] or nothing with --condition.
 
-Where this differs from the paper: M is 8, as the paper does not say; solutions with the same sequence of arithmetic
-operations are the same, as in expert_iteration.py; solutions that were cut are left out. The last line needs no
-completion: its Q is 1 or 0.
+Where this differs from the paper, or the paper is silent: M is 8, at --temperature; the ratio is that of distinct
+solutions, and those with the same sequence of arithmetic operations are the same, as in expert_iteration.py; solutions
+that were cut are left out; the default ratio is 10. The last line needs no completion: its Q is 1 or 0. A blank line is a
+line: at inference a label follows every line break. The embeddings of the two labels begin as random vectors of the
+spread of the others.
 
 CPU, after `python expert_iteration.py` (README.md has the measured numbers):
     python rcrl.py
@@ -63,7 +64,10 @@ def parse_args(argv: list[str]):
         "it change the amount of data, too")  # fmt: skip
     add("--check-labels", type=common.number(int, 0), default=0,
         help="complete so many beginnings 64 times more, and log how often that changes the label")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.temperature == 0:
+        parser.error("--temperature 0: all samples and all completions of a beginning are the same")
+    return args
 
 
 # ---- the labels ------------------------------------------------------------------------------------------------------
@@ -77,7 +81,7 @@ def lines_of(sample: common.Sample) -> list[str]:
 
 def beginnings(solutions: list[common.Sample]) -> dict[tuple[str, str], common.Problem]:
     """All distinct beginnings of the solutions that end with a line, the last line left out: (problem id, text) -> the
-    problem, with an id of its own for each, so that each has random numbers of its own."""
+    problem, with its place here added to its id, so that each has random numbers of its own."""
     found = {}
     for sample in solutions:
         for text in itertools.accumulate(lines_of(sample)[:-1]):
@@ -90,15 +94,20 @@ def estimate_q(
     policy: common.Policy, starts: dict[tuple[str, str], common.Problem], completions: int, file: Path, run: common.Run,
     args, seed: int,
 ) -> dict[tuple[str, str], float]:  # fmt: skip
-    """The share of right completions of every beginning, sampled from the policy and written to `file`."""
+    """The share of right completions of every beginning, sampled from the policy and written to `file`. One that is cut is
+    not right."""
     if not starts:
         return {}
+    longest = max(
+        len(policy.encode_prompt(common.prompt_text(problem)) + policy.encode_prefix(text))
+        for (_, text), problem in starts.items()
+    )
     drawn = common.sample_to_file(
         policy, list(starts.values()), file, run, prefixes=[text for _, text in starts], samples=completions,
-        temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, seed],
-        progress="completions",
+        temperature=args.temperature, max_new_tokens=max(1, min(args.max_new_tokens, policy.max_length - longest)),
+        rows=args.rows, seed=[args.seed, seed], progress="completions",
     )  # fmt: skip
-    right = np.array([sample.correct for sample in drawn]).reshape(len(starts), completions)
+    right = np.array([sample.correct and sample.finished for sample in drawn]).reshape(len(starts), completions)
     return dict(zip(starts, right.mean(1).tolist(), strict=True))
 
 
@@ -121,10 +130,13 @@ def label_solution(sample: common.Sample, q: dict[tuple[str, str], float], by: s
 
 
 def mix(right: list, wrong: list, ratio: float, size: int | None, seed: int) -> list:
-    """The largest part of both, but no more than `size`, that has `ratio` right ones for every wrong one; at random."""
-    size = size or len(right) + len(wrong)
-    n_wrong = min(len(wrong), int(len(right) / ratio), round(size / (1 + ratio)))
-    n_right = min(len(right), round(ratio * n_wrong) if n_wrong else size, size - n_wrong)
+    """The largest part of both, but no more than `size`, that has `ratio` right ones for every wrong one; at random. Where
+    right ones are too few for another wrong one, all of them."""
+    n_wrong = min(len(wrong), int(len(right) / ratio))
+    n_right = round(ratio * n_wrong) if n_wrong and n_wrong == len(wrong) else len(right)
+    if size and n_right + n_wrong > size:
+        n_wrong = min(n_wrong, round(size / (1 + ratio)))
+        n_right = min(n_right, size - n_wrong)
     chosen = [right[i] for i in sorted(common.shuffled(len(right), seed, 0)[:n_right])]
     return chosen + [wrong[i] for i in sorted(common.shuffled(len(wrong), seed, 1)[:n_wrong])]
 
@@ -167,11 +179,11 @@ def teach_labels(policy: common.Policy, by: str) -> None:
 def encode(policy: common.Policy, problem: common.Problem, lines: list[dict]) -> tuple[common.Example, list[bool]]:
     """Prompt and response ids, as sampling sees them: label, line, label, line ..., end-of-text token (with --labels outcome
     only the first label, with none no label); and for each response token whether it is a target. Labels are not."""
-    labels = policy.labels
     prompt, response, targets = policy.encode_prompt(common.prompt_text(problem)), [], []
-    for i, line in enumerate(lines):
-        labelled = policy.label and (i == 0 or labels["by"] == "step")
-        label = policy.encode_prefix(labels[line["label"]]) if labelled else []
+    if not policy.label_every_line:  # one text, which a tokenizer may cut elsewhere than at line breaks
+        lines = [{"label": lines[0]["label"], "text": "".join(line["text"] for line in lines)}]
+    for line in lines:
+        label = policy.encode_prefix(policy.labels[line["label"]]) if policy.label else []
         ids = policy.encode_prefix(line["text"])
         response += label + ids
         targets += [False] * len(label) + [True] * len(ids)
@@ -194,6 +206,9 @@ def main(argv: list[str]) -> None:
         return
     sampler = common.Policy(args.model, args.device, args.dtype)
     policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
+    for flag, model in (("--model", sampler), ("--base", policy)):
+        if model.label:
+            raise common.UserError(f"{flag}: is a model of rcrl.py; take one that was trained without labels")
     torch.manual_seed(args.seed)  # of the new rows of the embedding
     teach_labels(policy, args.labels)
     run.begin()
@@ -205,6 +220,9 @@ def main(argv: list[str]) -> None:
         max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0], progress="solutions",
     )  # fmt: skip
     solutions = distinct(samples)
+    if not any(sample.correct for sample in solutions):
+        what = "right" if solutions else "finished"
+        raise common.UserError(f"no sample is {what}: raise --{'samples' if solutions else 'max-new-tokens'}")
 
     # 2. mix, and label every line of what is in the mix
     right, wrong = ([s for s in solutions if s.correct == correct] for correct in (True, False))
@@ -226,7 +244,9 @@ def main(argv: list[str]) -> None:
             }
         facts = {
             "correct": common.share(s.correct for s in samples), "right": sum(s.correct for s in chosen),
-            "wrong": sum(not s.correct for s in chosen), "beginnings": len(starts), **(agreement or {}),
+            "wrong": sum(not s.correct for s in chosen), "beginnings": len(starts),
+            "completions": len(starts) * args.completions + 64 * len(some if agreement else ()),
+            **(agreement or {}),
             "seconds_sampling": time.monotonic() - started,
         }  # fmt: skip
         lines = [json.dumps(label_solution(s, q, args.labels), ensure_ascii=False) + "\n" for s in chosen]
@@ -240,8 +260,6 @@ def main(argv: list[str]) -> None:
     facts["good_if_wrong"] = common.share(  # a wrong solution may begin well
         line["label"] == "good" for row in rows if not row["correct"] for line in row["lines"]
     ) if any(not row["correct"] for row in rows) else None  # fmt: skip
-    if not rows:
-        raise common.UserError("no sample is finished, so there is nothing to train on; raise --max-new-tokens")
     del sampler
 
     # 3. train from the base; as in sft.py, the order of the data depends on the seed and the epoch alone
@@ -273,11 +291,11 @@ def main(argv: list[str]) -> None:
         if (step + 1) % steps_per_epoch == 0:
             metrics = common.dev_metrics(policy, dev, args, 0, run.out / "samples" / f"dev_{epoch + 1}.jsonl")
             run.log(
-                step=step + 1, samples=len(samples), tokens=progress["tokens"], epoch=epoch + 1,
+                step=step + 1, samples=0 if written else len(samples), tokens=progress["tokens"], epoch=epoch + 1,
                 train_size=len(examples), **facts, loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr,
                 **metrics, seconds_training=time.monotonic() - started,
             )  # fmt: skip
-            progress["losses"] = []
+            progress["losses"], started = [], time.monotonic()
             if metrics["maj@1"] > progress["best"]:
                 progress["best"] = metrics["maj@1"]
                 policy.save(run.out / "model")

@@ -59,7 +59,7 @@ def test_beginnings_have_random_numbers_of_their_own():
 @pytest.mark.parametrize("n_right, n_wrong, ratio, size, expected", [
     (100, 50, 1, None, (50, 50)), (100, 50, 10, None, (100, 10)), (100, 50, 100, None, (100, 1)),
     (20, 50, 1, None, (20, 20)), (100, 0, 1, None, (100, 0)), (10, 50, 100, None, (10, 0)),
-    (10, 50, 0.5, None, (10, 20)), (100, 50, 1, 60, (30, 30)), (100, 50, 10, 55, (50, 5)), (100, 50, 100, 50, (50, 0)),
+    (10, 50, 0.5, None, (10, 20)), (199, 50, 100, None, (199, 1)), (109, 50, 10, None, (109, 10)), (100, 50, 1, 60, (30, 30)), (100, 50, 10, 55, (50, 5)), (100, 50, 100, 50, (50, 0)),
 ])  # fmt: skip
 def test_the_mixture_has_the_ratio_and_is_as_large_as_it_can_be(n_right, n_wrong, ratio, size, expected):
     right, wrong = [("r", i) for i in range(n_right)], [("w", i) for i in range(n_wrong)]
@@ -251,6 +251,35 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
     assert all({line["label"] for line in row["lines"]} == {"good" if row["correct"] else "bad"} for row in rows)
     config = json.loads((tmp_path / "outcome" / "model" / "config.json").read_text())
     assert config["return_labels"]["by"] == "outcome"
+
+    # the file of samples changed since the run began
+    argv[-1].write_text(argv[-1].read_text() * 2)
+    code, message = cli(rcrl, *argv, "--resume")
+    assert code == 2 and "train_samples_fingerprint" in message
+    # a model with labels neither labels nor is trained anew: its completions would not carry the labels on
+    for flag in ("--model", "--base"):
+        code, message = cli(rcrl, *RUN, flag, out / "model", "--out", tmp_path / "again")
+        assert code == 2 and "trained without labels" in message and not (tmp_path / "again" / "samples").exists()
+
+
+def test_completions_of_other_beginnings_are_not_read_back(tmp_path):
+    """Their problems' ids are numbered, so after a change of the samples the same ids may stand for other beginnings."""
+    policy, how = common.Policy("tiny", "cpu"), {"samples": 2, "rows": 8, "max_new_tokens": 30, "progress": None}
+    file = tmp_path / "completions.jsonl"
+    for prefix in ("1+1=<<1+1=2>>2\n", "2+2=<<2+2=4>>4\n"):
+        samples = common.sample_to_file(policy, PROBLEMS[:2], file, prefixes=[prefix] * 2, **how)
+        assert all(sample.text.startswith(prefix) for sample in samples)
+        assert all(row["text"].startswith(prefix) for row in rows_of(file)) and len(rows_of(file)) == 4
+
+
+@pytest.mark.parametrize("correct, finished, advice", [(False, True, "--samples"), (True, False, "--max-new-tokens")])
+def test_nothing_to_learn_from_is_said(cli, tmp_path, correct, finished, advice):  # noqa: F811
+    problem = common.load_problems("arithmetic", "train", 1)[0]
+    text = f"#### {problem.answer if correct else 'none'}"
+    (tmp_path / "samples.jsonl").write_text(common.Sample(problem, 0, text, finished).to_json() + "\n")
+    argv = ["--train-samples", tmp_path / "samples.jsonl", "--out", tmp_path / "run"]
+    code, message = cli(rcrl, *RUN, *argv)
+    assert code == 2 and advice in message and not (tmp_path / "run" / "samples" / "labelled.jsonl").exists()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):  # noqa: F811

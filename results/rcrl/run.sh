@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Return-conditioned RL on the embedded task, three seeds: 16 samples per training question from the policy of expert
-# iteration, and from them mixtures of the same size (3,200 solutions where there are enough wrong ones) that differ in the ratio of right to wrong
-# solutions and in the labels; each evaluated with [GOOD], [BAD] and no label forced. control: only right solutions, without labels, which is
-# what expert iteration would train on. The policies come from results/arithmetic/run.sh. Restartable.
+# iteration, and from them mixtures that differ in the ratio of right to wrong solutions and in the labels, each evaluated
+# with [GOOD], [BAD] and no label forced. A mixture has 3,200 solutions, or as many as there are distinct right ones for. The
+# controls have no labels: all right solutions (up to 3,200), which is what expert iteration would train on; the 1,600 that
+# are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/arithmetic/run.sh. Restartable.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=results/rcrl work=${WORK:-runs/results}
@@ -12,9 +13,11 @@ declare -A flags=(
     [ratio100]="--ratio 100"
     [outcome1]="--ratio 1 --labels outcome"
     [control]="--ratio 1e9 --labels none"
+    [control_1600]="--ratio 1e9 --labels none --train-size 1600"
+    [control_mixed]="--ratio 1 --labels none"
 )
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-ratio1 ratio10 ratio100 outcome1 control}; do
+    for name in ${VARIANTS:-ratio1 ratio10 ratio100 outcome1 control control_1600 control_mixed}; do
         run=$work/rcrl_${name}_$seed to=$here/${name}_$seed samples=$work/rcrl_ratio1_$seed/samples/train.jsonl
         [ -f "$to/test.json" ] && continue
         [ $name = ratio1 ] || extra="--train-samples $samples"
@@ -23,8 +26,8 @@ for seed in ${SEEDS:-0 1 2}; do
         extra=
         for on in bad none good; do
             samples=4 && [ $on != good ] || samples=16
-            [[ $name != control || $on = good ]] || continue
-            condition="--condition $on" && [ $name != control ] || condition=
+            [[ $name != control* || $on = good ]] || continue
+            condition="--condition $on" && [[ $name != control* ]] || condition=
             python evaluate.py --model "$run/model" $condition --samples $samples --seed $seed --resume --out "$run/$on.json" >"$run/$on.txt"
         done
         mkdir -p "$to" && cp "$run"/{args.json,metrics.jsonl} "$to/"
