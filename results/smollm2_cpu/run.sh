@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct on real data, at sizes that two cores allow (about 75 minutes): that the scripts work on a
+# SmolLM2-135M-Instruct on real data, at sizes that two cores allow (an hour and a half): that the scripts work on a
 # pretrained model, not how well the method does. MODEL: its folder or hub name. DATA: where GSM8K and SVAMP load by name.
 # 1. SFT on 320 GSM8K problems, 4 epochs; 2. one round of expert iteration on SVAMP with a two-shot prompt, K = 4; 3. four
 # phases of PPO on SVAMP from 1., adapters of rank 128, and for its memory one phase with all weights; 4. a reward model on
-# samples of 1. for 128 GSM8K problems, K = 8.
+# samples of 1. for 64 GSM8K problems, K = 4.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)" code="$(cd "$(dirname "$0")/../.." && pwd)"
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} work="$(realpath "${WORK:-$code/runs/smollm2_cpu}")"
@@ -27,8 +27,8 @@ for run in ppo_svamp ppo_svamp_all_weights; do
         --epochs 1 --batch-size 16 --lr-warmup 4 --max-new-tokens 96 --rows 64 --limit-eval 48 --token-budget 2048 --out "$work/$run" --resume
     mv "$work/$run.memory.json" "$work/$run/memory.json" && mkdir -p "$here/$run" && cp "$work/$run/memory.json" "$here/$run/"
 done
-python "$code/reward_model.py" --model "$work/sft_gsm8k/model" --dataset gsm8k --limit-train 128 --samples 8 --limit-eval 32 \
-    --eval-samples 8 --epochs 2 --batch-size 16 --lr 5e-5 --max-new-tokens 160 --rows 128 --token-budget 4096 \
+python "$code/reward_model.py" --model "$work/sft_gsm8k/model" --dataset gsm8k --limit-train 64 --samples 4 --limit-eval 32 \
+    --eval-samples 4 --epochs 1 --batch-size 16 --lr 5e-5 --max-new-tokens 160 --rows 64 --token-budget 4096 \
     --out "$work/orm_gsm8k" --resume
 for run in sft_gsm8k ei_svamp ppo_svamp ppo_svamp_all_weights orm_gsm8k; do
     mkdir -p "$here/$run" && cp "$work/$run/metrics.jsonl" "$work/$run/args.json" "$here/$run/"
