@@ -33,3 +33,4 @@ python "$code/reward_model.py" --model "$work/sft_gsm8k/model" --dataset gsm8k -
 for run in sft_gsm8k ei_svamp ppo_svamp ppo_svamp_all_weights orm_gsm8k; do
     mkdir -p "$here/$run" && cp "$work/$run/metrics.jsonl" "$work/$run/args.json" "$here/$run/"
 done
+cp "$work/orm_gsm8k/quality.json" "$here/orm_gsm8k/"
