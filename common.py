@@ -643,6 +643,71 @@ class RewardModel(Policy):
             sample.score = float(probabilities[-1])
 
 
+class GenerativeRewardModel(Policy):
+    """A generative reward model (GenRM): a language model that reads a question and two solutions, A and B, and answers
+    which is better. The score of a candidate beside a reference is the probability that it gives the candidate of the
+    two verdicts, averaged over both orders: 0.5 means "as good as the reference" (Shen et al. 2025).
+
+    reward_model.py --kind genrm trains one. A saved folder is an ordinary language model.
+    new: start from the weights of any language model."""
+
+    VERDICTS = "A", "B"
+
+    def __init__(self, name: str, device: str = "auto", dtype: str = "auto", flag: str = "--genrm", new: bool = False):
+        self.new = new
+        super().__init__(name, device, dtype, flag)
+        self.condition("none")
+        self.model.config.compares_solutions = True
+        ids = [self.encode_prompt(f"Better:\n{verdict}") for verdict in self.VERDICTS]
+        if ids[0][:-1] != ids[1][:-1] or ids[0][-1] == ids[1][-1]:
+            raise UserError(f"{flag} {name}: its tokenizer has no tokens for the verdicts A and B")
+        self.verdict_ids = [ids[0][-1], ids[1][-1]]
+
+    def _load(self, folder: str):
+        model = super()._load(folder)
+        if not self.new and not getattr(model.config, "compares_solutions", False):
+            raise UserError("this is not a generative reward model; reward_model.py --kind genrm trains one")
+        return model
+
+    def encode(self, problem: Problem, first: str, second: str) -> "Example":
+        """The prompt up to the verdict, and as its response the verdict A."""
+        text = f"Question: {problem.question}\nA:\n{first}\nB:\n{second}\nBetter:\n{self.VERDICTS[0]}"
+        ids = self.encode_prompt(text)
+        return ids[:-1], ids[-1:]
+
+    def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
+        """Of verdict A over verdict B, for every comparison that `encode` made: [comparisons]."""
+        width = max(len(prompt) for prompt, _ in examples)
+        check_length(self, width, "the longest question with its two solutions")
+        ids = torch.tensor([(prompt + [0] * width)[:width] for prompt, _ in examples], device=self.device)
+        last = torch.tensor([len(prompt) - 1 for prompt, _ in examples], device=self.device)
+        with self.autocast():
+            hidden = self.hidden_states(ids)[torch.arange(len(examples), device=self.device), last]
+            logits = self.head(hidden).float()
+        return logits[:, self.verdict_ids[0]] - logits[:, self.verdict_ids[1]]
+
+    @torch.no_grad()
+    def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int = 16384) -> np.ndarray:
+        """P(candidate is better) for every (problem, candidate, reference), with the candidate as A and as B:
+        [comparisons, 2]. Equal ones are run once, and no more than `token_budget` tokens at a time."""
+        keys = [(problem.question, candidate, reference) for problem, candidate, reference in comparisons]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        examples = []
+        for problem, candidate, reference in (comparisons[i] for i in first.values()):
+            examples += [self.encode(problem, candidate, reference), self.encode(problem, reference, candidate)]
+        found = np.zeros(len(examples), np.float32)
+        for indices in token_batches([len(prompt) + 1 for prompt, _ in examples], token_budget):
+            found[indices] = self.log_odds([examples[i] for i in indices]).sigmoid().cpu().numpy()
+        found[1::2] = 1 - found[1::2]
+        by_key = dict(zip(first, found.reshape(-1, 2), strict=True))
+        return np.array([by_key[key] for key in keys]).reshape(-1, 2)
+
+    def scores(self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int = 16384) -> list[float]:
+        """The score of every sample beside its problem's reference, a text by problem id."""
+        comparisons = [(s.problem, first_solution(s.text).strip(), references[s.problem.id]) for s in samples]
+        return self.verdicts(comparisons, token_budget).mean(1).tolist()
+
+
 def is_reward_model(folder: str) -> bool:
     """Whether a model folder or hub name holds a reward model."""
     return any(
@@ -659,6 +724,7 @@ def model_folder(name: str, flag: str = "--model") -> str:
         return str(path)
     if name == "tiny" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):  # neither a folder nor a hub name
         script = {"runs/sft/model": "sft.py", "runs/reward_model/model": "reward_model.py"}
+        script["runs/genrm/model"] = "reward_model.py --kind genrm"
         script = (script | {"runs/expert_iteration/model": "expert_iteration.py"}).get(name)
         hint = f"; run `python {script}` first" if script else ""
         raise UserError(f"{flag} {name}: no such folder{hint}")
@@ -1419,10 +1485,12 @@ class Run:
         ignored = ("out", "resume", "overwrite", "device", "checkpoint_every")
         self.settings = {key: value for key, value in vars(args).items() if key not in ignored}
         self.settings["script"] = Path(sys.argv[0]).name
-        models = {key: self.settings.get(key) for key in ("model", "base", "orm")}
+        models = {key: self.settings.get(key) for key in ("model", "base", "orm", "genrm")}
         self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items() if name}
-        if files := self.settings.get("train_samples"):
-            self.settings["train_samples_fingerprint"] = [f"{zlib.crc32(Path(f).read_bytes()):08x}" for f in files]
+        for key in ("train_samples", "selection"):
+            if files := self.settings.get(key):
+                files = files if isinstance(files, list) else [files]
+                self.settings[f"{key}_fingerprint"] = [f"{zlib.crc32(Path(f).read_bytes()):08x}" for f in files]
         folders = ("checkpoint", "samples", "model", "model.old")
         logged = self.metrics_file.exists() and self.metrics_file.stat().st_size
         occupied = [name for name in folders if any((self.out / name).glob("*"))] + ["metrics.jsonl"] * bool(logged)

@@ -7,9 +7,10 @@ Objective, for question q and sampled solution s with tokens s_1 ... s_T:
 "Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), its PPO, on the clipped
 surrogate of "Proximal Policy Optimization Algorithms" (Schulman et al. 2017). A phase is
 
+    0. choose the questions to train on from a pool (--select), once, with the initial policy
     1. draw questions (--curriculum) and sample solutions from the policy
     2. task reward of every token: 1 at the end of a correct solution (--reward dense: also along the way; --reward orm:
-       what a reward model thinks of it)
+       what a reward model thinks of it; --reward genrm, hybrid: how it compares with a reference solution)
     3. one forward pass: log-probabilities and values; another for the reference; reward of a token =
        task reward - kl_coef * (log pi - log pi_ref)
     4. advantages by GAE, whitened
@@ -19,6 +20,9 @@ surrogate of "Proximal Policy Optimization Algorithms" (Schulman et al. 2017). A
 The value function is a trainable copy of the policy's top layers with a scalar head, fed with the hidden states below
 them, through which no gradient flows (--no-detach-value: it does). With --lora-rank the policy is the initial model plus
 low-rank adapters, and the reference is the same network with the adapters off: there is no second one.
+
+Phase 0, the rewards genrm and hybrid and the curriculum verifiable_first are those of "Exploring Data Scaling Trends and
+Effects in RLHF" (Shen et al. 2025), mapped to word problems.
 
 Where this differs from the paper: full fine-tuning of a tiny model, as the default one; learning rates and the
 number of rollouts of a phase to match; lambda of GAE is 1 and the value function trains alone in the first phase, because
@@ -35,6 +39,7 @@ One GPU, the paper's setting, after sft.py:
 
 import contextlib
 import copy
+import dataclasses
 import time
 from pathlib import Path
 
@@ -54,10 +59,17 @@ def parse_args(argv: list[str]):
     add = parser.add_argument
     add("--phases", type=whole, default=20, help="rounds of sampling and training")
     add("--questions", type=whole, default=128, help="questions a phase (paper: 256, with 4 samples each)")
-    add("--reward", choices=["sparse", "dense", "orm", "orm_dense"], default="sparse",
+    add("--reward", choices=["sparse", "dense", "orm", "orm_dense", "genrm", "hybrid"], default="sparse",
         help="sparse: 1 for a correct answer; dense: also for each value of the reference solution; orm: the probability "
-        "that a reward model gives the solution; orm_dense: the same in shares, what it rose by in each line")  # fmt: skip
+        "that a reward model gives the solution; orm_dense: the same in shares, what it rose by in each line; genrm: the "
+        "score of a generative reward model beside a reference; hybrid: sparse for the questions whose answer can be "
+        "checked, genrm for the others")  # fmt: skip
     add("--orm", help="folder of the reward model (default: runs/reward_model/model, if --reward needs one)")
+    add("--genrm", help="folder of the generative reward model (default: runs/genrm/model, if --reward needs one)")
+    add("--hide-answers", type=share, default=0.5, help="hybrid: share of the questions that the reward cannot check")
+    add("--hide-solutions", type=share, default=0, help="genrm, hybrid: share of the questions that it cannot check for "
+        "which it has no gold solution either; their reference is the best of --reference-samples by --orm")  # fmt: skip
+    add("--reference-samples", type=whole, default=16, help="samples of the initial policy to pick a reference from")
     add("--add-outcome", action="store_true", help="add 1 for a correct answer to the reward of the reward model")
     add("--kl-coef", type=positive, default=0.05, help="weight of the KL penalty (paper: 0.05)")
     add("--kl-limit", type=positive, default=0, help="end a phase when a minibatch is this far (nats) from the policy "
@@ -72,9 +84,19 @@ def parse_args(argv: list[str]):
     add("--no-detach-value", action="store_true", help="let the value loss change the policy's layers, too")
     add("--lora-rank", type=common.number(int, 0), help="rank of the adapters; 0: train all weights (default: 128, as in "
         "the paper, for a model of more than 10 million weights, 0 for a smaller one)")  # fmt: skip
-    add("--curriculum", choices=["none", "backtracking", "plr"], default="none",
+    add("--curriculum", choices=["none", "backtracking", "plr", "verifiable_first"], default="none",
         help="backtracking: begin within the reference solution, reveal less as success grows; plr: prefer questions "
-        "whose value was wrong")  # fmt: skip
+        "whose value was wrong; verifiable_first: at first only questions whose answer can be checked")  # fmt: skip
+    add("--switch", type=share, nargs=2, default=[0.2, 0.4], metavar="SHARE", help="verifiable_first: after which shares of "
+        "the phases the questions with a gold solution join, and those without")  # fmt: skip
+    add("--select", choices=["lowest", "floor", "frontier", "random"], help="add questions of a pool to the first "
+        "--limit-train ones: those that the initial policy scores lowest; lowest of those that it solves at least once; "
+        "those that it solves nearest to half of the time; any")  # fmt: skip
+    add("--select-fraction", type=share, default=0.1, help="share of the pool to add (paper: 0.1)")
+    add("--select-samples", type=whole, default=8, help="samples per question of the pool, for its score")
+    add("--pool", nargs="+", default=[], metavar="DATASET", help="where to select from, each a domain of its own "
+        "(default: the training questions of --dataset after the first --limit-train)")  # fmt: skip
+    add("--selection", metavar="FILE", help="selection.json of another run, whose scores are taken instead of sampling")
     add("--few-shot", action="store_true", help="two worked examples in every prompt, for a base that never saw the "
         "format (then --temperature 0.2 as in the paper)")  # fmt: skip
     add("--eval-every", type=whole, default=4, help="phases between evaluations on dev")
@@ -82,7 +104,14 @@ def parse_args(argv: list[str]):
     args = parser.parse_args(argv)
     if args.temperature == 0:
         parser.error("--temperature 0: greedy samples are all the same, there is nothing to learn from")
-    args.orm = (args.orm or "runs/reward_model/model") if args.reward.startswith("orm") else None
+    compares = args.reward in ("genrm", "hybrid")
+    picks = compares and args.hide_solutions > 0
+    args.orm = (args.orm or "runs/reward_model/model") if args.reward.startswith("orm") or picks else None
+    args.genrm = (args.genrm or "runs/genrm/model") if compares else None
+    if args.curriculum == "verifiable_first" and (args.reward != "hybrid" or args.hide_answers == 1):
+        parser.error("--curriculum verifiable_first needs --reward hybrid and questions whose answer can be checked")
+    if args.select and not (args.pool or args.limit_train):
+        parser.error("--select: needs a --pool, or --limit-train, after which the pool begins")
     return args
 
 
@@ -138,29 +167,73 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
 # ---- rewards ---------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class Judges:
+    """Who judges whole solutions: the answer check ("verifier"), or a model in its place."""
+
+    orm: common.RewardModel | None = None  # --reward orm, orm_dense
+    genrm: common.GenerativeRewardModel | None = None  # --reward genrm, hybrid
+    # problem id -> text that the generative reward model compares with; the answers of all other problems are checked
+    references: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def scores(self, kind: str, samples: list[common.Sample]) -> list[float]:
+        """What each solution as a whole is worth. One that was cut is worth nothing, even if its answer is right."""
+        if kind.startswith("orm"):
+            scores = [float(probabilities[-1]) for probabilities in self.orm.scores(samples)]
+        else:
+            scores = [float(sample.correct) for sample in samples]
+            compared = [i for i, sample in enumerate(samples) if sample.problem.id in self.references]
+            if compared:
+                found = self.genrm.scores([samples[i] for i in compared], self.references)
+                for i, score in zip(compared, found, strict=True):
+                    scores[i] = score
+        return [score * sample.finished for score, sample in zip(scores, samples, strict=True)]
+
+
 def task_rewards(
-    kind: str,
-    policy: common.Policy,
-    samples: list[common.Sample],
-    orm: common.RewardModel | None = None,
-    add_outcome: bool = False,
+    kind: str, policy: common.Policy, samples: list[common.Sample], judges: Judges, add_outcome: bool = False
 ) -> list[np.ndarray]:
-    """The reward of every token of every sample. A solution that was cut earns nothing, even if its answer is right."""
-    rewards = []
-    probabilities = orm.scores(samples) if orm else [None] * len(samples)
-    for sample, scores in zip(samples, probabilities, strict=True):
-        reward = np.zeros(len(sample.tokens), np.float32)
-        if sample.finished:
-            if kind in ("sparse", "dense") or add_outcome:
-                reward[-1] = float(sample.correct)
-            if kind == "dense":
-                reward += step_rewards(policy, sample)
-            if kind == "orm":
-                reward[-1] += scores[-1]
-            if kind == "orm_dense":
-                reward += potential_rewards(policy, sample, orm, scores)
-        rewards.append(reward)
+    """The reward of every token of every sample."""
+    rewards = [np.zeros(len(sample.tokens), np.float32) for sample in samples]
+    scores = judges.scores(kind, samples)
+    along = judges.orm.scores(samples) if kind == "orm_dense" else None
+    for i, (reward, sample) in enumerate(zip(rewards, samples, strict=True)):
+        if not sample.finished:
+            continue
+        if kind == "orm_dense":
+            reward += potential_rewards(policy, sample, judges.orm, along[i])
+        else:
+            reward[-1] += scores[i]
+        if kind == "dense":
+            reward += step_rewards(policy, sample)
+        if add_outcome and kind.startswith("orm"):
+            reward[-1] += float(sample.correct)
     return rewards
+
+
+def routes(problems: list[common.Problem], hide_answers: float, hide_solutions: float, seed: int) -> list[str]:
+    """Who judges the solutions of each problem: "verifier", "gold" or "best", the generative reward model beside the gold
+    solution or beside the best of several samples. hide_answers: share that the verifier cannot check; hide_solutions:
+    share of these without a gold solution, to which those that never had one are added."""
+    order = np.random.default_rng([seed, 3]).permutation(len(problems))
+    hidden = order[: round(hide_answers * len(problems))].tolist()
+    bare = set(hidden[: round(hide_solutions * len(hidden))])
+    bare |= {i for i in hidden if not (problems[i].solution or problems[i].reference)}
+    return ["verifier" if i not in set(hidden) else "best" if i in bare else "gold" for i in range(len(problems))]
+
+
+def best_of_n(
+    policy: common.Policy, problems: list[common.Problem], orm: common.RewardModel, run: common.Run, args
+) -> dict[str, str]:
+    """For every problem the sample of the initial policy that the outcome reward model likes best."""
+    samples = common.sample_to_file(
+        policy, problems, run.out / "samples" / "references.jsonl", run, samples=args.reference_samples,
+        temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0],
+        few_shot=args.few_shot, progress="references",
+    )  # fmt: skip
+    orm.grade(samples)
+    best = [max(group, key=lambda sample: sample.score) for group in common.by_problem(samples)]
+    return {sample.problem.id: common.first_solution(sample.text).strip() for sample in best}
 
 
 def potential_rewards(
@@ -307,26 +380,83 @@ class Lora(torch.nn.Module):
             module.weight.data = weight
 
 
+# ---- Pre-PPO: which questions of a pool to train on ------------------------------------------------------------------
+
+
+def standardised(scores: list[float], domains: list[str]) -> np.ndarray:
+    """Mean 0 and variance 1 within every domain, so that a hard domain does not take all places."""
+    scores, result = np.array(scores, np.float64), np.zeros(len(scores))
+    for domain in set(domains):
+        here = np.array([d == domain for d in domains])
+        result[here] = (scores[here] - scores[here].mean()) / (scores[here].std() + 1e-8)
+    return result
+
+
+def choose(
+    kind: str, scores: list[float], passed: list[float], domains: list[str], fraction: float, seed: int
+) -> list[int]:
+    """Indices of the questions to keep. scores: the mean reward of each one's samples; passed: the share of them with a
+    reward of at least half. Ties are broken at random: with rewards of 0 and 1 they are most of the lowest tenth."""
+    rng, count = np.random.default_rng([seed, 4]), round(fraction * len(scores))
+    passed, key = np.array(passed), standardised(scores, domains)
+    candidates = np.arange(len(scores))
+    if kind == "floor":
+        candidates = np.flatnonzero(passed > 0)
+    elif kind == "frontier":
+        key = np.abs(passed - 0.5)
+    elif kind == "random":
+        key = np.zeros(len(scores))
+    order = np.lexsort((rng.random(len(candidates)), key[candidates]))
+    return sorted(candidates[order[:count]].tolist())
+
+
+def score_pool(
+    policy: common.Policy, pool: list[common.Problem], judges: Judges, run: common.Run, args
+) -> tuple[list[float], list[float]]:
+    """Mean reward of every question's samples, and the share of them with a reward of at least half."""
+    if args.selection:
+        rows = {row["id"]: row for row in common.read_json(Path(args.selection)).get("questions", [])}
+        missing = [problem.id for problem in pool if problem.id not in rows]
+        if missing:
+            raise common.UserError(
+                f"--selection {args.selection}: has no score for {missing[0]} ({len(missing)} missing)"
+            )
+        return [rows[p.id]["score"] for p in pool], [rows[p.id]["passed"] for p in pool]
+    samples = common.sample_to_file(
+        policy, pool, run.out / "samples" / "pool.jsonl", run, samples=args.select_samples, few_shot=args.few_shot,
+        temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0],
+        progress="pool",
+    )  # fmt: skip
+    rewards = np.array(judges.scores(args.reward, samples)).reshape(len(pool), args.select_samples)
+    return rewards.mean(1).tolist(), (rewards >= 0.5).mean(1).tolist()
+
+
 # ---- curricula -------------------------------------------------------------------------------------------------------
 
 
 class Curriculum:
     """Which questions a phase asks, and how much of the reference solution it gives away. Its state is plain data."""
 
-    def __init__(self, kind: str, problems: list[common.Problem], seed: int):
+    def __init__(self, kind: str, problems: list[common.Problem], seed: int, stages: list[tuple[int, list[int]]] = ()):
+        """stages: (from which phase on, the questions that are asked then), of verifiable_first."""
         self.kind, self.problems, self.seed = kind, problems, seed
-        self.state = {"next": 0, "score": [-1.0] * len(problems), "hidden": 1}
+        self.stages = list(stages) or [(1, list(range(len(problems))))]
+        self.state = {"next": 0, "score": [-1.0] * len(problems), "hidden": 1, "stage": 0}
 
     def draw(self, phase: int, count: int) -> tuple[list[int], list[str]]:
         """Indices of questions, and for each the beginning of a solution that is given away."""
-        n, rng = len(self.problems), np.random.default_rng([self.seed, phase, 1])
+        stage = max(i for i, (begin, _) in enumerate(self.stages) if phase >= begin)
+        if stage != self.state["stage"]:
+            self.state |= {"stage": stage, "next": 0}
+        asked = self.stages[stage][1]
+        n, rng = len(asked), np.random.default_rng([self.seed, phase, 1])
         fresh = count = min(count, n)  # a question that came twice would get the same samples twice
         if self.kind == "plr":  # half of the questions new as long as there are such, half by score
             fresh = min(count // 2, self.state["score"].count(-1.0)) if phase > 1 else count
         chosen: list[int] = []
         while len(chosen) < fresh:
             turn, place = divmod(self.state["next"], n)
-            i = common.shuffled(n, self.seed, turn)[place]
+            i = asked[common.shuffled(n, self.seed, turn)[place]]
             self.state["next"] += 1
             chosen += [i] if i not in chosen else []
         if fresh < count:
@@ -357,6 +487,14 @@ def main(argv: list[str]) -> None:
     # 0. problems, policy, reference, value function
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
+    pool, domains = [], []
+    if args.select:
+        names = args.pool or [args.dataset]
+        found = [common.load_problems(name, "train")[0 if args.pool else len(train) :] for name in names]
+        pool = [problem for problems in found for problem in problems]
+        domains = [name for name, problems in zip(names, found, strict=True) for _ in problems]
+        if not pool:
+            raise common.UserError("--select: --limit-train leaves no question of --dataset for the pool")
     if args.reward == "dense" and not any(common.computed_values(p.reference or "") for p in train):
         raise common.UserError(f"--reward dense: --dataset {args.dataset} has no solutions with <<a+b=c>> annotations")
     if args.curriculum == "backtracking" and not any(p.reference for p in train):
@@ -367,7 +505,10 @@ def main(argv: list[str]) -> None:
         return
     policy = common.Policy(args.model, args.device, args.dtype)
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
-    orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
+    judges = Judges(
+        common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None,
+        common.GenerativeRewardModel(args.genrm, args.device, args.dtype) if args.genrm else None,
+    )
     torch.manual_seed(args.seed)  # of the adapters; nothing else draws from it
     is_tiny = sum(weight.numel() for weight in policy.model.parameters()) <= 10**7
     rank = (0 if is_tiny else 128) if args.lora_rank is None else args.lora_rank
@@ -380,12 +521,44 @@ def main(argv: list[str]) -> None:
         lora = Lora(policy, rank)
         trained, reference, reference_mode, merged = lora, policy, lora.off, lora.merged
     run.begin()
+
+    # 0. references to compare with, and the questions of the pool
+    everything = train + pool
+    route = ["verifier"] * len(everything)
+    if judges.genrm:
+        hide_answers = 1.0 if args.reward == "genrm" else args.hide_answers
+        route = routes(everything, hide_answers, args.hide_solutions, args.seed)
+        bare = [problem for problem, r in zip(everything, route, strict=True) if r == "best"]
+        golden = [problem for problem, r in zip(everything, route, strict=True) if r == "gold"]
+        judges.references = {p.id: (p.solution or p.reference).strip() for p in golden}
+        if bare and not judges.orm:
+            raise common.UserError(f"{len(bare)} questions have no solution to compare with; --orm must pick a sample")
+        judges.references |= best_of_n(policy, bare, judges.orm, run, args) if bare else {}
+    if args.select:
+        scores, passed = score_pool(policy, pool, judges, run, args)
+        chosen = choose(args.select, scores, passed, domains, args.select_fraction, args.seed)
+        z, kept = standardised(scores, domains), set(chosen)
+        questions = [
+            {"id": p.id, "domain": domains[i], "score": scores[i], "passed": passed[i], "standardised": z[i], "chosen": i in kept}
+            for i, p in enumerate(pool)
+        ]  # fmt: skip
+        common.write_json(
+            run.out / "selection.json", {"model": args.model, "select": args.select, "questions": questions}
+        )
+        train, route = train + [pool[i] for i in chosen], route[: len(train)] + [route[len(train) + i] for i in chosen]
+        print(f"{len(chosen)} of {len(pool)} questions of the pool chosen, scored {np.mean([scores[i] for i in chosen]):.3f} "
+              f"on average (all: {np.mean(scores):.3f}); {len(train)} to train on")  # fmt: skip
     weights, critic_weights = list(trained.parameters()), list(critic.parameters())
     optimizer = torch.optim.AdamW(
         [{"params": weights, "lr": args.lr}, {"params": critic_weights, "lr": args.value_lr}],
         betas=(0.9, 0.95), weight_decay=0.0,
     )  # fmt: skip
-    curriculum = Curriculum(args.curriculum, train, args.seed)
+    stages = []
+    if args.curriculum == "verifiable_first":
+        for n_kinds, share in enumerate([0.0, *sorted(args.switch)], 1):
+            allowed = ("verifier", "gold", "best")[:n_kinds]
+            stages.append((1 + round(share * args.phases), [i for i, r in enumerate(route) if r in allowed]))
+    curriculum = Curriculum(args.curriculum, train, args.seed, stages)
 
     progress = {"phase": 0, "step": 0, "policy_steps": 0, "samples": 0, "tokens": 0, "best": -1.0}
     if run.state:
@@ -426,7 +599,7 @@ def main(argv: list[str]) -> None:
         seconds_sampling, started = time.monotonic() - started, time.monotonic()
 
         # 2. task rewards
-        rewards = task_rewards(args.reward, policy, samples, orm, args.add_outcome)
+        rewards = task_rewards(args.reward, policy, samples, judges, args.add_outcome)
 
         # 3. log-probabilities and values of the policy that sampled, as training computes them; of the reference
         examples = [(list(sample.prompt), sample.tokens.tolist()) for sample in samples]
@@ -516,6 +689,7 @@ def main(argv: list[str]) -> None:
             "reward_if_wrong": float(
                 np.mean([reward.sum() for reward, c in zip(rewards, correct, strict=True) if not c] or [0])
             ),
+            **(genrm_metrics(judges, samples, rewards) if judges.genrm else {}),
             "correct": common.share(correct),
             "kl_k1": kl_k1(old_logprobs, ref_logprobs)[real].mean().item(),
             "kl_k3": kl_k3(old_logprobs, ref_logprobs)[real].mean().item(),
@@ -542,6 +716,20 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
     run.finish()
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")
+
+
+def genrm_metrics(judges: Judges, samples: list[common.Sample], rewards: list[np.ndarray]) -> dict[str, float]:
+    """Of the samples that the generative reward model judged: the share of wrong ones that it finds as good as the
+    reference, and of all that it finds better, which beside a gold solution none is."""
+    judged = [
+        (float(reward.sum()), sample.correct)
+        for sample, reward in zip(samples, rewards, strict=True) if sample.problem.id in judges.references
+    ]  # fmt: skip
+    return {
+        "half_if_wrong": common.share([score >= 0.5 for score, correct in judged if not correct] or [0]),
+        "above_half": common.share([score > 0.5 for score, _ in judged] or [0]),
+        "score_if_right": float(np.mean([score for score, correct in judged if correct] or [0])),
+    }
 
 
 def update(optimizer: torch.optim.Optimizer, weights: list, critic_weights: list) -> dict[str, float]:

@@ -21,8 +21,14 @@ Where this differs from the paper: it does not say how the classes are balanced.
 wrong samples gives half of its weight to each, so that the model has to tell solutions apart and not only questions.
 A question whose samples are all right or all wrong keeps its weight.
 
+--kind genrm trains a generative reward model instead, of "Exploring Data Scaling Trends and Effects in RLHF" (Shen et al.
+2025): a language model that reads the question, a candidate and a reference and says which is better. Of the same samples
+it learns P(candidate is better) = 0 for a wrong one beside the gold solution, 0.5 for a right one beside it, and 1 for a
+right one beside a wrong one, each in a random order; its score is the mean over both orders. `ppo.py --reward genrm`.
+
 CPU, after `python sft.py` (README.md has the measured numbers):
     python reward_model.py
+    python reward_model.py --kind genrm
 One GPU:
     python reward_model.py --model runs/sft/model --dataset gsm8k --samples 96 --epochs 2 --lr 1e-5 --batch-size 128 \\
         --max-new-tokens 512 --rows 1024
@@ -39,15 +45,21 @@ import common
 
 def parse_args(argv: list[str]):
     parser = common.common_parser(
-        __doc__, model="runs/sft/model", out="runs/reward_model", samples=16, temperature=0.7, lr=1e-3, epochs=5,
+        __doc__, model="runs/sft/model", out=None, samples=16, temperature=0.7, lr=1e-3, epochs=5,
         batch_size=32, token_budget=16384, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add = parser.add_argument
-    add("--base", help="weights that the ORM starts from (default: those of --model, the student)")
+    add("--kind", choices=["orm", "genrm"], default="orm", help="outcome reward model, or generative: a language model that "
+        "compares a solution with a reference")  # fmt: skip
+    add("--base", help="weights that the reward model starts from (default: those of --model, the student)")
+    add("--pairs", type=common.number(int, 1), default=4, help="genrm: at most so many comparisons of each of the three "
+        "kinds per question")  # fmt: skip
     add("--train-samples", nargs="+", default=[], metavar="FILE",
         help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
     add("--eval-samples", type=common.number(int, 2), default=16, help="samples per dev question")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.out = args.out or ("runs/reward_model" if args.kind == "orm" else "runs/genrm")
+    return args
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------
@@ -69,6 +81,34 @@ def training_data(samples: list[common.Sample]) -> tuple[list[common.Sample], li
             entry = distinct.setdefault((sample.problem.id, common.first_solution(sample.text).strip()), [sample, 0.0])
             entry[1] += weight
     return [sample for sample, _ in distinct.values()], [weight for _, weight in distinct.values()]
+
+
+def gold(problem: common.Problem) -> str | None:
+    """The right solution that comes with a problem."""
+    text = problem.solution or problem.reference
+    return text.strip() if text else None
+
+
+def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[list[tuple], list[float]]:
+    """What a generative reward model learns from: (problem, A, B) and P(A is better). At most `n_pairs` of a kind and
+    question: wrong and gold 0, right and gold 0.5, right and wrong 1; or the other way round with 1 less that."""
+    asked, targets, rng = [], [], np.random.default_rng([seed, 2])
+    for group in common.by_problem(samples):
+        problem, reference = group[0].problem, gold(group[0].problem)
+        right, wrong = (
+            list(dict.fromkeys(common.first_solution(s.text).strip() for s in group if s.correct == kind))
+            for kind in (True, False)
+        )
+        right, wrong = ([texts[i] for i in rng.permutation(len(texts))] for texts in (right, wrong))
+        pairs = [(w, reference, 0.0) for w in wrong[:n_pairs] if reference]
+        pairs += [(r, reference, 0.5) for r in right[:n_pairs] if reference]
+        n_mixed = min(n_pairs, len(right) * len(wrong))
+        pairs += [(right[i % len(right)], wrong[i // len(right) % len(wrong)], 1.0) for i in range(n_mixed)]
+        for candidate, other, target in pairs:
+            turned = rng.random() < 0.5
+            asked.append((problem, other, candidate) if turned else (problem, candidate, other))
+            targets.append(1 - target if turned else target)
+    return asked, targets
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
@@ -147,6 +187,47 @@ def quality(samples: list[common.Sample], probabilities: list[np.ndarray]) -> di
     }
 
 
+NONSENSE = {"empty": "", "colon": ":", "thinking": "Thought process:", "question": None}  # None: the question repeated
+
+
+def genrm_quality(samples: list[common.Sample], genrm: common.GenerativeRewardModel, token_budget: int) -> dict:
+    """What a generative reward model is worth on the samples of questions that it was not trained on, beside the gold
+    solution (or, where there is none, the question's first right sample, whose question is left out if it has none)."""
+    references = {group[0].problem.id: gold(group[0].problem) for group in common.by_problem(samples)}
+    for sample in samples:
+        if references[sample.problem.id] is None and sample.correct:
+            references[sample.problem.id] = common.first_solution(sample.text).strip()
+    samples = [sample for sample in samples if references[sample.problem.id] is not None]
+    if not samples:
+        raise common.UserError("no dev question has a gold solution or a right sample to compare with")
+    problems = {sample.problem.id: sample.problem for sample in samples}
+    candidates = [(s.problem, common.first_solution(s.text).strip(), references[s.problem.id]) for s in samples]
+    asked = genrm.verdicts(candidates, token_budget)
+    scores, labels = asked.mean(1).astype(np.float64), np.array([sample.correct for sample in samples])
+    nonsense = {
+        name: genrm.verdicts(
+            [(p, p.question if text is None else text, references[i]) for i, p in problems.items()], token_budget
+        ).mean(1)
+        for name, text in NONSENSE.items()
+    }
+    groups = np.split(np.arange(len(samples)), np.cumsum([len(g) for g in common.by_problem(samples)])[:-1])
+    within = [auc(scores[g], labels[g]) for g in groups if 0 < labels[g].sum() < len(g)]
+    mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
+    return {
+        "base_rate": float(labels.mean()),
+        "auc": auc(scores, labels),
+        "auc_within": mean(within),
+        "score_if_right": mean(scores[labels]),
+        "score_if_wrong": mean(scores[~labels]),
+        "half_if_wrong": mean(scores[~labels] >= 0.5),
+        "above_half": mean(scores > 0.5),
+        "order_bias": mean(asked[:, 0] - asked[:, 1]),
+        "order_gap": mean(np.abs(asked[:, 0] - asked[:, 1])),
+        "nonsense_worst": max(mean(s) for s in nonsense.values()),
+        "nonsense": [{"candidate": n, "score": mean(s), "highest": float(s.max())} for n, s in nonsense.items()],
+    }
+
+
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +244,9 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     student = common.Policy(args.model, args.device, args.dtype)
-    orm = common.RewardModel(args.base, args.device, args.dtype, flag="--base", new=True)
+    generative = args.kind == "genrm"
+    kind = common.GenerativeRewardModel if generative else common.RewardModel
+    orm = kind(args.base, args.device, args.dtype, flag="--base", new=True)
     run.begin()
 
     # 1. samples of the student (read back where a restart finds them on disk)
@@ -179,13 +262,17 @@ def main(argv: list[str]) -> None:
     del student
 
     # 2. labels and weights
-    data, weights = training_data(samples)
-    examples = [orm.encode(sample) for sample in data]
-    labels = [float(sample.correct) for sample in data]
+    if generative:
+        data, labels = comparisons(samples, args.pairs, args.seed)
+        examples, weights = [orm.encode(*asked) for asked in data], [1.0] * len(data)
+    else:
+        data, weights = training_data(samples)
+        examples, labels = [orm.encode(sample) for sample in data], [float(sample.correct) for sample in data]
     mixed = common.share(0 < sum(s.correct for s in group) < len(group) for group in common.by_problem(samples))
-    print(f"{len(samples)} samples, {len(data)} of them distinct, {np.mean([s.correct for s in samples]):.1%} right; "
-          f"{mixed:.1%} of the questions have both kinds")  # fmt: skip
-    if len(set(labels)) < 2:
+    right = common.share(sample.correct for sample in samples)
+    print(f"{len(samples)} samples, {right:.1%} right; {mixed:.1%} of the questions have both kinds; "
+          f"{len(data)} {'comparisons' if generative else 'distinct solutions'} to train on")  # fmt: skip
+    if right in (0, 1):
         raise common.UserError("the samples are all right or all wrong: there is nothing to tell apart")
 
     # 3. train; as in sft.py, the order of the data depends on the seed and the epoch alone
@@ -216,14 +303,18 @@ def main(argv: list[str]) -> None:
 
         # 4. after every epoch, and the best by dev AUC becomes model/
         if progress["step"] % steps_per_epoch == 0:
-            report = quality(dev_samples, orm.scores(dev_samples, args.token_budget))
-            rerank = report["best_of_n"][-1]
-            n = rerank["n"]
+            if generative:
+                report, ranked = genrm_quality(dev_samples, orm, args.token_budget), {}
+            else:
+                report = quality(dev_samples, orm.scores(dev_samples, args.token_budget))
+                last = report["best_of_n"][-1]
+                names = {"orm": "rerank", "majority": "maj", "oracle": "pass"}
+                ranked = {f"{names[key]}@{last['n']}": last[key] for key in names}
             run.log(
                 step=progress["step"], samples=len(samples), tokens=progress["tokens"], epoch=epoch + 1,
                 loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr, train_size=len(data), mixed=mixed,
                 **{key: value for key, value in report.items() if not isinstance(value, list)},
-                **{f"rerank@{n}": rerank["orm"], f"maj@{n}": rerank["majority"], f"pass@{n}": rerank["oracle"]},
+                **ranked,
             )  # fmt: skip
             progress["losses"] = []
             if (report["auc"] or 0.0) > progress["best"]:

@@ -224,16 +224,16 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
     problem = next(p for p in PROBLEMS if len(p.steps) == 3)
     samples = [sampled(tiny, problem, right(problem)), sampled(tiny, problem, wrong(problem), finished=False)]
     (scores, _) = orm.scores(samples)
-    whole, cut = ppo.task_rewards("orm", tiny, samples, orm, False)
+    whole, cut = ppo.task_rewards("orm", tiny, samples, ppo.Judges(orm))
     assert whole[-1] == pytest.approx(scores[-1]) and not whole[:-1].any() and not cut.any()
-    dense, cut = ppo.task_rewards("orm_dense", tiny, samples, orm, False)
+    dense, cut = ppo.task_rewards("orm_dense", tiny, samples, ppo.Judges(orm))
     ends = tiny.line_ends(samples[0].tokens)
     assert set(np.flatnonzero(dense)) == set(ends) and len(ends) == 4 and not cut.any()
     assert dense.sum() == pytest.approx(scores[-1], abs=1e-6)
     assert dense[ends[0]] == pytest.approx(scores[ends[0]], abs=1e-6)  # the same tokenizer, the same places
     assert dense[ends[1]] == pytest.approx(scores[ends[1]] - scores[ends[0]], abs=1e-6)
     for kind, plain in (("orm", whole), ("orm_dense", dense)):
-        added = ppo.task_rewards(kind, tiny, samples, orm, True)[0]
+        added = ppo.task_rewards(kind, tiny, samples, ppo.Judges(orm), True)[0]
         assert added[-1] == pytest.approx(plain[-1] + 1) and (added[:-1] == plain[:-1]).all()
 
 

@@ -83,13 +83,16 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=60_000)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--hidden-size", type=int, default=128, help="a smaller one: 64, with --layers 2")
+    parser.add_argument("--layers", type=int, default=3)
     args = parser.parse_args()
     pairs, right = corpus(args.problems, seed=1)
     print(f"{len(pairs)} problems, {right:.3f} of the solutions are right")
     tokenizer = make_tokenizer([prompt + solution for prompt, solution in pairs[:5000]] + [common.FEW_SHOT])
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 11 // 4,
+        num_hidden_layers=args.layers, num_attention_heads=4,
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip

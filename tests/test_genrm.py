@@ -1,0 +1,311 @@
+"""The generative reward model and the methods around it: comparisons, routing, selection of questions, the order of them."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_generation import ARCHITECTURES, random_policy
+from test_scripts import cli, rows_of, without_time  # noqa: F401
+
+import common
+import ppo
+import reward_model
+
+PROBLEMS = common.load_problems("arithmetic", "train", 40)
+SMALL = ["--model", "tiny", "--limit-eval", "12", "--max-new-tokens", "60", "--rows", "32"]
+RUN = [*SMALL, "--kind", "genrm", "--limit-train", "24", "--samples", "4", "--eval-samples", "4", "--epochs", "2",
+       "--batch-size", "8"]  # fmt: skip
+PPO = [*SMALL, "--questions", "8", "--samples", "3", "--phases", "2", "--eval-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def genrm() -> common.GenerativeRewardModel:
+    return common.GenerativeRewardModel("tiny", "cpu", new=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of a generative and an outcome reward model that were not trained."""
+    folder = tmp_path_factory.mktemp("judges")
+    common.GenerativeRewardModel("tiny", "cpu", new=True).save(folder / "genrm")
+    common.RewardModel("tiny", "cpu", new=True).save(folder / "orm")
+    return SimpleNamespace(genrm=str(folder / "genrm"), orm=str(folder / "orm"))
+
+
+def sample_of(problem, text, number=0, finished=True) -> common.Sample:
+    return common.Sample(problem, number, text, finished)
+
+
+def wrong(problem) -> str:
+    return f"1+1=<<1+1=2>>2\n#### {problem.answer + 1}"
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_log_odds_are_those_of_the_verdict_tokens_one_comparison_at_a_time(name, tmp_path_factory):
+    """Against the plain forward pass without padding; comparisons of different lengths in one batch."""
+    policy = random_policy(name, tmp_path_factory)
+    genrm = common.GenerativeRewardModel(policy.model.config._name_or_path, "cpu", "float32", new=True)
+    problem = PROBLEMS[0]
+    pairs = [("1", "2 2 2"), (problem.reference, wrong(problem)), ("", "")]
+    examples = [genrm.encode(problem, a, b) for a, b in pairs]
+    with torch.no_grad():
+        together = genrm.log_odds(examples)
+        for (prompt, (verdict,)), odds in zip(examples, together, strict=True):
+            assert verdict == genrm.verdict_ids[0] != genrm.verdict_ids[1]
+            logits = genrm.model(torch.tensor([prompt])).logits[0, -1]
+            a, b = (logits[i] for i in genrm.verdict_ids)
+            torch.testing.assert_close(odds, a - b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_score_is_the_mean_over_both_orders_and_of_equal_texts_one_half(genrm):
+    problem = PROBLEMS[0]
+    candidates = [problem.reference, wrong(problem), problem.reference]
+    comparisons = [(problem, text, problem.reference.strip()) for text in candidates]
+    asked = genrm.verdicts([(p, c.strip(), r) for p, c, r in comparisons])
+    with torch.no_grad():
+        odds = genrm.log_odds(
+            [genrm.encode(problem, wrong(problem), problem.reference.strip()),
+             genrm.encode(problem, problem.reference.strip(), wrong(problem))]
+        )  # fmt: skip
+    assert asked[1] == pytest.approx([odds[0].sigmoid().item(), 1 - odds[1].sigmoid().item()], abs=1e-5)
+    samples = [sample_of(problem, text, i) for i, text in enumerate(candidates)]
+    scores = genrm.scores(samples, {problem.id: problem.reference.strip()})
+    assert scores == pytest.approx(asked.mean(1).tolist())
+    assert scores[0] == pytest.approx(0.5, abs=1e-6) and scores[2] == scores[0]
+    assert genrm.scores(samples, {problem.id: problem.reference.strip()}, token_budget=1) == pytest.approx(
+        scores, abs=1e-5
+    )
+
+
+def test_a_saved_one_is_an_ordinary_language_model_and_others_are_refused(genrm, tmp_path, nano, folders):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folders.genrm)
+    ids = torch.tensor([genrm.encode(PROBLEMS[0], "1", "2")[0]])
+    torch.testing.assert_close(model(ids).logits, genrm.model(ids).logits, atol=1e-4, rtol=1e-4)
+    common.GenerativeRewardModel(folders.genrm, "cpu")
+    for folder, words in ((nano, "not a generative reward model"), (folders.orm, "not a language model")):
+        with pytest.raises(common.UserError, match=words):
+            common.GenerativeRewardModel(folder, "cpu")
+
+
+# ---- what it learns from, and how good it is
+
+
+def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
+    problem, other = PROBLEMS[0], PROBLEMS[1]
+    right = [problem.reference, "so " + problem.reference]
+    bad = [wrong(problem), "no answer", ""]
+    samples = [sample_of(problem, text, i) for i, text in enumerate([*right, *bad, bad[0]])]
+    samples += [sample_of(other, wrong(other), i) for i in range(2)]
+    gold, turned = problem.reference.strip(), 0
+    for n_pairs, expected in ((10, 3 + 2 + 6 + 1), (1, 1 + 1 + 1 + 1)):
+        for seed in range(10):
+            asked, targets = reward_model.comparisons(samples, n_pairs, seed)
+            assert len(asked) == len(targets) == expected
+            for (p, a, b), target in zip(asked, targets, strict=True):
+                is_right = [sample_of(p, text).correct for text in (a, b)]
+                assert target == (0.5 if all(is_right) else float(is_right[0])) and any(is_right)
+                turned += p is problem and b == gold
+    assert turned  # the gold solution comes second, too: what is first says nothing
+    without = common.Problem("x", "q", problem.answer)
+    asked, targets = reward_model.comparisons([sample_of(without, gold), sample_of(without, "1")], 5, 0)
+    assert len(asked) == 1 and targets[0] in (0.0, 1.0)
+
+
+class Oracle:
+    """Prefers what is right; finds everything else as good as anything; likes what comes first by 0.1."""
+
+    def verdicts(self, comparisons, token_budget):
+        def value(problem, text):
+            return float(sample_of(problem, text).correct)
+
+        score = [0.5 + 0.4 * (value(p, c) - value(p, r)) for p, c, r in comparisons]
+        return np.array([[s + 0.05, s - 0.05] for s in score])
+
+
+def test_the_quality_of_a_judge_that_is_known():
+    samples = []
+    for problem in PROBLEMS[:6]:
+        samples += [
+            sample_of(problem, problem.reference),
+            sample_of(problem, wrong(problem), 1),
+            sample_of(problem, "", 2),
+        ]
+    report = reward_model.genrm_quality(samples, Oracle(), 1000)
+    assert report["auc"] == report["auc_within"] == 1 and report["base_rate"] == pytest.approx(1 / 3)
+    assert report["score_if_right"] == pytest.approx(0.5) and report["score_if_wrong"] == pytest.approx(0.1)
+    assert report["half_if_wrong"] == 0 and report["order_bias"] == pytest.approx(0.1) == report["order_gap"]
+    assert [row["candidate"] for row in report["nonsense"]] == ["empty", "colon", "thinking", "question"]
+    assert report["nonsense_worst"] == pytest.approx(0.1)
+    bare = [
+        common.Problem(p.id, p.question, p.answer) for p in PROBLEMS[:2]
+    ]  # no gold: the first right sample, or left out
+    samples = [
+        sample_of(bare[0], wrong(bare[0])),
+        sample_of(bare[0], PROBLEMS[0].reference),
+        sample_of(bare[1], "1", 2),
+    ]
+    assert reward_model.genrm_quality(samples, Oracle(), 1000)["base_rate"] == 0.5
+    with pytest.raises(common.UserError, match="no dev question"):
+        reward_model.genrm_quality(samples[2:], Oracle(), 1000)
+
+
+# ---- rewards
+
+
+def test_routes_hide_the_shares_asked_for_and_the_same_ones_again():
+    problems = [*PROBLEMS[:30], *[common.Problem(f"bare{i}", "q", PROBLEMS[0].answer) for i in range(10)]]
+    route = ppo.routes(problems, 0.5, 0.25, 0)
+    assert route == ppo.routes(problems, 0.5, 0.25, 0) != ppo.routes(problems, 0.5, 0.25, 1)
+    assert route.count("verifier") == 20 and route.count("best") >= 5
+    assert all(r != "gold" for r, p in zip(route, problems, strict=True) if p.reference is None)
+    assert set(ppo.routes(problems, 0, 1, 0)) == {"verifier"}
+    assert ppo.routes(PROBLEMS, 1, 0, 0) == ["gold"] * 40 and ppo.routes(PROBLEMS, 1, 1, 0) == ["best"] * 40
+
+
+def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, genrm):
+    checked, hidden = PROBLEMS[:2]
+    judges = ppo.Judges(genrm=genrm, references={hidden.id: hidden.reference.strip()})
+    texts = [
+        (checked, checked.reference),
+        (checked, wrong(checked)),
+        (hidden, hidden.reference),
+        (hidden, wrong(hidden)),
+    ]
+    samples = [sample_of(p, text) for p, text in texts]
+    for sample in samples:
+        sample.tokens = np.array(tiny.encode_solution(sample.text), np.int32)
+    scores = judges.scores("hybrid", samples)
+    expected = genrm.scores(samples[2:], judges.references)
+    assert scores == pytest.approx([1, 0, *expected]) and scores[2] == pytest.approx(0.5, abs=1e-6)
+    rewards = ppo.task_rewards("hybrid", tiny, samples, judges)
+    assert [r[-1] for r in rewards] == pytest.approx(scores) and not any(r[:-1].any() for r in rewards)
+    metrics = ppo.genrm_metrics(judges, samples, rewards)
+    assert metrics["score_if_right"] == pytest.approx(0.5, abs=1e-6)
+    assert metrics["half_if_wrong"] == float(expected[1] >= 0.5)
+    samples[3].finished = False
+    assert judges.scores("hybrid", samples)[3] == 0
+
+
+# ---- selection
+
+
+def test_standardising_by_hand():
+    z = ppo.standardised([0.0, 1.0, 0.2, 0.4, 0.9], ["a", "a", "b", "b", "b"])
+    assert z[:2] == pytest.approx([-1, 1]) and z[2:].mean() == pytest.approx(0) and z[2:].std() == pytest.approx(1)
+    assert ppo.standardised([0.5, 0.5], ["a", "a"]).tolist() == [0, 0]
+
+
+def test_each_selection_keeps_what_it_says():
+    passed = [0.0, 0.0, 0.125, 0.25, 0.5, 0.5, 0.75, 1.0, 1.0, 1.0]
+    domains = ["a"] * 10
+    assert ppo.choose("lowest", passed, passed, domains, 0.3, 0) == [0, 1, 2]
+    assert ppo.choose("floor", passed, passed, domains, 0.3, 0) == [2, 3, 4] or ppo.choose(
+        "floor", passed, passed, domains, 0.3, 0
+    ) == [2, 3, 5]
+    assert ppo.choose("frontier", passed, passed, domains, 0.2, 0) == [4, 5]
+    drawn = [ppo.choose("random", passed, passed, domains, 0.3, seed) for seed in range(30)]
+    assert {i for d in drawn for i in d} == set(range(10)) and all(len(set(d)) == 3 for d in drawn)
+    ties = {tuple(ppo.choose("lowest", passed, passed, domains, 0.1, seed)) for seed in range(30)}
+    assert ties == {(0,), (1,)}  # ties by chance, not by place
+    hard = [s - 1 for s in passed]  # the same shape, lower: without domains it would take every place
+    both = ppo.choose("lowest", passed + hard, passed + passed, ["a"] * 10 + ["b"] * 10, 0.2, 0)
+    assert both == [0, 1, 10, 11]
+    assert ppo.choose("floor", [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], ["a"] * 3, 1.0, 0) == [2]
+
+
+def test_verifiable_questions_come_first_and_the_others_join_in_turn():
+    stages = [(1, [0, 2, 4]), (3, [0, 2, 4, 1, 3]), (5, list(range(8)))]
+    curriculum = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)
+    drawn = {phase: curriculum.draw(phase, 5)[0] for phase in range(1, 7)}
+    assert set(drawn[1]) == set(drawn[2]) == {0, 2, 4} and set(drawn[3]) == set(drawn[4]) == {0, 1, 2, 3, 4}
+    assert len(drawn[5]) == len(drawn[6]) == 5 and set(drawn[5]) | set(drawn[6]) == set(range(8))
+    again = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)  # a resumed one
+    for phase in range(1, 4):
+        again.draw(phase, 5)
+    state = json.loads(json.dumps(again.state))
+    again = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)
+    again.state = state
+    assert [again.draw(phase, 5)[0] for phase in (4, 5, 6)] == [drawn[4], drawn[5], drawn[6]]
+
+
+# ---- the scripts
+
+
+def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path, folders):  # noqa: F811
+    out = tmp_path / "genrm"
+    assert cli(reward_model, *RUN, "--out", out)[0] == 0
+    rows, quality = rows_of(out / "metrics.jsonl"), json.loads((out / "quality.json").read_text())
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["loss"] < rows[0]["loss"]
+    assert quality["auc"] == pytest.approx(max(row["auc"] for row in rows), rel=1e-5) and len(quality["nonsense"]) == 4
+    argv = [*PPO, "--limit-train", 40, "--genrm", out / "model", "--orm", folders.orm]
+    runs = {"gold": ["--reward", "genrm"],
+            "best": ["--reward", "genrm", "--hide-solutions", "1", "--reference-samples", "2"],
+            "hybrid": ["--reward", "hybrid", "--hide-solutions", "0.5", "--reference-samples", "2", "--curriculum",
+                       "verifiable_first", "--switch", "0.5", "0.5"]}  # fmt: skip
+    for name, flags in runs.items():
+        assert cli(ppo, *argv, *flags, "--out", tmp_path / name)[0] == 0
+        row = rows_of(tmp_path / name / "metrics.jsonl")[-1]
+        assert 0 <= row["half_if_wrong"] <= 1 and 0 <= row["above_half"] <= 1 and 0 <= row["reward"] <= 1
+    references = rows_of(tmp_path / "best" / "samples" / "references.jsonl")
+    assert len(references) == 80
+    first = [rows_of(tmp_path / name / "samples" / "phase_1.jsonl") for name in ("gold", "best")]
+    assert first[0] == first[1]  # the references change nothing about the samples
+    verified = rows_of(tmp_path / "hybrid" / "metrics.jsonl")[1]
+    assert verified["reward"] == pytest.approx(verified["correct"])  # at first only what can be checked
+    code, message = cli(ppo, *PPO, "--reward", "genrm", "--genrm", folders.orm, "--out", tmp_path / "none")
+    assert code == 2 and "not a language model" in message and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["lowest", "floor", "frontier", "random"])
+def test_selected_questions_join_the_first_ones(kind, cli, tmp_path):  # noqa: F811
+    argv = [*PPO, "--limit-train", 2150, "--select", kind, "--select-samples", 2, "--select-fraction", 0.1]
+    assert cli(ppo, *argv, "--out", tmp_path / "own")[0] == 0
+    selection = json.loads((tmp_path / "own" / "selection.json").read_text())
+    assert len(selection["questions"]) == 154 and sum(row["chosen"] for row in selection["questions"]) == 15
+    written = rows_of(tmp_path / "own" / "samples" / "pool.jsonl")
+    passed = {}
+    for row in written:
+        passed.setdefault(row["problem"], []).append(row["correct"] and row["finished"])
+    assert all(row["passed"] == row["score"] == np.mean(passed[row["id"]]) for row in selection["questions"])
+    given = ["--selection", tmp_path / "own" / "selection.json", "--out", tmp_path / "given"]
+    assert cli(ppo, *argv, *given)[0] == 0
+    assert without_time(tmp_path / "own" / "metrics.jsonl") == without_time(tmp_path / "given" / "metrics.jsonl")
+    assert not (tmp_path / "given" / "samples" / "pool.jsonl").exists()
+
+
+def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):  # noqa: F811
+    argv = [*PPO, "--limit-train", 20, "--select", "lowest", "--select-samples", 1, "--select-fraction", 0.05]
+    file = tmp_path / "more.jsonl"
+    file.write_text("".join(json.dumps({"question": p.question, "answer": str(p.answer)}) + "\n" for p in PROBLEMS))
+    other = tmp_path / "other.jsonl"
+    other.write_text(file.read_text())
+    assert cli(ppo, *argv, "--pool", file, other, "--out", tmp_path / "run")[0] == 0
+    rows = json.loads((tmp_path / "run" / "selection.json").read_text())["questions"]
+    assert {row["domain"] for row in rows} == {str(file), str(other)}
+    assert all(row["id"].startswith(row["domain"].rsplit("/", 1)[1]) for row in rows)
+
+
+def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa: F811
+    for flags in (
+        ["--select", "lowest"],
+        ["--select", "lowest", "--limit-train", "100000"],
+        ["--select", "lowest", "--limit-train", "10", "--pool", "nowhere"],
+        ["--select", "lowest", "--limit-train", "2300", "--selection", tmp_path / "missing.json"],
+        ["--curriculum", "verifiable_first"],
+        ["--curriculum", "verifiable_first", "--reward", "hybrid", "--hide-answers", "1"],
+        ["--reward", "genrm", "--genrm", "nowhere/at/all"],
+    ):
+        code, message = cli(ppo, *PPO, *flags, "--out", tmp_path / "run")
+        assert code == 2 and message.count("\n") == 1, message
+    wrong_file = tmp_path / "selection.json"
+    wrong_file.write_text(json.dumps({"questions": [{"id": "other", "score": 1, "passed": 1}]}))
+    argv = [*PPO, "--limit-train", 2300, "--select", "lowest", "--selection", wrong_file, "--out", tmp_path / "run"]
+    code, message = cli(ppo, *argv)
+    assert code == 2 and "no score for" in message
