@@ -11,10 +11,9 @@ declare -A flags=(
     [dense]="--reward dense"
     [orm]="--reward orm"
     [orm_dense]="--reward orm_dense"
-    [orm_outcome]="--reward orm --add-outcome"
 )
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-kl0 attached dense orm orm_dense orm_outcome}; do
+    for name in ${VARIANTS:-kl0 attached dense orm orm_dense}; do
         run=$work/ppo_${name}_$seed orm=$work/orm_$seed/model
         [ -f "$here/${name}_$seed/test.json" ] && continue
         [[ $name != orm* || -d $orm ]] || bash results/orm/run.sh train $seed

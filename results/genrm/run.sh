@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Verifier and generative reward model side by side on the embedded task, three seeds: the generative reward model, trained
+# on the same SFT samples as the outcome reward model of results/orm, and PPO from SFT rewarded by it beside the gold solution
+# (gold), beside the best of 16 SFT samples by the outcome reward model (best), and by routes (hybrid: half of the questions
+# checked, a quarter gold, a quarter best; hybrid_first: the same with the verifiable questions first). Everything else is as in
+# ppo_0, ppo_1, ppo_2 of results/arithmetic, which are the line of the verifier. Restartable.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=results/genrm work=${WORK:-runs/results}
+declare -A flags=(
+    [gold]="--reward genrm"
+    [best]="--reward genrm --hide-solutions 1"
+    [hybrid]="--reward hybrid --hide-solutions 0.5"
+    [hybrid_first]="--reward hybrid --hide-solutions 0.5 --curriculum verifiable_first"
+)
+for seed in ${SEEDS:-0 1 2}; do
+    orm=$work/orm_$seed genrm=$work/genrm_$seed
+    [ -d "$orm/model" ] || bash results/orm/run.sh train $seed
+    if [ ! -d "$genrm/model" ] || [ ! -f "$here/genrm_$seed/quality.json" ]; then
+        python reward_model.py --kind genrm --seed $seed --model "$work/sft_$seed/model" --out "$genrm" --resume \
+            --train-samples "$orm/samples/train.jsonl"
+        mkdir -p "$here/genrm_$seed" && cp "$genrm"/{args.json,metrics.jsonl,quality.json} "$here/genrm_$seed/"
+    fi
+    for name in ${VARIANTS:-gold best hybrid hybrid_first}; do
+        run=$work/genrm_ppo_${name}_$seed
+        [ -f "$here/${name}_$seed/test.json" ] && continue
+        python ppo.py --seed $seed --model "$work/sft_$seed/model" --orm "$orm/model" --genrm "$genrm/model" ${flags[$name]} \
+            --out "$run" --resume
+        python evaluate.py --model "$run/model" --samples 16 --seed $seed --resume --out "$run/test.json" >"$run/test.txt"
+        mkdir -p "$here/${name}_$seed" && cp "$run"/{args.json,metrics.jsonl,test.json} "$here/${name}_$seed/"
+    done
+done
+python results/table.py "$here"

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Pre-PPO prompt selection on the embedded task, three seeds: PPO from SFT on the first 230 training questions alone, with all
+# 2,074 others, and with a part of these: the tenth that the initial policy scores lowest, the lowest that it solves at least
+# once in 8 samples, those it solves nearest to half of the time, any, and the lowest fifth and half. Everything else is the
+# same: 20 phases of 128 questions with 4 samples. small_*: the scores are those of a smaller model (0.12 million
+# parameters, made by tiny/make.py in two minutes). The policies come from results/arithmetic/run.sh. Restartable.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=results/pre_ppo work=${WORK:-runs/results}
+declare -A flags=(
+    [original]="--limit-train 230"
+    [all]=""
+    [lowest]="--limit-train 230 --select lowest"
+    [floor]="--limit-train 230 --select floor"
+    [frontier]="--limit-train 230 --select frontier"
+    [random]="--limit-train 230 --select random"
+    [lowest20]="--limit-train 230 --select lowest --select-fraction 0.2"
+    [lowest50]="--limit-train 230 --select lowest --select-fraction 0.5"
+    [small_lowest]="--limit-train 230 --select lowest"
+    [small_frontier]="--limit-train 230 --select frontier"
+)
+
+score_with_small() { # seed; the phase of PPO that follows the scoring does not matter
+    [ -f "$work/small/config.json" ] || python tiny/make.py --hidden-size 64 --layers 2 --out "$work/small"
+    python sft.py --seed "$1" --model "$work/small" --out "$work/small_sft_$1" --resume
+    python ppo.py --seed "$1" --model "$work/small_sft_$1/model" --limit-train 230 --select lowest --phases 1 \
+        --out "$work/small_scores_$1" --resume
+    mkdir -p "$here/small_scores_$1"
+    cp "$work/small_scores_$1/selection.json" "$work/small_sft_$1/metrics.jsonl" "$here/small_scores_$1/"
+}
+
+for seed in ${SEEDS:-0 1 2}; do
+    for name in ${VARIANTS:-original all lowest floor frontier random lowest20 lowest50 small_lowest small_frontier}; do
+        run=$work/select_${name}_$seed scores=
+        [ -f "$here/${name}_$seed/test.json" ] && continue
+        case $name in
+            small_*) score_with_small $seed && scores="--selection $work/small_scores_$seed/selection.json" ;;
+            floor | frontier | random | lowest?0) scores="--selection $work/select_lowest_$seed/selection.json" ;;
+        esac
+        python ppo.py --seed $seed --model "$work/sft_$seed/model" ${flags[$name]} $scores --out "$run" --resume
+        python evaluate.py --model "$run/model" --samples 16 --seed $seed --resume --out "$run/test.json" >"$run/test.txt"
+        mkdir -p "$here/${name}_$seed" && cp "$run"/{args.json,metrics.jsonl,test.json} "$here/${name}_$seed/"
+        [ $name != lowest ] || cp "$run/selection.json" "$here/${name}_$seed/"
+    done
+done
+python results/table.py "$here"
