@@ -24,7 +24,9 @@ A question whose samples are all right or all wrong keeps its weight.
 --kind genrm trains a generative reward model instead, of "Exploring Data Scaling Trends and Effects in RLHF" (Shen et al.
 2025): a language model that reads the question, a candidate and a reference and says which is better. Of the same samples
 it learns P(candidate is better) = 0 for a wrong one beside the gold solution, 0.5 for a right one beside it, and 1 for a
-right one beside a wrong one, each in a random order; its score is the mean over both orders. `ppo.py --reward genrm`.
+right one beside a wrong one, each in a random order; its score is the mean over both orders. `ppo.py --reward genrm`
+maximises it. Two kinds of candidates that no policy samples (another question's solution, an unfinished one) are added as
+wrong: without them an empty text scored nearly as high as a right one.
 
 CPU, after `python sft.py` (README.md has the measured numbers):
     python reward_model.py
@@ -45,7 +47,7 @@ import common
 
 def parse_args(argv: list[str]):
     parser = common.common_parser(
-        __doc__, model="runs/sft/model", out=None, samples=16, temperature=0.7, lr=1e-3, epochs=5,
+        __doc__, model="runs/sft/model", out=None, samples=16, temperature=0.7, lr=1e-3, epochs=None,
         batch_size=32, token_budget=16384, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add = parser.add_argument
@@ -58,6 +60,7 @@ def parse_args(argv: list[str]):
         help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
     add("--eval-samples", type=common.number(int, 2), default=16, help="samples per dev question")
     args = parser.parse_args(argv)
+    args.epochs = args.epochs or (5 if args.kind == "orm" else 3)
     args.out = args.out or ("runs/reward_model" if args.kind == "orm" else "runs/genrm")
     return args
 
@@ -91,8 +94,10 @@ def gold(problem: common.Problem) -> str | None:
 
 def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[list[tuple], list[float]]:
     """What a generative reward model learns from: (problem, A, B) and P(A is better). At most `n_pairs` of a kind and
-    question: wrong and gold 0, right and gold 0.5, right and wrong 1; or the other way round with 1 less that."""
-    asked, targets, rng = [], [], np.random.default_rng([seed, 2])
+    question: wrong and gold 0, right and gold 0.5, right and wrong 1; or the other way round with 1 less that. One of a
+    kind that no policy samples, but one that is optimised against the model finds: the gold solution of another question,
+    and the beginning of this one's, both 0."""
+    asked, targets, rng, previous = [], [], np.random.default_rng([seed, 2]), ""
     for group in common.by_problem(samples):
         problem, reference = group[0].problem, gold(group[0].problem)
         right, wrong = (
@@ -102,6 +107,11 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
         right, wrong = ([texts[i] for i in rng.permutation(len(texts))] for texts in (right, wrong))
         pairs = [(w, reference, 0.0) for w in wrong[:n_pairs] if reference]
         pairs += [(r, reference, 0.5) for r in right[:n_pairs] if reference]
+        if reference:
+            others = [previous] if previous and not common.is_correct(previous, problem.answer) else []
+            others += [reference[: rng.integers(1, max(2, reference.find(common.MARKER)))]]
+            pairs += [(text, reference, 0.0) for text in others]
+            previous = reference
         n_mixed = min(n_pairs, len(right) * len(wrong))
         pairs += [(right[i % len(right)], wrong[i // len(right) % len(wrong)], 1.0) for i in range(n_mixed)]
         for candidate, other, target in pairs:

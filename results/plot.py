@@ -2,6 +2,7 @@
 
 results/ppo_rewards.png   PPO with each kind of reward: exact accuracy, what the reward says, and the KL, over rollouts
 results/ppo_stability.png PPO with and without the KL penalty and the detached value branch
+results/genrm.png         PPO rewarded by the answer check and by a generative reward model beside two kinds of references
 Lines are means over the seeds, bands reach from the lowest to the highest seed."""
 
 import json
@@ -15,18 +16,20 @@ import numpy as np  # noqa: E402
 
 RESULTS = Path(__file__).parent
 COLOURS = {
-    "sparse": "tab:blue", "dense": "tab:orange", "orm": "tab:green", "orm_dense": "tab:red", "orm_outcome": "tab:purple",
-    "kl0": "tab:brown", "attached": "tab:pink",
+    "sparse": "tab:blue", "dense": "tab:orange", "orm": "tab:green", "orm_dense": "tab:red", "kl0": "tab:brown",
+    "attached": "tab:pink", "gold": "tab:orange", "best": "tab:red", "hybrid": "tab:green",
 }  # fmt: skip
 NAMES = {
     "sparse": "sparse: answer right", "dense": "dense: steps of the reference", "orm": "ORM, last token",
-    "orm_dense": "ORM, line by line", "orm_outcome": "ORM + answer", "kl0": "no KL penalty", "attached": "value not detached",
+    "orm_dense": "ORM, line by line", "kl0": "no KL penalty", "attached": "value not detached",
+    "gold": "GenRM beside the gold solution", "best": "GenRM beside the best of 16", "hybrid": "half checked, a quarter each GenRM",
 }  # fmt: skip
 
 
 def runs(name: str) -> list[list[dict]]:
     """The metrics of every seed of a variant; "sparse" is PPO as it is by default."""
-    pattern = "arithmetic/ppo_[0-9]" if name == "sparse" else f"ppo_variants/{name}_[0-9]"
+    folder = "genrm" if name in ("gold", "best", "hybrid") else "ppo_variants"
+    pattern = "arithmetic/ppo_[0-9]" if name == "sparse" else f"{folder}/{name}_[0-9]"
     files = sorted(RESULTS.glob(f"{pattern}/metrics.jsonl"))
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
@@ -46,7 +49,7 @@ def figure(file: str, names: list[str], panels: list[tuple[str, str]], proxy: bo
     for axis, (key, title) in zip(axes, panels, strict=True):
         for name in names:
             draw(axis, name, key)
-            if proxy and key == "correct" and name.startswith("orm") and name != "orm_outcome":
+            if proxy and key == "correct" and name not in ("sparse", "dense"):
                 draw(axis, name, "reward", "--", f"{NAMES[name]}: its reward")
         axis.set(xlabel="rollouts", title=title)
         axis.grid(alpha=0.3)
@@ -55,7 +58,7 @@ def figure(file: str, names: list[str], panels: list[tuple[str, str]], proxy: bo
 
 
 figure(
-    "ppo_rewards.png", ["sparse", "dense", "orm", "orm_dense", "orm_outcome"],
+    "ppo_rewards.png", ["sparse", "dense", "orm", "orm_dense"],
     [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("kl_k3", "KL to the SFT policy, nats per token")],
     proxy=True,
 )  # fmt: skip
@@ -63,4 +66,9 @@ figure(
     "ppo_stability.png", ["sparse", "kl0", "attached"],
     [("maj@1", "dev: share of greedy solutions right"), ("kl_k3", "KL to the SFT policy, nats per token"), ("explained_variance", "explained variance of the value")],
     proxy=False,
+)  # fmt: skip
+figure(
+    "genrm.png", ["sparse", "gold", "best", "hybrid"],
+    [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("half_if_wrong", "share of wrong samples scored 0.5 or more")],
+    proxy=True,
 )  # fmt: skip

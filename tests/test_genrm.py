@@ -104,7 +104,10 @@ def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
     samples = [sample_of(problem, text, i) for i, text in enumerate([*right, *bad, bad[0]])]
     samples += [sample_of(other, wrong(other), i) for i in range(2)]
     gold, turned = problem.reference.strip(), 0
-    for n_pairs, expected in ((10, 3 + 2 + 6 + 1), (1, 1 + 1 + 1 + 1)):
+    for n_pairs, expected in (
+        (10, 3 + 2 + 6 + 1 + 1 + 2),
+        (1, 1 + 1 + 1 + 1 + 1 + 2),
+    ):  # and beginnings, another's solution
         for seed in range(10):
             asked, targets = reward_model.comparisons(samples, n_pairs, seed)
             assert len(asked) == len(targets) == expected
