@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import heapq
+import io
 import itertools
 import json
 import math
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 from transformers import (
@@ -49,6 +51,60 @@ transformers_logging.disable_progress_bar()
 
 class UserError(Exception):
     """Something the user can mend. `run_main` prints it as one line and exits with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 0. Several processes: `torchrun --nproc-per-node N script.py ...`
+#
+# Every process runs the same script on the same data. Of whatever is long (problems to sample, sequences to train on or to
+# score) each takes its share, and gets the results of all; the first one alone writes and prints. Without torchrun there is
+# one process, and nothing here does anything.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def this_process() -> tuple[int, int]:
+    """Which process this is, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def start_processes() -> None:
+    """Meet the others, if torchrun started some. Of all but the first nothing is shown but errors."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr = _NoTerminal(sys.stderr.buffer, write_through=True)
+
+
+class _NoTerminal(io.TextIOWrapper):
+    def isatty(self) -> bool:  # so that tqdm draws no bars
+        return False
+
+
+def gather(part: list) -> list:
+    """The lists of all processes, one after the other."""
+    parts: list = [None] * this_process()[1]
+    if len(parts) == 1:
+        return part
+    dist.all_gather_object(parts, part)
+    return [entry for part in parts for entry in part]
+
+
+def on_first(action: Callable):
+    """What `action` returns in the first process, or the UserError that it raises, in all of them: for what is on a disk."""
+    if this_process()[1] == 1:
+        return action()
+    said = [None, None]
+    if this_process()[0] == 0:
+        try:
+            said = [action(), None]
+        except (UserError, OSError) as error:
+            said = [None, str(error)]
+    dist.broadcast_object_list(said, 0)
+    if said[1] is not None:
+        raise UserError(said[1])
+    return said[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,6 +614,8 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder. It appears complete or not at all."""
+        if this_process()[0]:
+            return
         aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
         shutil.rmtree(aside, ignore_errors=True)
         try:
@@ -629,12 +687,14 @@ class RewardModel(Policy):
         keys = [(sample.problem.question, sample.text) for sample in samples]
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         examples = [self.encode(samples[i]) for i in first.values()]
-        found: list[np.ndarray | None] = [None] * len(examples)
-        for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget):
+        found = []
+        for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget, share=True):
             probabilities = self.log_odds([examples[i] for i in indices]).sigmoid().cpu()
-            for i, row in zip(indices, probabilities.split([len(examples[i][1]) for i in indices]), strict=True):
-                found[i] = row.numpy()
-        by_key = dict(zip(first, found, strict=True))
+            rows = probabilities.split([len(examples[i][1]) for i in indices])
+            found += [(i, row.numpy()) for i, row in zip(indices, rows, strict=True)]
+        by_index, by_key = dict(gather(found)), {}
+        for i, key in enumerate(first):
+            by_key[key] = by_index[i]
         return [by_key[key] for key in keys]
 
     def grade(self, samples: Sequence["Sample"]) -> None:
@@ -695,9 +755,11 @@ class GenerativeRewardModel(Policy):
         examples = []
         for problem, candidate, reference in (comparisons[i] for i in first.values()):
             examples += [self.encode(problem, candidate, reference), self.encode(problem, reference, candidate)]
-        found = np.zeros(len(examples), np.float32)
-        for indices in token_batches([len(prompt) + 1 for prompt, _ in examples], token_budget):
-            found[indices] = self.log_odds([examples[i] for i in indices]).sigmoid().cpu().numpy()
+        parts, found = [], np.zeros(len(examples))
+        for indices in token_batches([len(prompt) + 1 for prompt, _ in examples], token_budget, share=True):
+            parts.append((indices, self.log_odds([examples[i] for i in indices]).sigmoid().cpu().numpy()))
+        for indices, probabilities in gather(parts):
+            found[indices] = probabilities
         found[1::2] = 1 - found[1::2]
         by_key = dict(zip(first, found.reshape(-1, 2), strict=True))
         return np.array([by_key[key] for key in keys]).reshape(-1, 2)
@@ -705,7 +767,7 @@ class GenerativeRewardModel(Policy):
     def scores(self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int = 16384) -> list[float]:
         """The score of every sample beside its problem's reference, a text by problem id."""
         comparisons = [(s.problem, first_solution(s.text).strip(), references[s.problem.id]) for s in samples]
-        return self.verdicts(comparisons, token_budget).mean(1).tolist()
+        return self.verdicts(comparisons, token_budget).mean(1).round(6).tolist()  # beside itself exactly 0.5
 
 
 def is_reward_model(folder: str) -> bool:
@@ -741,9 +803,12 @@ def fingerprint(name: str, flag: str = "--model") -> str:
 
 
 def torch_device(name: str) -> torch.device:
-    """ "auto" is the GPU if there is one. UserError for a device that cannot be used."""
+    """ "auto" is the GPU if there is one, of several processes on a machine to each its own. UserError for a device that
+    cannot be used."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and device.index is None and this_process()[1] > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where CUDA graphs are recorded
@@ -1280,15 +1345,17 @@ def generate(
     runs out, the number of rows is halved, with a warning, and no finished sample is lost.
     few_shot: prompt with two worked examples; a sample then ends when its answer line is complete, because such a model
     goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
-    asked before every step; when true, KeyboardInterrupt. Raises UserError if a prompt does not fit into the model's
-    positions."""
+    asked before every step; when true, KeyboardInterrupt. Of several processes each samples for every n-th problem, and all
+    get all samples. Raises UserError if a prompt does not fit into the model's positions."""
+    rank, n_processes = this_process()
     prefixes = prefixes or [""] * len(problems)
     prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
     prompts = [ids + policy.encode_prefix(prefix) + policy.label for ids, prefix in zip(prompts, prefixes, strict=True)]
     longest = max(map(len, prompts), default=0) + max_new_tokens
     check_length(policy, longest, f"the longest prompt with --max-new-tokens {max_new_tokens}")
     done: list[list[Sample | None]] = [[None] * samples for _ in problems]
-    bar = tqdm(total=len(problems) * samples, desc=progress, unit="sample", disable=None if progress else True)
+    mine = range(rank, len(problems), n_processes)
+    bar = tqdm(total=len(mine) * samples, desc=progress, unit="sample", disable=None if progress else True)
 
     def draws(i: int, number: int) -> np.ndarray:
         key = [*np.atleast_1d(seed).tolist(), zlib.crc32(problems[i].id.encode()), number]
@@ -1303,8 +1370,8 @@ def generate(
         lines = policy.decode(ids).rpartition("\n")[0]
         return MARKER in lines or "\nQuestion:" in lines
 
-    fast = not problems or policy.decodes_fast
-    while wanted := {i: [k for k, s in enumerate(group) if s is None] for i, group in enumerate(done) if None in group}:
+    fast, interrupted = not mine or policy.decodes_fast, False
+    while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
         rows = min(rows, sum(map(len, wanted.values())))
         try:
             with policy.autocast(), packed_weights(policy):
@@ -1318,7 +1385,21 @@ def generate(
                 raise
             warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)")
             rows //= 2
+        except KeyboardInterrupt:
+            if n_processes == 1:
+                raise
+            interrupted = True  # the others must hear of it before this one leaves
+            break
     bar.close()
+    if any(gather([interrupted])):
+        raise KeyboardInterrupt
+    if n_processes > 1:
+        found = gather([(i, done[i]) for i in mine])
+        by_id = {problem.id: problem for problem in problems}
+        for i, group in found:
+            for sample in group:
+                sample.problem = by_id[sample.problem.id]
+            done[i] = group
     return [sample for group in done for sample in group]
 
 
@@ -1369,16 +1450,54 @@ def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: 
         return torch.cat([recompute_in_backward(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def token_batches(lengths: Sequence[int], budget: int, share: bool = False) -> list[list[int]]:
     """Indices grouped by length so that no group has more than `budget` tokens after padding to its longest (a single
-    sequence longer than that is a group of its own)."""
+    sequence longer than that is a group of its own). share: only this process's share of the sequences."""
+    rank, n_processes = this_process() if share else (0, 1)
     groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[rank::n_processes]:
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(i)
         else:
             groups.append([i])
     return groups
+
+
+_halvings = collections.Counter()  # token budget -> how many times it had to be halved
+
+
+def backward_in_parts(
+    lengths: Sequence[int], token_budget: int, backward: Callable[[list[int]], list[float]], parameters: Iterable
+) -> list[float]:
+    """Accumulate the gradient of a batch of sequences in micro-batches of at most `token_budget` tokens.
+
+    backward(indices) adds the gradient of these sequences' part of the loss and returns sums to report, which are added up
+    over the micro-batches. The loss must be a sum over sequences, so that the gradient does not depend on how the batch was
+    split: over micro-batches, or over processes, each of which takes its share and ends with the gradient of all. When
+    memory runs out, the batch is begun again with half the budget, for good and with a warning."""
+    parameters = [p for p in parameters if p.requires_grad]
+    while True:
+        budget = token_budget >> _halvings[token_budget]
+        try:
+            parts = [backward(indices) for indices in token_batches(lengths, budget, share=True)]
+            break
+        except (RuntimeError, MemoryError) as error:
+            if budget <= max(lengths) or not is_out_of_memory(error):
+                raise
+            warn(
+                f"out of memory with {budget} tokens per micro-batch: going on with {budget // 2} (see --token-budget)"
+            )
+            _halvings[token_budget] += 1
+            for p in parameters:
+                p.grad = None
+    if this_process()[1] > 1:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+    return np.sum(gather(parts), axis=0).tolist()
 
 
 def cross_entropy_step(
@@ -1395,13 +1514,17 @@ def cross_entropy_step(
     The sum over micro-batches is divided by the tokens of the whole batch, so the gradient does not depend on how the
     batch was split. Raises UserError if the loss or the gradient is not finite."""
     targets = targets or [[True] * len(response) for _, response in examples]
-    n_tokens, total = sum(map(sum, targets)), 0.0
-    for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget):
+    n_tokens = sum(map(sum, targets))
+
+    def backward(indices: list[int]) -> list[float]:
         mask = torch.tensor([flag for i in indices for flag in targets[i]], device=policy.device)
         loss = -response_logprobs(policy, [examples[i] for i in indices])[mask].sum() / n_tokens
         loss.backward()
-        total += loss.item()
-    return total, clipped_step(optimizer, policy.model.parameters(), total, lr)
+        return [loss.item()]
+
+    lengths, weights = [len(p) + len(r) for p, r in examples], list(policy.model.parameters())
+    (loss,) = backward_in_parts(lengths, token_budget, backward, weights)
+    return loss, clipped_step(optimizer, weights, loss, lr)
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, parameters: Iterable, loss: float, lr: float) -> float:
@@ -1421,9 +1544,9 @@ def clipped_step(optimizer: torch.optim.Optimizer, parameters: Iterable, loss: f
 def cross_entropy(policy: Policy, examples: Sequence[Example], token_budget: int) -> float:
     """Mean cross-entropy of the response tokens, in nats per token."""
     total = 0.0
-    for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget):
+    for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget, share=True):
         total -= response_logprobs(policy, [examples[i] for i in indices]).sum().item()
-    return total / sum(len(response) for _, response in examples)
+    return sum(gather([total])) / sum(len(response) for _, response in examples)
 
 
 def cosine_lr(step: int, n_steps: int, lr: float) -> float:
@@ -1448,7 +1571,11 @@ def shuffled(n: int, *seed: int) -> list[int]:
 
 @contextlib.contextmanager
 def write_aside(path: Path):
-    """A file opened for writing that appears under its name only when it is complete and on the disk."""
+    """A file opened for writing that appears under its name only when it is complete and on the disk. Of several processes
+    only the first one writes."""
+    if this_process()[0]:
+        yield io.BytesIO()
+        return
     aside = path.with_name(path.name + ".part")
     with open(aside, "wb") as file:
         yield file
@@ -1481,10 +1608,15 @@ class Run:
         self.out, self.checkpoint_every = Path(args.out), args.checkpoint_every
         self.state_file = self.out / "checkpoint" / "state.pt"
         self.metrics_file, self.settings_file = self.out / "metrics.jsonl", self.out / "args.json"
-        self.state, self.interrupted = None, False
+        self.interrupted = False
         ignored = ("out", "resume", "overwrite", "device", "checkpoint_every")
         self.settings = {key: value for key, value in vars(args).items() if key not in ignored}
         self.settings["script"] = Path(sys.argv[0]).name
+        self.resume, self.overwrite = args.resume, args.overwrite
+        self.replace, self.state = on_first(self._look)
+
+    def _look(self) -> tuple[list[str], dict | None]:
+        """What to replace in the folder, and what its checkpoint holds."""
         models = {key: self.settings.get(key) for key in ("model", "base", "orm", "genrm")}
         self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items() if name}
         for key in ("train_samples", "selection"):
@@ -1494,27 +1626,34 @@ class Run:
         folders = ("checkpoint", "samples", "model", "model.old")
         logged = self.metrics_file.exists() and self.metrics_file.stat().st_size
         occupied = [name for name in folders if any((self.out / name).glob("*"))] + ["metrics.jsonl"] * bool(logged)
-        if occupied and args.resume:
+        state = None
+        if occupied and self.resume:
             before = read_json(self.settings_file)
             changed = sorted(k for k in self.settings.keys() | before.keys() if before.get(k) != self.settings.get(k))
             if changed:
                 raise UserError(f"--resume: {self.out} was started with other settings ({', '.join(changed)})")
             if self.state_file.exists():
                 try:
-                    self.state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+                    state = torch.load(self.state_file, map_location="cpu", weights_only=True)
                 except Exception as error:
                     raise UserError(
                         f"{self.state_file}: not a checkpoint of this program ({first_line(error)})"
                     ) from None
-        elif occupied and not args.overwrite:
+        elif occupied and not self.overwrite:
             raise UserError(
                 f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
                 "or choose another --out"
             )
-        self.replace = [] if args.resume else occupied
+        return [] if self.resume else occupied, state
 
     def begin(self) -> None:
         """Make the folder ready. Called when everything the run needs has been loaded: until then nothing is touched."""
+        on_first(self._prepare)
+        kept = self.state["run"] if self.state else {"lines": 0, "seconds": 0.0}
+        self.lines, self.started, self.saved = kept["lines"], time.monotonic() - kept["seconds"], time.monotonic()
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def _prepare(self) -> None:
         for path in [self.out / name for name in self.replace]:
             path.unlink() if path.is_file() else shutil.rmtree(path)
         for name in ("checkpoint", "samples"):
@@ -1526,8 +1665,6 @@ class Run:
         lines = self.metrics_file.read_text().splitlines(keepends=True) if self.metrics_file.exists() else []
         with write_aside(self.metrics_file) as file:  # what was logged after the checkpoint will be logged again
             file.write("".join(lines[: kept["lines"]]).encode())
-        self.lines, self.started, self.saved = kept["lines"], time.monotonic() - kept["seconds"], time.monotonic()
-        signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, *_):
         if self.interrupted:
@@ -1539,8 +1676,9 @@ class Run:
         """Append one object to metrics.jsonl and show it."""
         row = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in metrics.items()}
         row = {"step": row.pop("step"), "seconds": round(time.monotonic() - self.started, 1)} | row
-        with open(self.metrics_file, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if this_process()[0] == 0:
+            with open(self.metrics_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
         self.lines += 1
         tqdm.write(
             "  ".join(
@@ -1550,7 +1688,9 @@ class Run:
 
     def checkpoint(self, now: bool = False, **state) -> None:
         """Save `state` if `now`, or if --checkpoint-every seconds have passed, or if Ctrl-C was pressed; then stop."""
-        if now or self.interrupted or time.monotonic() - self.saved >= self.checkpoint_every:
+        self.interrupted = any(gather([self.interrupted]))
+        due = now or self.interrupted or time.monotonic() - self.saved >= self.checkpoint_every
+        if due and this_process()[0] == 0:
             state["run"] = {"lines": self.lines, "seconds": time.monotonic() - self.started}
             with write_aside(self.state_file) as file:
                 torch.save(state, file)
@@ -1580,14 +1720,15 @@ def sample_to_file(
     same after a restart, and so are, to the last bit, the samples. `how`: the arguments of `generate`, `samples` and
     `rows` among them. Token ids and log-probabilities are not kept: a round of K = 96 would fill gigabytes."""
     per_problem = how["samples"]
-    group = max(1, 32 * how["rows"] // per_problem)  # long enough that the emptying of the rows at its end is rare
+    rows = how["rows"] * this_process()[1]
+    group = max(1, 32 * rows // per_problem)  # long enough that the emptying of the rows at its end is rare
     prefixes = prefixes or [""] * len(problems)
     prompts = [
         prompt_text(p, how.get("few_shot", False)) + prefix for p, prefix in zip(problems, prefixes, strict=True)
     ]
     longest = max(len(policy.encode_prompt(prompt)) for prompt in prompts)
     check_length(policy, longest + how["max_new_tokens"], "the longest prompt with --max-new-tokens")
-    samples = read_samples(path, problems, per_problem, prefixes) if path.exists() else []
+    samples = on_first(lambda: read_samples(path, problems, per_problem, prefixes) if path.exists() else [])
     if len(samples) < len(problems) * per_problem:
         samples = samples[: len(samples) // (group * per_problem) * (group * per_problem)]
         with write_aside(path) as file:
@@ -1601,8 +1742,9 @@ def sample_to_file(
             stop=lambda: bool(run and run.interrupted),
             **how | {"progress": label},
         )
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(sample.to_json() + "\n" for sample in new))
+        if this_process()[0] == 0:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(sample.to_json() + "\n" for sample in new))
         for sample in new:
             sample.tokens, sample.logprobs = (), ()
         samples += new
@@ -1787,10 +1929,16 @@ def run_main(main) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is written
     try:
+        start_processes()
         main(sys.argv[1:])
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = this_process()[0]
+        print(f"error: {error}" if rank == 0 else f"error in process {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from here", file=sys.stderr)
+        if this_process()[0] == 0:
+            print("stopped; the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -127,21 +127,29 @@ def main(argv: list[str]) -> None:
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
     files = [out.with_suffix(f".{kind}.jsonl") for kind in ("greedy", "samples")]
     started_file = out.with_suffix(".args.json")  # there from the start, so that --resume knows what the samples are of
-    taken = [file for file in (out, started_file, *files) if file.exists()]
-    if taken and args.resume and common.read_json(started_file) != settings:
-        raise common.UserError(f"--resume: {out} was begun with other settings; they are in {started_file}")
-    if taken and not (args.resume or args.overwrite):
-        raise common.UserError(
-            f"{taken[0]} is there already: add --resume to go on, --overwrite to replace it, or choose another --out"
-        )
+
+    def occupied() -> list[Path]:
+        taken = [file for file in (out, started_file, *files) if file.exists()]
+        if taken and args.resume and common.read_json(started_file) != settings:
+            raise common.UserError(f"--resume: {out} was begun with other settings; they are in {started_file}")
+        if taken and not (args.resume or args.overwrite):
+            raise common.UserError(
+                f"{taken[0]} is there already: add --resume to go on, --overwrite to replace it, or choose another --out"
+            )
+        return [] if args.resume else taken
+
+    def prepare() -> None:
+        for file in taken:
+            file.unlink()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        common.write_json(started_file, settings)
+
+    taken = common.on_first(occupied)
     policy = common.Policy(args.model, args.device, args.dtype)
     if args.condition:
         policy.condition(args.condition)
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
-    for file in [] if args.resume else taken:
-        file.unlink()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    common.write_json(started_file, settings)
+    common.on_first(prepare)
 
     # 1. and 2. sample; an evaluation that was interrupted goes on with --resume
     started = time.monotonic()
@@ -179,7 +187,8 @@ def main(argv: list[str]) -> None:
         print(
             f"{name:>24}  {test['difference']:+.3f}  [{test['ci95'][0]:+.3f}, {test['ci95'][1]:+.3f}]  p {test['p']:.2g}"
         )
-    print(f"written to {out}; samples in {files[1]}", file=sys.stderr)
+    if common.this_process()[0] == 0:
+        print(f"written to {out}; samples in {files[1]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

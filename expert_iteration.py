@@ -129,7 +129,8 @@ def main(argv: list[str]) -> None:
         run.log(step=0, samples=0, tokens=0, round=0, **start)
     # what a restart builds on must be on the disk in full: earlier rounds, and this one's if it is training already
     for finished in range(1, progress["round"] + (progress["place"] > 0)):
-        samples = common.read_samples(run.out / "samples" / f"round_{finished}.jsonl", train, args.samples)
+        file = run.out / "samples" / f"round_{finished}.jsonl"
+        samples = common.on_first(lambda file=file: common.read_samples(file, train, args.samples))
         if len(samples) != len(train) * args.samples:
             raise common.UserError(
                 f"--resume: {run.out}/samples/round_{finished}.jsonl is damaged after line {len(samples)}"

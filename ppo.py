@@ -40,7 +40,9 @@ One GPU, the paper's setting, after sft.py:
 import contextlib
 import copy
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -478,6 +480,48 @@ class Curriculum:
             self.state["hidden"] += 1
 
 
+# ---- the updates -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Rollouts:
+    """A phase's samples: the token sequences, and [samples, longest] what the updates need of every response token."""
+
+    examples: list[common.Example]
+    real: torch.Tensor  # whether there is a token
+    old_logprobs: torch.Tensor
+    old_values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    distances: list[float] = dataclasses.field(default_factory=list)  # largest |ratio - 1| of every micro-batch
+
+
+def add_gradient(
+    forward: Callable, rollouts: Rollouts, minibatch: list[int], clip: float, value_clip: float, places: list[int],
+    value_only: bool,
+) -> list[float]:  # fmt: skip
+    """Add the gradient of the samples at these places of the minibatch -> what they add to its mean policy loss, value
+    loss, share of clipped ratios, and KL from the policy that sampled."""
+    n_tokens = int(rollouts.real[minibatch].sum())
+    indices = [minibatch[place] for place in places]
+    mask = rollouts.real[indices]
+    logprobs, values = forward([rollouts.examples[i] for i in indices])
+    old_logprobs, old_values, advantages, returns = (
+        table[indices][mask].to(logprobs.device)
+        for table in (rollouts.old_logprobs, rollouts.old_values, rollouts.advantages, rollouts.returns)
+    )
+    losses = (
+        policy_loss(logprobs, old_logprobs, advantages, clip),
+        value_loss(values, old_values, returns, value_clip),
+    )
+    ((losses[1] if value_only else losses[0] + losses[1]).sum() / n_tokens).backward()
+    with torch.no_grad():
+        distance = ((logprobs - old_logprobs).exp() - 1).abs()
+        rollouts.distances.append(distance.max().item())
+        sums = *losses, (distance > clip).float(), kl_k3(old_logprobs, logprobs)
+        return [x.sum().item() / n_tokens for x in sums]
+
+
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
 
 
@@ -606,13 +650,16 @@ def main(argv: list[str]) -> None:
         lengths = [len(response) for _, response in examples]
         old_logprobs, ref_logprobs, old_values = (torch.zeros(len(samples), max(lengths)) for _ in range(3))
         with torch.no_grad():
-            for indices in common.token_batches([len(p) + len(r) for p, r in examples], args.token_budget):
+            found = []
+            for indices in common.token_batches([len(p) + len(r) for p, r in examples], args.token_budget, share=True):
                 batch = [examples[i] for i in indices]
                 logprobs, values = forward(batch)
                 with reference_mode():
                     ref = common.response_logprobs(reference, batch, args.temperature)
-                for table, flat in ((old_logprobs, logprobs), (old_values, values), (ref_logprobs, ref)):
-                    for i, row in zip(indices, flat.cpu().split([lengths[i] for i in indices]), strict=True):
+                found.append((indices, logprobs.cpu(), values.cpu(), ref.cpu()))
+            for indices, *parts in common.gather(found):
+                for table, flat in zip((old_logprobs, old_values, ref_logprobs), parts, strict=True):
+                    for i, row in zip(indices, flat.split([lengths[i] for i in indices]), strict=True):
                         table[i, : lengths[i]] = row
         sampled = torch.from_numpy(np.concatenate([sample.logprobs for sample in samples]))
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [samples, longest]
@@ -633,6 +680,7 @@ def main(argv: list[str]) -> None:
 
         # 5. minibatches
         stats, first_ratio, phase_over = [], None, False
+        rollouts = Rollouts(examples, real, old_logprobs, old_values, advantages, returns)
         warming = phase <= args.value_warmup
         value_clip = np.inf if warming else args.value_clip  # from zero it has a long way to go
         bar = tqdm(
@@ -643,28 +691,13 @@ def main(argv: list[str]) -> None:
             for first in range(0, len(order), args.batch_size):
                 minibatch = order[first : first + args.batch_size]
                 n_tokens = sum(lengths[i] for i in minibatch)
-                total = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "kl_old"), 0.0)
-                for indices in common.token_batches(
-                    [len(examples[i][0]) + lengths[i] for i in minibatch], args.token_budget
-                ):
-                    indices = [minibatch[j] for j in indices]
-                    logprobs, values = forward([examples[i] for i in indices])
-                    mask = real[indices]
-                    old, old_value, advantage, target = (
-                        t[indices][mask].to(policy.device) for t in (old_logprobs, old_values, advantages, returns)
-                    )
-                    losses = (
-                        policy_loss(logprobs, old, advantage, args.clip),
-                        value_loss(values, old_value, target, value_clip),
-                    )
-                    (losses[1].sum() / n_tokens if warming else (losses[0] + losses[1]).sum() / n_tokens).backward()
-                    with torch.no_grad():
-                        ratio = (logprobs - old).exp()
-                        sums = *losses, ((ratio - 1).abs() > args.clip).float(), kl_k3(old, logprobs)
-                        for key, x in zip(total, sums, strict=True):
-                            total[key] += x.sum().item() / n_tokens
-                        if first_ratio is None or not stats:
-                            first_ratio = max(first_ratio or 0.0, (ratio - 1).abs().max().item())
+                backward = functools.partial(
+                    add_gradient, forward, rollouts, minibatch, args.clip, value_clip, value_only=warming
+                )
+                sizes = [len(examples[i][0]) + lengths[i] for i in minibatch]
+                sums = common.backward_in_parts(sizes, args.token_budget, backward, weights + critic_weights)
+                total = dict(zip(("policy_loss", "value_loss", "clip_fraction", "kl_old"), sums, strict=True))
+                first_ratio = max(common.gather(rollouts.distances)) if first_ratio is None else first_ratio
                 if args.kl_limit and total["kl_old"] > args.kl_limit:
                     optimizer.zero_grad(set_to_none=True)
                     phase_over = True

@@ -229,7 +229,7 @@ def main(argv: list[str]) -> None:
     chosen = mix(right, wrong, args.ratio, args.train_size, args.seed)
     file = run.out / "samples" / "labelled.jsonl"
     by_id = {problem.id: problem for problem in train}
-    if not file.exists():
+    if not common.on_first(file.exists):
         starts = beginnings(chosen) if args.labels == "step" else {}
         folder = run.out / "samples"
         q = estimate_q(sampler, starts, args.completions, folder / "completions.jsonl", run, args, 1)
@@ -254,8 +254,8 @@ def main(argv: list[str]) -> None:
             out.write(json.dumps(facts).encode())
         with common.write_aside(file) as out:
             out.write("".join(lines).encode())
-    facts = common.read_json(run.out / "samples" / "labelled.facts.json")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    facts = common.on_first(lambda: common.read_json(run.out / "samples" / "labelled.facts.json"))
+    rows = common.on_first(lambda: [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line])
     facts["good_lines"] = common.share(line["label"] == "good" for row in rows for line in row["lines"])
     facts["good_if_wrong"] = common.share(  # a wrong solution may begin well
         line["label"] == "good" for row in rows if not row["correct"] for line in row["lines"]

@@ -213,7 +213,7 @@ def genrm_quality(samples: list[common.Sample], genrm: common.GenerativeRewardMo
     problems = {sample.problem.id: sample.problem for sample in samples}
     candidates = [(s.problem, common.first_solution(s.text).strip(), references[s.problem.id]) for s in samples]
     asked = genrm.verdicts(candidates, token_budget)
-    scores, labels = asked.mean(1).astype(np.float64), np.array([sample.correct for sample in samples])
+    scores, labels = asked.mean(1).round(6), np.array([sample.correct for sample in samples])
     nonsense = {
         name: genrm.verdicts(
             [(p, p.question if text is None else text, references[i]) for i, p in problems.items()], token_budget
@@ -345,15 +345,18 @@ def orm_step(
 ) -> tuple[float, float]:  # fmt: skip
     """One optimizer step on the weighted mean over the solutions of the mean over their tokens -> (loss in nats per token,
     gradient norm). As in `common.cross_entropy_step` the gradient does not depend on how the batch is split."""
-    loss_sum = 0.0
-    for indices in common.token_batches([len(p) + len(r) for p, r in examples], token_budget):
+
+    def backward(indices: list[int]) -> list[float]:
         lengths = torch.tensor([len(examples[i][1]) for i in indices])
         y = torch.tensor([labels[i] for i in indices]).repeat_interleave(lengths)
         w = (torch.tensor([weights[i] for i in indices]) / lengths).repeat_interleave(lengths) / sum(weights)
         loss = orm_loss(orm.log_odds([examples[i] for i in indices]), y.to(orm.device), w.to(orm.device)).sum()
         loss.backward()
-        loss_sum += loss.item()
-    return loss_sum, common.clipped_step(optimizer, orm.model.parameters(), loss_sum, lr)
+        return [loss.item()]
+
+    parameters = list(orm.model.parameters())
+    (loss,) = common.backward_in_parts([len(p) + len(r) for p, r in examples], token_budget, backward, parameters)
+    return loss, common.clipped_step(optimizer, parameters, loss, lr)
 
 
 if __name__ == "__main__":

@@ -291,7 +291,8 @@ def snapshot(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def start(script: str, argv, out: Path) -> subprocess.Popen:
-    command = [sys.executable, ROOT / f"{script}.py", *argv, "--out", out, "--checkpoint-every", "0", "--resume"]
+    where = [out / "report.json"] if script == "evaluate" else [out, "--checkpoint-every", "0"]
+    command = [sys.executable, ROOT / f"{script}.py", *argv, "--resume", "--out", *where]
     return subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -310,16 +311,37 @@ def stop_after_changes(process: subprocess.Popen, out: Path, changes: int, how: 
     return None
 
 
-@pytest.mark.parametrize("script, argv", [("sft", SFT), ("expert_iteration", EI)], ids=["sft", "expert_iteration"])
-def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, argv, tmp_path):
-    """Five SIGKILLs at random moments (seeded), one Ctrl-C, then --resume: bit for bit the uninterrupted run."""
-    whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(1)
+TINY = ["--model", "tiny", "--limit-eval", "8", "--max-new-tokens", "60", "--rows", "8"]
+KILLED = {  # script: (flags, SIGKILLs)
+    "sft": (SFT, 4),
+    "expert_iteration": (EI, 4),
+    "ppo": (
+        [*TINY, "--limit-train", "40", "--questions", "8", "--samples", "2", "--phases", "8", "--eval-every", "2"],
+        3,
+    ),
+    "rcrl": (
+        [*TINY, "--limit-train", "24", "--samples", "3", "--completions", "2", "--epochs", "4", "--batch-size", "8"],
+        2,
+    ),
+    "reward_model": ([*TINY, "--limit-train", "24", "--samples", "4", "--epochs", "4", "--batch-size", "8"], 2),
+    "evaluate": ([*TINY, "--limit-eval", "96", "--samples", "8", "--rows", "4"], 2),
+}
+MORE_KILLS = int(os.environ.get("MORE_KILLS", 0))  # the longer mode: so many more for every script, at other moments
+
+
+@pytest.mark.parametrize("script", KILLED)
+def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, tmp_path):
+    """SIGKILLs at random moments (seeded), one Ctrl-C, then --resume: bit for bit the uninterrupted run."""
+    whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(1 + MORE_KILLS)
+    whole.mkdir()
+    broken.mkdir()
+    argv, wanted = KILLED[script]
     process = start(script, argv, whole)
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     kills, interrupts = 0, 0
-    while kills < 5 or interrupts < 1:
-        how = signal.SIGINT if kills == 3 and not interrupts else signal.SIGKILL
+    while kills < wanted + MORE_KILLS or interrupts < 1:
+        how = signal.SIGINT if kills == 2 and not interrupts else signal.SIGKILL
         process = start(script, argv, broken)
         printed = stop_after_changes(process, broken, rng.randrange(4, 9), how, rng.random() * 0.1)
         if printed is None:
@@ -327,12 +349,18 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, argv, tmp_
         kills, interrupts = kills + (how == signal.SIGKILL), interrupts + (how == signal.SIGINT)
         if how == signal.SIGINT:
             assert process.returncode == 130 and "--resume" in printed
-    assert kills >= 5 and interrupts == 1
+    assert MORE_KILLS or (kills >= wanted and interrupts == 1), f"over after {kills} kills"
     process = start(script, argv, broken)
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
-    assert without_time(whole / "metrics.jsonl") == without_time(broken / "metrics.jsonl")
-    names = ["model/model.safetensors", *(str(p.relative_to(whole)) for p in whole.glob("samples/*"))]
+    if script == "evaluate":
+        reports = [json.loads((folder / "report.json").read_text()) | {"seconds": 0} for folder in (whole, broken)]
+        assert reports[0] == reports[1]
+        names = ["report.greedy.jsonl", "report.samples.jsonl"]
+    else:
+        assert without_time(whole / "metrics.jsonl") == without_time(broken / "metrics.jsonl")
+        names = ["model/model.safetensors", *(str(p.relative_to(whole)) for p in whole.glob("samples/*"))]
+        names = [name for name in names if not name.endswith("facts.json")]  # holds a time
     for name in names:
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     assert not list(broken.rglob("*.part"))

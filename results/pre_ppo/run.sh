@@ -2,7 +2,7 @@
 # Pre-PPO prompt selection on the embedded task, three seeds: PPO from SFT on the first 230 training questions alone, with all
 # 2,074 others, and with a part of these: the tenth that the initial policy scores lowest, the lowest that it solves at least
 # once in 8 samples, those it solves nearest to half of the time, any, and the lowest fifth and half. Everything else is the
-# same: 20 phases of 128 questions with 4 samples. small_*: the scores are those of a smaller model (0.12 million
+# same: 12 phases of 64 questions with 4 samples, 3,072 in all. small_*: the scores are those of a smaller model (0.12 million
 # parameters, made by tiny/make.py in two minutes). The policies come from results/arithmetic/run.sh. Restartable.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -37,7 +37,7 @@ for seed in ${SEEDS:-0 1 2}; do
             small_*) score_with_small $seed && scores="--selection $work/small_scores_$seed/selection.json" ;;
             floor | frontier | random | lowest?0) scores="--selection $work/select_lowest_$seed/selection.json" ;;
         esac
-        python ppo.py --seed $seed --model "$work/sft_$seed/model" ${flags[$name]} $scores --out "$run" --resume
+        python ppo.py --seed $seed --phases 12 --questions 64 --batch-size 64 --model "$work/sft_$seed/model" ${flags[$name]} $scores --out "$run" --resume
         python evaluate.py --model "$run/model" --samples 16 --seed $seed --resume --out "$run/test.json" >"$run/test.txt"
         mkdir -p "$here/${name}_$seed" && cp "$run"/{args.json,metrics.jsonl,test.json} "$here/${name}_$seed/"
         [ $name != lowest ] || cp "$run/selection.json" "$here/${name}_$seed/"

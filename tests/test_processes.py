@@ -1,0 +1,174 @@
+"""Several processes: the same samples as one, the same weights up to the rounding of sums, and nothing lost when they are
+killed. And memory that runs out in training."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_scripts import cli, rows_of, snapshot, without_time  # noqa: F401
+
+import common
+import sft
+
+SMALL = ["--model", "tiny", "--device", "cpu", "--limit-eval", "12", "--max-new-tokens", "60", "--rows", "16"]
+TRAIN = [*SMALL, "--limit-train", "40"]
+RUNS = {
+    "sft": [*SMALL, "--epochs", "2", "--batch-size", "8"],
+    "expert_iteration": [*TRAIN, "--samples", "2", "--rounds", "1", "--epochs", "2", "--pass-k", "2"],
+    "ppo": [*TRAIN, "--questions", "7", "--samples", "3", "--phases", "3", "--value-warmup", "0", "--eval-every", "1",
+            "--batch-size", "5", "--token-budget", "300", "--reward", "dense"],
+    "rcrl": [*TRAIN, "--base", "tiny", "--samples", "3", "--completions", "2", "--epochs", "1", "--ratio", "1"],
+    "reward_model": [*TRAIN, "--samples", "3", "--eval-samples", "3", "--epochs", "1"],
+    "evaluate": [*SMALL, "--samples", "3"],
+}  # fmt: skip
+
+
+def launch(script: str, n: int, out, *argv) -> subprocess.Popen:
+    """`python script.py` or `torchrun --nproc-per-node n script.py`, in a process group of its own."""
+    out = out.with_suffix(".json") if script == "evaluate" else out
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *torchrun, ROOT / f"{script}.py", *RUNS[script], "--out", out, *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+                            start_new_session=True, cwd=out.parent)  # fmt: skip
+
+
+def finished(process: subprocess.Popen) -> str:
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    return printed
+
+
+@pytest.mark.parametrize("script, counts", [
+    ("sft", [2]), ("expert_iteration", [2]), ("ppo", [2, 4]), ("rcrl", [2]), ("reward_model", [2]), ("evaluate", [2]),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_several_processes_give_the_samples_and_the_weights_of_one(script, counts, tmp_path):
+    once = finished(launch(script, 1, tmp_path / "1"))
+    for n in counts:
+        printed = finished(launch(script, n, tmp_path / str(n)))
+        said = "written to" if script == "evaluate" else "; model in "
+        assert once.count(said) == printed.count(said) == 1, "only the first process prints"
+        if script == "evaluate":
+            for kind in ("greedy", "samples"):
+                one, several = (tmp_path / f"{i}.{kind}.jsonl" for i in (1, n))
+                assert one.read_bytes() == several.read_bytes()
+            continue
+        for file in (tmp_path / "1" / "samples").glob("*.jsonl"):
+            assert file.read_bytes() == (tmp_path / str(n) / "samples" / file.name).read_bytes(), file.name
+        one, several = (load_file(tmp_path / str(i) / "model" / "model.safetensors") for i in (1, n))
+        for name in one:
+            torch.testing.assert_close(one[name], several[name], atol=1e-4, rtol=1e-3)
+        for row, other in zip(*(without_time(tmp_path / str(i) / "metrics.jsonl") for i in (1, n)), strict=True):
+            assert row.keys() == other.keys()
+            for key in row.keys() - {
+                "sampling_error",
+                "first_ratio",
+                "kl_old",
+                "kl_k1",
+                "kl_k3",
+                "grad_norm",
+                "policy_loss",
+            }:
+                assert row[key] == other[key] or row[key] == pytest.approx(other[key], rel=1e-2, abs=1e-4), key
+            if script == "ppo" and "grad_norm" in row:
+                assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
+                assert other["first_ratio"] < 1e-4 and other["sampling_error"] < 1e-3
+
+
+def test_killed_processes_resume_to_the_same_weights(tmp_path):
+    """All processes of a PPO run killed at random moments (seeded), then --resume: as if nothing had happened."""
+    every = ["--checkpoint-every", "0", "--phases", "6", "--resume"]
+    finished(launch("ppo", 2, tmp_path / "whole", *every))
+    rng, kills = random.Random(3), 0
+    while kills < 2:
+        process = launch("ppo", 2, tmp_path / "broken", *every)
+        changes, last = rng.randrange(4, 9), snapshot(tmp_path / "broken")
+        while process.poll() is None and changes:
+            if (now := snapshot(tmp_path / "broken")) != last:
+                last, changes = now, changes - 1
+            time.sleep(0.002)
+        assert process.poll() is None, process.communicate()[0]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "broken")])  # the workers have sessions of their own
+        kills += 1
+    finished(launch("ppo", 2, tmp_path / "broken", *every))
+    assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(tmp_path / "broken" / "metrics.jsonl")
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_error_of_the_user_stays_one_with_several_processes(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    process = launch("sft", 2, tmp_path / "run")
+    printed, _ = process.communicate()
+    assert process.returncode != 0 and "error: " in printed and "already holds a run" in printed
+
+
+# ---- memory
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_the_gradient_stays(nano, monkeypatch, capsys):
+    """More than 120 padded tokens at a time do not fit, and the failing backward pass leaves half a gradient behind."""
+    policy = common.Policy(nano, device="cpu")
+    rng = np.random.default_rng(0)
+    examples = [
+        (rng.integers(5, 300, 9).tolist(), rng.integers(5, 300, int(n)).tolist()) for n in rng.integers(3, 40, 12)
+    ]
+    weights = list(policy.model.parameters())
+
+    def gradient(budget) -> torch.Tensor:
+        common._halvings.clear()
+        n_tokens = sum(len(r) for _, r in examples)
+
+        def backward(indices):
+            loss = -common.response_logprobs(policy, [examples[i] for i in indices]).sum() / n_tokens
+            loss.backward()
+            if limit and len(indices) * max(len(examples[i][0]) + len(examples[i][1]) for i in indices) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return [loss.item()]
+
+        (loss,) = common.backward_in_parts([len(p) + len(r) for p, r in examples], budget, backward, weights)
+        found = torch.cat([p.grad.flatten() for p in weights])
+        policy.model.zero_grad(set_to_none=True)
+        return torch.cat([found, torch.tensor([loss])])
+
+    limit = None
+    expected = gradient(10000)
+    limit = 120
+    torch.testing.assert_close(gradient(500), expected, atol=1e-6, rtol=1e-4)
+    said = capsys.readouterr().err
+    assert "going on with 250" in said and "going on with 125" in said and "62" in said
+    assert common._halvings[500] == 3
+    limit = 1
+    with pytest.raises(torch.OutOfMemoryError):  # a single sequence does not fit: there is nothing to halve
+        gradient(500)
+    common._halvings.clear()
+
+
+def test_training_goes_on_when_memory_runs_out(cli, nano, tmp_path, monkeypatch, capsys):  # noqa: F811
+    argv = ["--model", nano, "--epochs", "1", "--batch-size", "8", "--limit-eval", "4", "--max-new-tokens", "8"]
+    assert cli(sft, *argv, "--out", tmp_path / "whole")[0] == 0
+    logprobs = common.response_logprobs
+
+    def small_memory(policy, examples, *args):
+        if torch.is_grad_enabled() and len(examples) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logprobs(policy, examples, *args)
+
+    monkeypatch.setattr(common, "response_logprobs", small_memory)
+    assert cli(sft, *argv, "--out", tmp_path / "small")[0] == 0
+    common._halvings.clear()
+    rows = [rows_of(tmp_path / name / "metrics.jsonl")[-1] for name in ("whole", "small")]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
+    one, several = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "small"))
+    assert all(torch.allclose(one[name], several[name], atol=1e-5) for name in one)
