@@ -718,7 +718,7 @@ class GenerativeRewardModel(Policy):
         super().__init__(name, device, dtype, flag)
         self.condition("none")
         self.model.config.compares_solutions = True
-        ids = [self.encode_prompt(f"Better:\n{verdict}") for verdict in self.VERDICTS]
+        ids = [self.encode_prompt(f"Better answer:\n{verdict}") for verdict in self.VERDICTS]
         if ids[0][:-1] != ids[1][:-1] or ids[0][-1] == ids[1][-1]:
             raise UserError(f"{flag} {name}: its tokenizer has no tokens for the verdicts A and B")
         self.verdict_ids = [ids[0][-1], ids[1][-1]]
@@ -731,7 +731,9 @@ class GenerativeRewardModel(Policy):
 
     def encode(self, problem: Problem, first: str, second: str) -> "Example":
         """The prompt up to the verdict, and as its response the verdict A."""
-        text = f"Question: {problem.question}\nA:\n{first}\nB:\n{second}\nBetter:\n{self.VERDICTS[0]}"
+        text = (
+            f"Question: {problem.question}\nAnswer A:\n{first}\nAnswer B:\n{second}\nBetter answer:\n{self.VERDICTS[0]}"
+        )
         ids = self.encode_prompt(text)
         return ids[:-1], ids[-1:]
 

@@ -45,24 +45,26 @@ import torch
 import common
 
 
+GENRM_DEFAULTS = {"out": "runs/genrm", "lr": 5e-4, "epochs": 2, "batch_size": 16}
+
+
 def parse_args(argv: list[str]):
     parser = common.common_parser(
-        __doc__, model="runs/sft/model", out=None, samples=16, temperature=0.7, lr=1e-3, epochs=None,
+        __doc__, model="runs/sft/model", out="runs/reward_model", samples=16, temperature=0.7, lr=1e-3, epochs=5,
         batch_size=32, token_budget=16384, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add = parser.add_argument
     add("--kind", choices=["orm", "genrm"], default="orm", help="outcome reward model, or generative: a language model that "
-        "compares a solution with a reference")  # fmt: skip
+        "compares a solution with a reference (then --out runs/genrm --lr 5e-4 --epochs 2 --batch-size 16)")  # fmt: skip
     add("--base", help="weights that the reward model starts from (default: those of --model, the student)")
     add("--pairs", type=common.number(int, 1), default=4, help="genrm: at most so many comparisons of each of the three "
         "kinds per question")  # fmt: skip
     add("--train-samples", nargs="+", default=[], metavar="FILE",
         help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
     add("--eval-samples", type=common.number(int, 2), default=16, help="samples per dev question")
-    args = parser.parse_args(argv)
-    args.epochs = args.epochs or (5 if args.kind == "orm" else 3)
-    args.out = args.out or ("runs/reward_model" if args.kind == "orm" else "runs/genrm")
-    return args
+    if parser.parse_args(argv).kind == "genrm":
+        parser.set_defaults(**GENRM_DEFAULTS)
+    return parser.parse_args(argv)
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------
