@@ -44,7 +44,6 @@ import torch
 
 import common
 
-
 GENRM_DEFAULTS = {"out": "runs/genrm", "lr": 5e-4, "epochs": 2, "batch_size": 16}
 
 
