@@ -1695,7 +1695,11 @@ class Run:
         if due and this_process()[0] == 0:
             state["run"] = {"lines": self.lines, "seconds": time.monotonic() - self.started}
             with write_aside(self.state_file) as file:
-                torch.save(state, file)
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:  # of its zip writer, which hides that the disk is full
+                    reason = first_line(error.__context__ or error)
+                    raise UserError(f"{self.state_file}: could not be written ({reason})") from None
             self.saved = time.monotonic()
         if self.interrupted:
             raise KeyboardInterrupt

@@ -121,7 +121,7 @@ def test_problems_without_solutions_cannot_be_fine_tuned_on(cli, tmp_path):
 BAD = {
     "unknown flag": (["--learning-rate", "1"], "unrecognized"),
     "abbreviated flag": (["--epoch", "1"], "unrecognized"),
-    "no number": (["--seed", "one"], "whole number"),
+    "no seed": (["--seed", "one"], "whole number"),
     "negative": (["--temperature", "-1"], "at least 0"),
     "zero": (["--rows", "0"], "at least 1"),
     "not whole": (["--max-new-tokens", "1.5"], "whole number"),
@@ -134,6 +134,16 @@ BAD = {
     "too long": (["--max-new-tokens", "2000"], "positions"),
     "device": (["--device", "toaster"], "cannot be used"),
     "infinite": (["--temperature", "inf"], "number"),
+    "broken JSON": (["--dataset", "BROKEN"], "broken.jsonl line 3: broken JSON"),
+    "no number": (["--dataset", "WORDS"], "words.jsonl line 2: the answer 'many' is no number"),
+    "not text": (["--dataset", "BYTES"], "bytes.jsonl: not UTF-8"),
+    "no problem": (["--dataset", "OTHER"], 'other.jsonl line 1: needs "question" and "answer"'),
+}
+FILES = {
+    "BROKEN": b'{"question": "a", "answer": "1"}\n\n{"question": "b", "answer": \n',
+    "WORDS": b'{"question": "a", "answer": "1"}\n{"question": "b", "answer": "many"}\n',
+    "BYTES": b"\xff\xfe\x00\x01",
+    "OTHER": b'{"prompt": "a"}\n',
 }
 
 
@@ -145,7 +155,10 @@ def test_bad_input_ends_in_one_line_and_harms_nothing(cli, script, name, tmp_pat
     empty.mkdir()
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    argv = [str(empty) if a == "EMPTY" else a for a in BAD[name][0]]
+    for word, content in FILES.items():
+        (tmp_path / f"{word.lower()}.jsonl").write_bytes(content)
+    words = {"EMPTY": str(empty)} | {word: str(tmp_path / f"{word.lower()}.jsonl") for word in FILES}
+    argv = [words.get(a, a) for a in BAD[name][0]]
     message_part = BAD[name][1].replace("train", "test") if script is evaluate else BAD[name][1]
     where = out / "report.json" if script is evaluate else out
     base = [] if script is evaluate or "--model" in argv else ["--model", "tiny"]
@@ -364,3 +377,45 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, tmp_path):
     for name in names:
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     assert not list(broken.rglob("*.part"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a file system of so many bytes, or changes its size."""
+    folder, mounted = tmp_path / "disk", []
+    folder.mkdir()
+
+    def resize(size: int) -> Path:
+        options = f"remount,size={size}" if mounted else f"size={size}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a small file system cannot be mounted here ({done.stderr.strip()})")
+        mounted.append(size)
+        return folder
+
+    yield resize
+    if mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("script, argv, size", [
+    (sft, [*SFT, "--limit-eval", "4"], 13_000_000), (expert_iteration, [*TINY, "--limit-train", "24", "--samples", "2", "--epochs", "1", "--rounds", "1"], 13_000_000),
+    (ppo, KILLED["ppo"][0], 16_000_000), (rcrl, KILLED["rcrl"][0], 13_000_000),
+    (reward_model, KILLED["reward_model"][0], 13_000_000),
+], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+def test_a_disk_that_is_really_full_leaves_something_to_go_on_from(script, argv, size, cli, small_disk):
+    """There is room for one checkpoint and the model, not for the next one beside them."""
+    out = small_disk(size) / "run"
+    argv = ["--model", "tiny", *argv, "--out", out, "--checkpoint-every", "0"]
+    code, message = cli(script, *argv)
+    lines = [line for line in message.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and ("No space left" in lines[0] or "could not be written" in lines[0]), (
+        message
+    )
+    saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    assert saved["progress"]
+    if (out / "model").exists():
+        common.Policy(str(out / "model")) if script is not reward_model else common.RewardModel(str(out / "model"))
+    small_disk(200_000_000)
+    assert cli(script, *argv, "--resume")[0] == 0
+    assert (out / "model" / "model.safetensors").exists() and not list(out.rglob("*.part"))
