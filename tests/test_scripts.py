@@ -337,7 +337,7 @@ KILLED = {  # script: (flags, SIGKILLs)
         2,
     ),
     "reward_model": ([*TINY, "--limit-train", "24", "--samples", "4", "--epochs", "4", "--batch-size", "8"], 2),
-    "evaluate": ([*TINY, "--limit-eval", "96", "--samples", "8", "--rows", "4"], 2),
+    "evaluate": ([*TINY, "--limit-eval", "32", "--samples", "4", "--rows", "2"], 2),
 }
 MORE_KILLS = int(os.environ.get("MORE_KILLS", 0))  # the longer mode: so many more for every script, at other moments
 
