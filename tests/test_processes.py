@@ -46,9 +46,16 @@ def finished(process: subprocess.Popen) -> str:
     return printed
 
 
+def several(script: str, *counts: int, always: bool = False):
+    skip = pytest.mark.skipif(not always and "LONG_TESTS" not in os.environ, reason="set LONG_TESTS=1 to run it")
+    return pytest.param(script, counts, marks=skip, id=f"{script} {counts}")
+
+
 @pytest.mark.parametrize("script, counts", [
-    ("sft", [2]), ("expert_iteration", [2]), ("ppo", [2, 4]), ("rcrl", [2]), ("reward_model", [2]), ("evaluate", [2]),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+    several("sft", 2, always=True), several("expert_iteration", 2, always=True), several("ppo", 2, 4, always=True),
+    several("sft", 4), several("expert_iteration", 4), several("rcrl", 2, 4), several("reward_model", 2, 4),
+    several("evaluate", 2, 4),
+])  # fmt: skip
 def test_several_processes_give_the_samples_and_the_weights_of_one(script, counts, tmp_path):
     once = finished(launch(script, 1, tmp_path / "1"))
     for n in counts:
