@@ -10,7 +10,9 @@ Nothing here knows which algorithm calls it. To fork a script, copy it together 
 import argparse
 import collections
 import contextlib
+import ctypes
 import dataclasses
+import datetime
 import functools
 import heapq
 import io
@@ -69,9 +71,12 @@ def this_process() -> tuple[int, int]:
 
 def start_processes() -> None:
     """Meet the others, if torchrun started some. Of all but the first nothing is shown but errors."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "LOCAL_RANK" not in os.environ:
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # a share of the samples may take hours
+    if sys.platform == "linux":  # if torchrun is killed, go with it: or a second run would write to the same folder
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
         sys.stderr = _NoTerminal(sys.stderr.buffer, write_through=True)
@@ -730,7 +735,11 @@ class GenerativeRewardModel(Policy):
         return model
 
     def encode(self, problem: Problem, first: str, second: str) -> "Example":
-        """The prompt up to the verdict, and as its response the verdict A."""
+        """The prompt up to the verdict, and as its response the verdict A. A solution ends where it goes on with words of
+        the prompt: it could else write its own verdict."""
+        first, second = (
+            re.split(r"^(?:Answer [AB]|Better answer):", s, flags=re.M)[0].strip() for s in (first, second)
+        )
         text = (
             f"Question: {problem.question}\nAnswer A:\n{first}\nAnswer B:\n{second}\nBetter answer:\n{self.VERDICTS[0]}"
         )
@@ -809,7 +818,9 @@ def torch_device(name: str) -> torch.device:
     cannot be used."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        if device.type == "cuda" and device.index is None and this_process()[1] > 1:
+        if device.type == "cuda" and this_process()[1] > 1:
+            if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+                raise UserError(f"--device {name}: several processes need a GPU each; leave it at auto or cuda")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
@@ -1493,6 +1504,9 @@ def backward_in_parts(
             for p in parameters:
                 p.grad = None
     if this_process()[1] > 1:
+        # a process without a share has no gradient; what has none anywhere must stay so, or the optimizer would move it
+        has_gradient = np.any(gather([[p.grad is not None for p in parameters]]), axis=0)
+        parameters = [p for p, has in zip(parameters, has_gradient, strict=True) if has]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         flat = torch.cat([p.grad.flatten() for p in parameters])
@@ -1702,6 +1716,7 @@ class Run:
                     raise UserError(f"{self.state_file}: could not be written ({reason})") from None
             self.saved = time.monotonic()
         if self.interrupted:
+            gather([None])  # nobody leaves before the first process has saved
             raise KeyboardInterrupt
 
     def finish(self) -> None:
@@ -1722,8 +1737,8 @@ def sample_to_file(
     **how,
 ) -> list[Sample]:
     """`generate`, written to `path` as JSON lines a group of problems at a time. Groups that are complete in the file
-    are read back instead of sampled again, so that an interrupted round loses one group at most; the groups are the
-    same after a restart, and so are, to the last bit, the samples. `how`: the arguments of `generate`, `samples` and
+    are read back instead of sampled again, so that an interrupted round loses one group at most; with as many rows and
+    processes the groups are the same after a restart, and so are, to the last bit, the samples. `how`: the arguments of `generate`, `samples` and
     `rows` among them. Token ids and log-probabilities are not kept: a round of K = 96 would fill gigabytes."""
     per_problem = how["samples"]
     rows = how["rows"] * this_process()[1]
@@ -1945,6 +1960,5 @@ def run_main(main) -> None:
         if this_process()[0] == 0:
             print("stopped; the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

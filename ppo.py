@@ -108,8 +108,17 @@ def parse_args(argv: list[str]):
         parser.error("--temperature 0: greedy samples are all the same, there is nothing to learn from")
     compares = args.reward in ("genrm", "hybrid")
     picks = compares and args.hide_solutions > 0
-    args.orm = (args.orm or "runs/reward_model/model") if args.reward.startswith("orm") or picks else None
+    needs_orm = args.reward.startswith("orm") or picks
+    args.orm = args.orm or "runs/reward_model/model" if needs_orm else args.orm if compares else None
     args.genrm = (args.genrm or "runs/genrm/model") if compares else None
+    if args.add_outcome and not args.reward.startswith("orm"):
+        parser.error("--add-outcome is for --reward orm and orm_dense; the others are made of outcomes")
+    if args.select in ("floor", "frontier") and compares:
+        parser.error(
+            f"--select {args.select} counts successes, and beside a gold solution a score tells none: use lowest"
+        )
+    if (args.pool or args.selection) and not args.select:
+        parser.error("--pool and --selection are for --select")
     if args.curriculum == "verifiable_first" and (args.reward != "hybrid" or args.hide_answers == 1):
         parser.error("--curriculum verifiable_first needs --reward hybrid and questions whose answer can be checked")
     if args.select and not (args.pool or args.limit_train):
@@ -177,6 +186,7 @@ class Judges:
     genrm: common.GenerativeRewardModel | None = None  # --reward genrm, hybrid
     # problem id -> text that the generative reward model compares with; the answers of all other problems are checked
     references: dict[str, str] = dataclasses.field(default_factory=dict)
+    golden: set[str] = dataclasses.field(default_factory=set)  # the ids whose reference is a gold solution
 
     def scores(self, kind: str, samples: list[common.Sample]) -> list[float]:
         """What each solution as a whole is worth. One that was cut is worth nothing, even if its answer is right."""
@@ -197,8 +207,8 @@ def task_rewards(
 ) -> list[np.ndarray]:
     """The reward of every token of every sample."""
     rewards = [np.zeros(len(sample.tokens), np.float32) for sample in samples]
-    scores = judges.scores(kind, samples)
     along = judges.orm.scores(samples) if kind == "orm_dense" else None
+    scores = judges.scores(kind, samples) if along is None else None
     for i, (reward, sample) in enumerate(zip(rewards, samples, strict=True)):
         if not sample.finished:
             continue
@@ -227,10 +237,11 @@ def routes(problems: list[common.Problem], hide_answers: float, hide_solutions: 
 def best_of_n(
     policy: common.Policy, problems: list[common.Problem], orm: common.RewardModel, run: common.Run, args
 ) -> dict[str, str]:
-    """For every problem the sample of the initial policy that the outcome reward model likes best."""
+    """For every problem the sample of the initial policy that the outcome reward model likes best. Not of the samples that
+    reward_model.py draws from the same policy (seed [.., 0]), whose labels that model has seen."""
     samples = common.sample_to_file(
         policy, problems, run.out / "samples" / "references.jsonl", run, samples=args.reference_samples,
-        temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0],
+        temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0, 1],
         few_shot=args.few_shot, progress="references",
     )  # fmt: skip
     orm.grade(samples)
@@ -408,6 +419,8 @@ def choose(
         key = np.abs(passed - 0.5)
     elif kind == "random":
         key = np.zeros(len(scores))
+    if len(candidates) < count:
+        common.warn(f"only {len(candidates)} of {count} questions to select are solved at least once")
     order = np.lexsort((rng.random(len(candidates)), key[candidates]))
     return sorted(candidates[order[:count]].tolist())
 
@@ -426,8 +439,8 @@ def score_pool(
         return [rows[p.id]["score"] for p in pool], [rows[p.id]["passed"] for p in pool]
     samples = common.sample_to_file(
         policy, pool, run.out / "samples" / "pool.jsonl", run, samples=args.select_samples, few_shot=args.few_shot,
-        temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0],
-        progress="pool",
+        temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows,
+        seed=[args.seed, 0] + [2] * bool(judges.orm or judges.genrm), progress="pool",
     )  # fmt: skip
     rewards = np.array(judges.scores(args.reward, samples)).reshape(len(pool), args.select_samples)
     return rewards.mean(1).tolist(), (rewards >= 0.5).mean(1).tolist()
@@ -537,8 +550,15 @@ def main(argv: list[str]) -> None:
         found = [common.load_problems(name, "train")[0 if args.pool else len(train) :] for name in names]
         pool = [problem for problems in found for problem in problems]
         domains = [name for name, problems in zip(names, found, strict=True) for _ in problems]
+        taken = {problem.question for problem in train}
+        new = [i for i, problem in enumerate(pool) if problem.question not in taken]
+        pool, domains = [pool[i] for i in new], [domains[i] for i in new]
         if not pool:
-            raise common.UserError("--select: --limit-train leaves no question of --dataset for the pool")
+            raise common.UserError("--select: there is no question in the pool that is not trained on already")
+        if len({problem.id for problem in train + pool}) < len(train + pool):
+            raise common.UserError(
+                "--pool: two files of one name; rename one, because samples are kept by name and line"
+            )
     if args.reward == "dense" and not any(common.computed_values(p.reference or "") for p in train):
         raise common.UserError(f"--reward dense: --dataset {args.dataset} has no solutions with <<a+b=c>> annotations")
     if args.curriculum == "backtracking" and not any(p.reference for p in train):
@@ -564,31 +584,42 @@ def main(argv: list[str]) -> None:
     if rank:
         lora = Lora(policy, rank)
         trained, reference, reference_mode, merged = lora, policy, lora.off, lora.merged
-    run.begin()
-
-    # 0. references to compare with, and the questions of the pool
-    everything = train + pool
-    route = ["verifier"] * len(everything)
+    everything, route = train + pool, ["verifier"] * len(train + pool)
     if judges.genrm:
         hide_answers = 1.0 if args.reward == "genrm" else args.hide_answers
         route = routes(everything, hide_answers, args.hide_solutions, args.seed)
-        bare = [problem for problem, r in zip(everything, route, strict=True) if r == "best"]
+        domains = [f"{domain}, {r}" for domain, r in zip(domains, route[len(train) :], strict=True)]  # other scales
+    bare = [problem for problem, r in zip(everything, route, strict=True) if r == "best"]
+    if bare and not judges.orm:
+        raise common.UserError(f"{len(bare)} questions have no solution to compare with; --orm must pick a sample")
+    if args.curriculum == "verifiable_first" and "verifier" not in route[: len(train)]:
+        raise common.UserError("--curriculum verifiable_first: no question is left whose answer can be checked")
+    run.begin()
+
+    # 0. references to compare with, and the questions of the pool; a restart takes what was chosen before
+    if judges.genrm:
         golden = [problem for problem, r in zip(everything, route, strict=True) if r == "gold"]
         judges.references = {p.id: (p.solution or p.reference).strip() for p in golden}
-        if bare and not judges.orm:
-            raise common.UserError(f"{len(bare)} questions have no solution to compare with; --orm must pick a sample")
-        judges.references |= best_of_n(policy, bare, judges.orm, run, args) if bare else {}
+        judges.golden = set(judges.references)
+        file = run.out / "samples" / "references.json"
+        if bare and not run.state:
+            common.write_json(file, best_of_n(policy, bare, judges.orm, run, args))
+        judges.references |= common.on_first(lambda: common.read_json(file)) if bare else {}
     if args.select:
-        scores, passed = score_pool(policy, pool, judges, run, args)
-        chosen = choose(args.select, scores, passed, domains, args.select_fraction, args.seed)
-        z, kept = standardised(scores, domains), set(chosen)
-        questions = [
-            {"id": p.id, "domain": domains[i], "score": scores[i], "passed": passed[i], "standardised": z[i], "chosen": i in kept}
-            for i, p in enumerate(pool)
-        ]  # fmt: skip
-        common.write_json(
-            run.out / "selection.json", {"model": args.model, "select": args.select, "questions": questions}
-        )
+        file = run.out / "selection.json"
+        if not run.state:
+            scores, passed = score_pool(policy, pool, judges, run, args)
+            kept = set(choose(args.select, scores, passed, domains, args.select_fraction, args.seed))
+            questions = [
+                {"id": p.id, "domain": d, "score": s, "passed": share, "standardised": z, "chosen": i in kept}
+                for i, (p, d, s, share, z) in enumerate(
+                    zip(pool, domains, scores, passed, standardised(scores, domains).tolist(), strict=True)
+                )
+            ]
+            common.write_json(file, {"model": args.model, "select": args.select, "questions": questions})
+        rows = common.on_first(lambda: common.read_json(file)["questions"])
+        chosen = [i for i, row in enumerate(rows) if row["chosen"]]
+        scores = [row["score"] for row in rows]
         train, route = train + [pool[i] for i in chosen], route[: len(train)] + [route[len(train) + i] for i in chosen]
         print(f"{len(chosen)} of {len(pool)} questions of the pool chosen, scored {np.mean([scores[i] for i in chosen]):.3f} "
               f"on average (all: {np.mean(scores):.3f}); {len(train)} to train on")  # fmt: skip
@@ -751,17 +782,21 @@ def main(argv: list[str]) -> None:
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")
 
 
-def genrm_metrics(judges: Judges, samples: list[common.Sample], rewards: list[np.ndarray]) -> dict[str, float]:
+def genrm_metrics(judges: Judges, samples: list[common.Sample], rewards: list[np.ndarray]) -> dict[str, float | None]:
     """Of the samples that the generative reward model judged: the share of wrong ones that it finds as good as the
-    reference, and of all that it finds better, which beside a gold solution none is."""
+    reference; of those beside a gold solution the share that it finds better, which none is. None where there are none."""
     judged = [
-        (float(reward.sum()), sample.correct)
+        (sample.problem.id in judges.golden, sample.correct, float(reward.sum()))
         for sample, reward in zip(samples, rewards, strict=True) if sample.problem.id in judges.references
     ]  # fmt: skip
+
+    def mean(values: list) -> float | None:
+        return float(np.mean(values)) if values else None
+
     return {
-        "half_if_wrong": common.share([score >= 0.5 for score, correct in judged if not correct] or [0]),
-        "above_half": common.share([score > 0.5 for score, _ in judged] or [0]),
-        "score_if_right": float(np.mean([score for score, correct in judged if correct] or [0])),
+        "half_if_wrong": mean([score >= 0.5 for _, correct, score in judged if not correct]),
+        "above_half": mean([score > 0.5 for golden, _, score in judged if golden]),
+        "score_if_right": mean([score for _, correct, score in judged if correct]),
     }
 
 

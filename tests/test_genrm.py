@@ -174,7 +174,7 @@ def test_routes_hide_the_shares_asked_for_and_the_same_ones_again():
 
 def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, genrm):
     checked, hidden = PROBLEMS[:2]
-    judges = ppo.Judges(genrm=genrm, references={hidden.id: hidden.reference.strip()})
+    judges = ppo.Judges(genrm=genrm, references={hidden.id: hidden.reference.strip()}, golden={hidden.id})
     texts = [
         (checked, checked.reference),
         (checked, wrong(checked)),
@@ -191,7 +191,9 @@ def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, gen
     assert [r[-1] for r in rewards] == pytest.approx(scores) and not any(r[:-1].any() for r in rewards)
     metrics = ppo.genrm_metrics(judges, samples, rewards)
     assert metrics["score_if_right"] == pytest.approx(0.5, abs=1e-6)
-    assert metrics["half_if_wrong"] == float(expected[1] >= 0.5)
+    assert metrics["half_if_wrong"] == float(expected[1] >= 0.5) and metrics["above_half"] == (expected[1] > 0.5) / 2
+    nothing = ppo.genrm_metrics(judges, samples[:2], rewards[:2])
+    assert set(nothing.values()) == {None}  # where it judged nothing, nothing was measured
     samples[3].finished = False
     assert judges.scores("hybrid", samples)[3] == 0
 
@@ -255,7 +257,8 @@ def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path
     for name, flags in runs.items():
         assert cli(ppo, *argv, *flags, "--out", tmp_path / name)[0] == 0
         row = rows_of(tmp_path / name / "metrics.jsonl")[-1]
-        assert 0 <= row["half_if_wrong"] <= 1 and 0 <= row["above_half"] <= 1 and 0 <= row["reward"] <= 1
+        assert 0 <= row["half_if_wrong"] <= 1 and 0 <= row["reward"] <= 1
+        assert row["above_half"] is None if name == "best" else 0 <= row["above_half"] <= 1
     references = rows_of(tmp_path / "best" / "samples" / "references.jsonl")
     assert len(references) == 80
     first = [rows_of(tmp_path / name / "samples" / "phase_1.jsonl") for name in ("gold", "best")]
@@ -291,10 +294,17 @@ def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):  # noqa: F
     file.write_text("".join(json.dumps({"question": p.question, "answer": str(p.answer)}) + "\n" for p in PROBLEMS))
     other = tmp_path / "other.jsonl"
     other.write_text(file.read_text())
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "more.jsonl").write_text(file.read_text())
     assert cli(ppo, *argv, "--pool", file, other, "--out", tmp_path / "run")[0] == 0
     rows = json.loads((tmp_path / "run" / "selection.json").read_text())["questions"]
     assert {row["domain"] for row in rows} == {str(file), str(other)}
     assert all(row["id"].startswith(row["domain"].rsplit("/", 1)[1]) for row in rows)
+    assert not {row["id"].rsplit("/", 1)[1] for row in rows} & {
+        str(i) for i in range(20)
+    }  # those are trained on anyway
+    code, message = cli(ppo, *argv, "--pool", file, tmp_path / "again" / "more.jsonl", "--out", tmp_path / "twice")
+    assert code == 2 and "two files of one name" in message
 
 
 def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa: F811
@@ -304,6 +314,9 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa
         ["--select", "lowest", "--limit-train", "10", "--pool", "nowhere"],
         ["--select", "lowest", "--limit-train", "2300", "--selection", tmp_path / "missing.json"],
         ["--curriculum", "verifiable_first"],
+        ["--selection", tmp_path / "missing.json"],
+        ["--select", "floor", "--limit-train", "10", "--reward", "genrm"],
+        ["--add-outcome"],
         ["--curriculum", "verifiable_first", "--reward", "hybrid", "--hide-answers", "1"],
         ["--reward", "genrm", "--genrm", "nowhere/at/all"],
     ):

@@ -34,7 +34,10 @@ for seed in ${SEEDS:-0 1 2}; do
         run=$work/select_${name}_$seed scores=
         [ -f "$here/${name}_$seed/test.json" ] && continue
         case $name in
-            small_*) score_with_small $seed && scores="--selection $work/small_scores_$seed/selection.json" ;;
+            small_*)
+                score_with_small $seed
+                scores="--selection $work/small_scores_$seed/selection.json"
+                ;;
             floor | frontier | random | lowest?0) scores="--selection $work/select_lowest_$seed/selection.json" ;;
         esac
         python ppo.py --seed $seed --phases 12 --questions 64 --batch-size 64 --model "$work/sft_$seed/model" ${flags[$name]} $scores --out "$run" --resume
