@@ -24,7 +24,7 @@ import sft
 
 SFT = ["--epochs", "2", "--batch-size", "4", "--limit-eval", "16", "--max-new-tokens", "80", "--rows", "16"]
 EI = ["--model", "tiny", "--limit-train", "96", "--samples", "2", "--epochs", "2", "--limit-eval", "16", "--pass-k", "2",
-      "--max-new-tokens", "80", "--rows", "2"]  # fmt: skip
+      "--max-new-tokens", "80", "--rows", "16"]  # fmt: skip
 
 
 def run_cli(script, *argv, monkeypatch, capsys) -> tuple[int, str]:
@@ -327,7 +327,7 @@ def stop_after_changes(process: subprocess.Popen, out: Path, changes: int, how: 
 TINY = ["--model", "tiny", "--limit-eval", "8", "--max-new-tokens", "60", "--rows", "8"]
 KILLED = {  # script: (flags, SIGKILLs); of those with two, one Ctrl-C as well
     "sft": (SFT, 2),
-    "expert_iteration": (EI, 2),
+    "expert_iteration": ([*EI, "--limit-train", "40", "--limit-eval", "8", "--rows", "2"], 2),
     "ppo": (
         [*TINY, "--limit-train", "40", "--questions", "8", "--samples", "2", "--phases", "8", "--eval-every", "2"],
         2,
