@@ -132,6 +132,12 @@ class Problem:
         """The reference's arithmetic operations."""
         return None if self.reference is None else equations(self.reference)
 
+    @property
+    def gold(self) -> str | None:
+        """The right solution that comes with it, to compare others with."""
+        text = self.solution or self.reference
+        return text.strip() if text else None
+
 
 # The embedded task: a story is a plan of steps; each kind of step has an operation and sentences that say it.
 # {a}, {c}: persons, {x}, {y}: things, {v}: the first value, {b}: the operand, {w}: whom the question asks about.
@@ -690,16 +696,13 @@ class RewardModel(Policy):
         """For every sample the probability after each of its solution's tokens; the last one is its score. Equal texts are
         run once, and no more than `token_budget` tokens at a time."""
         keys = [(sample.problem.question, sample.text) for sample in samples]
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        examples = [self.encode(samples[i]) for i in first.values()]
-        found = []
-        for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget, share=True):
-            probabilities = self.log_odds([examples[i] for i in indices]).sigmoid().cpu()
-            rows = probabilities.split([len(examples[i][1]) for i in indices])
-            found += [(i, row.numpy()) for i, row in zip(indices, rows, strict=True)]
-        by_index, by_key = dict(gather(found)), {}
-        for i, key in enumerate(first):
-            by_key[key] = by_index[i]
+        distinct = dict(zip(keys, samples, strict=True))
+        found = in_batches(
+            lambda batch: by_example(self.log_odds(batch).sigmoid(), batch),
+            [self.encode(sample) for sample in distinct.values()],
+            token_budget,
+        )
+        by_key = dict(zip(distinct, found, strict=True))
         return [by_key[key] for key in keys]
 
     def grade(self, samples: Sequence["Sample"]) -> None:
@@ -762,17 +765,14 @@ class GenerativeRewardModel(Policy):
         """P(candidate is better) for every (problem, candidate, reference), with the candidate as A and as B:
         [comparisons, 2]. Equal ones are run once, and no more than `token_budget` tokens at a time."""
         keys = [(problem.question, candidate, reference) for problem, candidate, reference in comparisons]
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        examples = []
-        for problem, candidate, reference in (comparisons[i] for i in first.values()):
+        distinct, examples = dict(zip(keys, comparisons, strict=True)), []
+        for problem, candidate, reference in distinct.values():
             examples += [self.encode(problem, candidate, reference), self.encode(problem, reference, candidate)]
-        parts, found = [], np.zeros(len(examples))
-        for indices in token_batches([len(prompt) + 1 for prompt, _ in examples], token_budget, share=True):
-            parts.append((indices, self.log_odds([examples[i] for i in indices]).sigmoid().cpu().numpy()))
-        for indices, probabilities in gather(parts):
-            found[indices] = probabilities
-        found[1::2] = 1 - found[1::2]
-        by_key = dict(zip(first, found.reshape(-1, 2), strict=True))
+        found = np.array(
+            in_batches(lambda batch: self.log_odds(batch).sigmoid().tolist(), examples, token_budget)
+        ).reshape(-1, 2)
+        found[:, 1] = 1 - found[:, 1]
+        by_key = dict(zip(distinct, found, strict=True))
         return np.array([by_key[key] for key in keys]).reshape(-1, 2)
 
     def scores(self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int = 16384) -> list[float]:
@@ -796,10 +796,13 @@ def model_folder(name: str, flag: str = "--model") -> str:
             raise UserError(f"{flag} {name}: the folder holds no model (no config.json)")
         return str(path)
     if name == "tiny" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):  # neither a folder nor a hub name
-        script = {"runs/sft/model": "sft.py", "runs/reward_model/model": "reward_model.py"}
-        script["runs/genrm/model"] = "reward_model.py --kind genrm"
-        script = (script | {"runs/expert_iteration/model": "expert_iteration.py"}).get(name)
-        hint = f"; run `python {script}` first" if script else ""
+        scripts = {
+            "runs/sft/model": "sft.py",
+            "runs/expert_iteration/model": "expert_iteration.py",
+            "runs/reward_model/model": "reward_model.py",
+            "runs/genrm/model": "reward_model.py --kind genrm",
+        }
+        hint = f"; run `python {scripts[name]}` first" if name in scripts else ""
         raise UserError(f"{flag} {name}: no such folder{hint}")
     return name
 
@@ -1407,11 +1410,7 @@ def generate(
     if any(gather([interrupted])):
         raise KeyboardInterrupt
     if n_processes > 1:
-        found = gather([(i, done[i]) for i in mine])
-        by_id = {problem.id: problem for problem in problems}
-        for i, group in found:
-            for sample in group:
-                sample.problem = by_id[sample.problem.id]
+        for i, group in gather([(i, done[i]) for i in mine]):
             done[i] = group
     return [sample for group in done for sample in group]
 
@@ -1474,6 +1473,21 @@ def token_batches(lengths: Sequence[int], budget: int, share: bool = False) -> l
         else:
             groups.append([i])
     return groups
+
+
+def in_batches(run: Callable[[list[Example]], Iterable], examples: Sequence[Example], token_budget: int) -> list:
+    """run(batch), which returns something for each example of the batch, over all examples, `token_budget` tokens at a
+    time -> what it returned, in the order of the examples. Of several processes each runs a share, and all get all."""
+    found = []
+    for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget, share=True):
+        found += zip(indices, run([examples[i] for i in indices]), strict=True)
+    by_index = dict(gather(found))
+    return [by_index[i] for i in range(len(examples))]
+
+
+def by_example(flat: torch.Tensor, examples: Sequence[Example]) -> list[np.ndarray]:
+    """[response tokens of all examples, one after the other] -> an array for each example."""
+    return np.split(flat.cpu().numpy(), np.cumsum([len(response) for _, response in examples])[:-1])
 
 
 _halvings = collections.Counter()  # token budget -> how many times it had to be halved
@@ -1600,6 +1614,13 @@ def write_aside(path: Path):
     os.replace(aside, path)
 
 
+def append(path: Path, lines: str) -> None:
+    """Add to a file; of several processes only the first one does."""
+    if this_process()[0] == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(lines)
+
+
 def write_json(path: Path, value) -> None:
     with write_aside(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
@@ -1628,10 +1649,10 @@ class Run:
         ignored = ("out", "resume", "overwrite", "device", "checkpoint_every")
         self.settings = {key: value for key, value in vars(args).items() if key not in ignored}
         self.settings["script"] = Path(sys.argv[0]).name
-        self.resume, self.overwrite = args.resume, args.overwrite
-        self.replace, self.state = on_first(self._look)
+        self.replace, self.state = on_first(lambda: self._look(args.resume, args.overwrite))
+        self.kept = self.state["run"] if self.state else {"lines": 0, "seconds": 0.0}
 
-    def _look(self) -> tuple[list[str], dict | None]:
+    def _look(self, resume: bool, overwrite: bool) -> tuple[list[str], dict | None]:
         """What to replace in the folder, and what its checkpoint holds."""
         models = {key: self.settings.get(key) for key in ("model", "base", "orm", "genrm")}
         self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items() if name}
@@ -1643,7 +1664,7 @@ class Run:
         logged = self.metrics_file.exists() and self.metrics_file.stat().st_size
         occupied = [name for name in folders if any((self.out / name).glob("*"))] + ["metrics.jsonl"] * bool(logged)
         state = None
-        if occupied and self.resume:
+        if occupied and resume:
             before = read_json(self.settings_file)
             changed = sorted(k for k in self.settings.keys() | before.keys() if before.get(k) != self.settings.get(k))
             if changed:
@@ -1655,18 +1676,21 @@ class Run:
                     raise UserError(
                         f"{self.state_file}: not a checkpoint of this program ({first_line(error)})"
                     ) from None
-        elif occupied and not self.overwrite:
+        elif occupied and not overwrite:
             raise UserError(
                 f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
                 "or choose another --out"
             )
-        return [] if self.resume else occupied, state
+        return [] if resume else occupied, state
 
     def begin(self) -> None:
         """Make the folder ready. Called when everything the run needs has been loaded: until then nothing is touched."""
         on_first(self._prepare)
-        kept = self.state["run"] if self.state else {"lines": 0, "seconds": 0.0}
-        self.lines, self.started, self.saved = kept["lines"], time.monotonic() - kept["seconds"], time.monotonic()
+        self.lines, self.started, self.saved = (
+            self.kept["lines"],
+            time.monotonic() - self.kept["seconds"],
+            time.monotonic(),
+        )
         signal.signal(signal.SIGINT, self._interrupt)
 
     def _prepare(self) -> None:
@@ -1677,10 +1701,9 @@ class Run:
         write_json(self.settings_file, self.settings)
         if (self.out / "model.old").exists() and not (self.out / "model").exists():  # killed between two renames
             (self.out / "model.old").rename(self.out / "model")
-        kept = self.state["run"] if self.state else {"lines": 0, "seconds": 0.0}
         lines = self.metrics_file.read_text().splitlines(keepends=True) if self.metrics_file.exists() else []
         with write_aside(self.metrics_file) as file:  # what was logged after the checkpoint will be logged again
-            file.write("".join(lines[: kept["lines"]]).encode())
+            file.write("".join(lines[: self.kept["lines"]]).encode())
 
     def _interrupt(self, *_):
         if self.interrupted:
@@ -1692,9 +1715,7 @@ class Run:
         """Append one object to metrics.jsonl and show it."""
         row = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in metrics.items()}
         row = {"step": row.pop("step"), "seconds": round(time.monotonic() - self.started, 1)} | row
-        if this_process()[0] == 0:
-            with open(self.metrics_file, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        append(self.metrics_file, json.dumps(row) + "\n")
         self.lines += 1
         tqdm.write(
             "  ".join(
@@ -1738,8 +1759,9 @@ def sample_to_file(
 ) -> list[Sample]:
     """`generate`, written to `path` as JSON lines a group of problems at a time. Groups that are complete in the file
     are read back instead of sampled again, so that an interrupted round loses one group at most; with as many rows and
-    processes the groups are the same after a restart, and so are, to the last bit, the samples. `how`: the arguments of `generate`, `samples` and
-    `rows` among them. Token ids and log-probabilities are not kept: a round of K = 96 would fill gigabytes."""
+    processes the groups are the same after a restart, and so are, to the last bit, the samples. `how`: the arguments of
+    `generate`, `samples` and `rows` among them. Token ids and log-probabilities are not kept: a round of K = 96 would fill
+    gigabytes."""
     per_problem = how["samples"]
     rows = how["rows"] * this_process()[1]
     group = max(1, 32 * rows // per_problem)  # long enough that the emptying of the rows at its end is rare
@@ -1763,9 +1785,7 @@ def sample_to_file(
             stop=lambda: bool(run and run.interrupted),
             **how | {"progress": label},
         )
-        if this_process()[0] == 0:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(sample.to_json() + "\n" for sample in new))
+        append(path, "".join(sample.to_json() + "\n" for sample in new))
         for sample in new:
             sample.tokens, sample.logprobs = (), ()
         samples += new
@@ -1841,6 +1861,11 @@ def powers_of_two(n: int) -> list[int]:
 def share(flags: Iterable[bool]) -> float:
     """The share of true ones."""
     return float(np.mean(list(flags)))
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean, None of nothing."""
+    return float(np.mean(values)) if len(values) else None
 
 
 def dev_metrics(

@@ -5,9 +5,12 @@ Objective, for question q and sampled solution s with tokens s_1 ... s_T:
     maximise   E_{q, s ~ pi} [ R(q, s)  -  kl_coef * sum_t ( log pi(s_t | q, s_<t) - log pi_ref(s_t | q, s_<t) ) ]
 
 "Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), its PPO, on the clipped
-surrogate of "Proximal Policy Optimization Algorithms" (Schulman et al. 2017). A phase is
+surrogate of "Proximal Policy Optimization Algorithms" (Schulman et al. 2017).
 
-    0. choose the questions to train on from a pool (--select), once, with the initial policy
+    0. once, with the initial policy: choose the questions to train on from a pool (--select)
+
+Then, in every phase,
+
     1. draw questions (--curriculum) and sample solutions from the policy
     2. task reward of every token: 1 at the end of a correct solution (--reward dense: also along the way; --reward orm:
        what a reward model thinks of it; --reward genrm, hybrid: how it compares with a reference solution)
@@ -21,7 +24,7 @@ The value function is a trainable copy of the policy's top layers with a scalar 
 them, through which no gradient flows (--no-detach-value: it does). With --lora-rank the policy is the initial model plus
 low-rank adapters, and the reference is the same network with the adapters off: there is no second one.
 
-Phase 0, the rewards genrm and hybrid and the curriculum verifiable_first are those of "Exploring Data Scaling Trends and
+Step 0, the rewards genrm and hybrid and the curriculum verifiable_first are those of "Exploring Data Scaling Trends and
 Effects in RLHF" (Shen et al. 2025), mapped to word problems.
 
 Where this differs from the paper: full fine-tuning of a tiny model, as the default one; learning rates and the
@@ -228,10 +231,10 @@ def routes(problems: list[common.Problem], hide_answers: float, hide_solutions: 
     solution or beside the best of several samples. hide_answers: share that the verifier cannot check; hide_solutions:
     share of these without a gold solution, to which those that never had one are added."""
     order = np.random.default_rng([seed, 3]).permutation(len(problems))
-    hidden = order[: round(hide_answers * len(problems))].tolist()
-    bare = set(hidden[: round(hide_solutions * len(hidden))])
-    bare |= {i for i in hidden if not (problems[i].solution or problems[i].reference)}
-    return ["verifier" if i not in set(hidden) else "best" if i in bare else "gold" for i in range(len(problems))]
+    order = order[: round(hide_answers * len(problems))].tolist()
+    hidden, bare = set(order), set(order[: round(hide_solutions * len(order))])
+    bare |= {i for i in hidden if not problems[i].gold}
+    return ["verifier" if i not in hidden else "best" if i in bare else "gold" for i in range(len(problems))]
 
 
 def best_of_n(
@@ -510,12 +513,11 @@ class Rollouts:
 
 
 def add_gradient(
-    forward: Callable, rollouts: Rollouts, minibatch: list[int], clip: float, value_clip: float, places: list[int],
-    value_only: bool,
+    forward: Callable, rollouts: Rollouts, minibatch: list[int], n_tokens: int, clip: float, value_clip: float,
+    places: list[int], value_only: bool,
 ) -> list[float]:  # fmt: skip
-    """Add the gradient of the samples at these places of the minibatch -> what they add to its mean policy loss, value
-    loss, share of clipped ratios, and KL from the policy that sampled."""
-    n_tokens = int(rollouts.real[minibatch].sum())
+    """Add the gradient of the samples at these places of the minibatch, which has `n_tokens` response tokens -> what they
+    add to its mean policy loss, value loss, share of clipped ratios, and KL from the policy that sampled."""
     indices = [minibatch[place] for place in places]
     mask = rollouts.real[indices]
     logprobs, values = forward([rollouts.examples[i] for i in indices])
@@ -541,7 +543,7 @@ def add_gradient(
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
 
-    # 0. problems, policy, reference, value function
+    # problems, policy, reference, value function
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
     pool, domains = [], []
@@ -599,7 +601,7 @@ def main(argv: list[str]) -> None:
     # 0. references to compare with, and the questions of the pool; a restart takes what was chosen before
     if judges.genrm:
         golden = [problem for problem, r in zip(everything, route, strict=True) if r == "gold"]
-        judges.references = {p.id: (p.solution or p.reference).strip() for p in golden}
+        judges.references = {problem.id: problem.gold for problem in golden}
         judges.golden = set(judges.references)
         file = run.out / "samples" / "references.json"
         if bare and not run.state:
@@ -657,6 +659,14 @@ def main(argv: list[str]) -> None:
             logprobs = common.response_logprobs(policy, examples, args.temperature)
         return logprobs, critic.values(policy, examples)
 
+    def look_back(examples: list[common.Example]) -> list[tuple]:
+        """For every response its log-probabilities, its values, and its log-probabilities under the reference."""
+        logprobs, values = forward(examples)
+        with reference_mode():
+            ref_logprobs = common.response_logprobs(reference, examples, args.temperature)
+        parts = (common.by_example(flat, examples) for flat in (logprobs, values, ref_logprobs))
+        return list(zip(*parts, strict=True))
+
     if progress["phase"] == 0:
         run.log(step=0, samples=0, tokens=0, phase=0, **evaluate(0))
 
@@ -681,17 +691,10 @@ def main(argv: list[str]) -> None:
         lengths = [len(response) for _, response in examples]
         old_logprobs, ref_logprobs, old_values = (torch.zeros(len(samples), max(lengths)) for _ in range(3))
         with torch.no_grad():
-            found = []
-            for indices in common.token_batches([len(p) + len(r) for p, r in examples], args.token_budget, share=True):
-                batch = [examples[i] for i in indices]
-                logprobs, values = forward(batch)
-                with reference_mode():
-                    ref = common.response_logprobs(reference, batch, args.temperature)
-                found.append((indices, logprobs.cpu(), values.cpu(), ref.cpu()))
-            for indices, *parts in common.gather(found):
-                for table, flat in zip((old_logprobs, old_values, ref_logprobs), parts, strict=True):
-                    for i, row in zip(indices, flat.split([lengths[i] for i in indices]), strict=True):
-                        table[i, : lengths[i]] = row
+            found = common.in_batches(look_back, examples, args.token_budget)
+        for i, parts in enumerate(found):
+            for table, row in zip((old_logprobs, old_values, ref_logprobs), parts, strict=True):
+                table[i, : lengths[i]] = torch.from_numpy(row)
         sampled = torch.from_numpy(np.concatenate([sample.logprobs for sample in samples]))
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [samples, longest]
         task = torch.zeros(len(samples), max(lengths))
@@ -723,7 +726,7 @@ def main(argv: list[str]) -> None:
                 minibatch = order[first : first + args.batch_size]
                 n_tokens = sum(lengths[i] for i in minibatch)
                 backward = functools.partial(
-                    add_gradient, forward, rollouts, minibatch, args.clip, value_clip, value_only=warming
+                    add_gradient, forward, rollouts, minibatch, n_tokens, args.clip, value_clip, value_only=warming
                 )
                 sizes = [len(examples[i][0]) + lengths[i] for i in minibatch]
                 sums = common.backward_in_parts(sizes, args.token_budget, backward, weights + critic_weights)
@@ -790,13 +793,10 @@ def genrm_metrics(judges: Judges, samples: list[common.Sample], rewards: list[np
         for sample, reward in zip(samples, rewards, strict=True) if sample.problem.id in judges.references
     ]  # fmt: skip
 
-    def mean(values: list) -> float | None:
-        return float(np.mean(values)) if values else None
-
     return {
-        "half_if_wrong": mean([score >= 0.5 for _, correct, score in judged if not correct]),
-        "above_half": mean([score > 0.5 for golden, _, score in judged if golden]),
-        "score_if_right": mean([score for _, correct, score in judged if correct]),
+        "half_if_wrong": common.mean([score >= 0.5 for _, correct, score in judged if not correct]),
+        "above_half": common.mean([score > 0.5 for golden, _, score in judged if golden]),
+        "score_if_right": common.mean([score for _, correct, score in judged if correct]),
     }
 
 

@@ -87,12 +87,6 @@ def training_data(samples: list[common.Sample]) -> tuple[list[common.Sample], li
     return [sample for sample, _ in distinct.values()], [weight for _, weight in distinct.values()]
 
 
-def gold(problem: common.Problem) -> str | None:
-    """The right solution that comes with a problem."""
-    text = problem.solution or problem.reference
-    return text.strip() if text else None
-
-
 def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[list[tuple], list[float]]:
     """What a generative reward model learns from: (problem, A, B) and P(A is better). At most `n_pairs` of a kind and
     question: wrong and gold 0, right and gold 0.5, right and wrong 1; or the other way round with 1 less that. One of a
@@ -100,7 +94,7 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
     and the beginning of this one's, both 0."""
     asked, targets, rng, previous = [], [], np.random.default_rng([seed, 2]), ""
     for group in common.by_problem(samples):
-        problem, reference = group[0].problem, gold(group[0].problem)
+        problem, reference = group[0].problem, group[0].problem.gold
         right, wrong = (
             list(dict.fromkeys(common.first_solution(s.text).strip() for s in group if s.correct == kind))
             for kind in (True, False)
@@ -140,6 +134,12 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     return float((rank[labels].sum() - n_right * (n_right + 1) / 2) / pairs) if pairs else None
 
 
+def auc_within(samples: list[common.Sample], scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """The AUC over the pairs of one question, mean over the questions that have both kinds: what reranking needs."""
+    groups = np.split(np.arange(len(samples)), np.cumsum([len(g) for g in common.by_problem(samples)])[:-1])
+    return common.mean([auc(scores[g], labels[g]) for g in groups if 0 < labels[g].sum() < len(g)])
+
+
 def reliability(scores: np.ndarray, labels: np.ndarray, bins: int = 10) -> list[dict]:
     """Bins of equal width over the scores: how many fall in, their mean score, and the share that is right."""
     where = np.minimum((scores * bins).astype(int), bins - 1)
@@ -176,8 +176,6 @@ def quality(samples: list[common.Sample], probabilities: list[np.ndarray]) -> di
     """What the ORM is worth on the samples of questions that it was not trained on; see README.md for the keys."""
     labels = np.array([sample.correct for sample in samples])
     scores = np.array([p[-1] for p in probabilities], np.float64)
-    groups = np.split(np.arange(len(samples)), np.cumsum([len(g) for g in common.by_problem(samples)])[:-1])
-    within = [auc(scores[g], labels[g]) for g in groups if 0 < labels[g].sum() < len(g)]
     table = reliability(scores, labels)
     at = {
         place: np.array([p[min(len(p) - 1, int(place * len(p)))] for p in probabilities])
@@ -187,7 +185,7 @@ def quality(samples: list[common.Sample], probabilities: list[np.ndarray]) -> di
         "base_rate": float(labels.mean()),
         "accuracy": common.share((scores >= 0.5) == labels),
         "auc": auc(scores, labels),
-        "auc_within": float(np.mean(within)) if within else None,
+        "auc_within": auc_within(samples, scores, labels),
         "calibration_error": calibration_error(table),
         "by_position": [
             {"position": place, "accuracy": common.share((p >= 0.5) == labels), "auc": auc(p, labels)}
@@ -204,7 +202,7 @@ NONSENSE = {"empty": "", "colon": ":", "thinking": "Thought process:", "question
 def genrm_quality(samples: list[common.Sample], genrm: common.GenerativeRewardModel, token_budget: int) -> dict:
     """What a generative reward model is worth on the samples of questions that it was not trained on, beside the gold
     solution (or, where there is none, the question's first right sample, whose question is left out if it has none)."""
-    references = {group[0].problem.id: gold(group[0].problem) for group in common.by_problem(samples)}
+    references = {group[0].problem.id: group[0].problem.gold for group in common.by_problem(samples)}
     for sample in samples:
         if references[sample.problem.id] is None and sample.correct:
             references[sample.problem.id] = common.first_solution(sample.text).strip()
@@ -221,13 +219,11 @@ def genrm_quality(samples: list[common.Sample], genrm: common.GenerativeRewardMo
         ).mean(1)
         for name, text in NONSENSE.items()
     }
-    groups = np.split(np.arange(len(samples)), np.cumsum([len(g) for g in common.by_problem(samples)])[:-1])
-    within = [auc(scores[g], labels[g]) for g in groups if 0 < labels[g].sum() < len(g)]
-    mean = lambda values: float(np.mean(values)) if len(values) else None  # noqa: E731
+    mean = common.mean
     return {
         "base_rate": float(labels.mean()),
         "auc": auc(scores, labels),
-        "auc_within": mean(within),
+        "auc_within": auc_within(samples, scores, labels),
         "score_if_right": mean(scores[labels]),
         "score_if_wrong": mean(scores[~labels]),
         "half_if_wrong": mean(scores[~labels] >= 0.5),

@@ -279,6 +279,13 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
     return row
 
 
+def shown_number(value: float | None) -> str:
+    """In three digits, or whole."""
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     policy = common.Policy(args.model, args.device, args.dtype)
@@ -306,7 +313,7 @@ def main(argv: list[str]) -> None:
                 theirs.get("wasted"),
                 (theirs.get("peak_memory_bytes") or 0) / 1e6,
             ]
-            print("".join(f"{'-' if c is None else c if isinstance(c, int) else f'{c:.3g}' if c < 1000 else f'{c:.0f}':>15}" for c in cells))  # fmt: skip
+            print("".join(f"{shown_number(cell):>15}" for cell in cells))
             for engine in ENGINES:
                 if "error" in row.get(engine, {}):
                     print(f"  {engine}: {row[engine]['error']}")

@@ -5,8 +5,7 @@
 # checked, a quarter gold, a quarter best; hybrid_first: the same with the verifiable questions first). Everything else is as in
 # ppo_0, ppo_1, ppo_2 of results/arithmetic, which are the line of the verifier. Restartable.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-here=results/genrm work=${WORK:-runs/results}
+source "$(dirname "$0")/../steps.sh"
 declare -A flags=(
     [gold]="--reward genrm"
     [best]="--reward genrm --hide-solutions 1"
@@ -22,12 +21,9 @@ for seed in ${SEEDS:-0 1 2}; do
         mkdir -p "$here/genrm_$seed" && cp "$genrm"/{args.json,metrics.jsonl,quality.json} "$here/genrm_$seed/"
     fi
     for name in ${VARIANTS:-gold best hybrid hybrid_first}; do
-        run=$work/genrm_ppo_${name}_$seed
         [ -f "$here/${name}_$seed/test.json" ] && continue
-        python ppo.py --seed $seed --model "$work/sft_$seed/model" --orm "$orm/model" --genrm "$genrm/model" ${flags[$name]} \
-            --out "$run" --resume
-        python evaluate.py --model "$run/model" --samples 16 --seed $seed --resume --out "$run/test.json" >"$run/test.txt"
-        mkdir -p "$here/${name}_$seed" && cp "$run"/{args.json,metrics.jsonl,test.json} "$here/${name}_$seed/"
+        train_and_test "$work/genrm_ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" \
+            --orm "$orm/model" --genrm "$genrm/model" ${flags[$name]}
     done
 done
 python results/table.py "$here"

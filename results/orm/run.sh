@@ -3,8 +3,7 @@
 # test samples (32 each) and those of another policy (PPO), of which it saw none.
 # The policies come from results/arithmetic/run.sh. `run.sh train SEED` only trains the first. Restartable.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-here=results/orm work=${WORK:-runs/results}
+source "$(dirname "$0")/../steps.sh"
 
 train() { # name, student, seed
     [ -f "$here/$1_$3/quality.json" ] && [ -d "$work/$1_$3/model" ] && return

@@ -3,8 +3,7 @@
 # same seeds, start (SFT) and number of rollouts. 18 runs of about six minutes on one core. Restartable: what is finished is
 # skipped, what was interrupted goes on. The policies of SFT come from results/arithmetic/run.sh.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-here=results/ppo_variants work=${WORK:-runs/results}
+source "$(dirname "$0")/../steps.sh"
 declare -A flags=(
     [kl0]="--kl-coef 0"
     [attached]="--no-detach-value"
@@ -14,13 +13,11 @@ declare -A flags=(
 )
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-kl0 attached dense orm orm_dense}; do
-        run=$work/ppo_${name}_$seed orm=$work/orm_$seed/model
+        orm=$work/orm_$seed/model
         [ -f "$here/${name}_$seed/test.json" ] && continue
         [[ $name != orm* || -d $orm ]] || bash results/orm/run.sh train $seed
-        python ppo.py --seed $seed --model "$work/sft_$seed/model" --orm "$orm" ${flags[$name]} --out "$run" --resume
-        python evaluate.py --model "$run/model" --samples 16 --seed $seed --resume --out "$run/test.json" >"$run/test.txt"
-        mkdir -p "$here/${name}_$seed"
-        cp "$run"/{args.json,metrics.jsonl,test.json} "$here/${name}_$seed/"
+        train_and_test "$work/ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" --orm "$orm" \
+            ${flags[$name]}
     done
 done
 python results/table.py "$here"

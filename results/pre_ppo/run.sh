@@ -5,8 +5,7 @@
 # same: 12 phases of 64 questions with 4 samples, 3,072 in all. small_*: the scores are those of a smaller model (0.12 million
 # parameters, made by tiny/make.py in two minutes). The policies come from results/arithmetic/run.sh. Restartable.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-here=results/pre_ppo work=${WORK:-runs/results}
+source "$(dirname "$0")/../steps.sh"
 declare -A flags=(
     [original]="--limit-train 230"
     [all]=""
@@ -40,9 +39,8 @@ for seed in ${SEEDS:-0 1 2}; do
                 ;;
             floor | frontier | random | lowest?0) scores="--selection $work/select_lowest_$seed/selection.json" ;;
         esac
-        python ppo.py --seed $seed --phases 12 --questions 64 --batch-size 64 --model "$work/sft_$seed/model" ${flags[$name]} $scores --out "$run" --resume
-        python evaluate.py --model "$run/model" --samples 16 --seed $seed --resume --out "$run/test.json" >"$run/test.txt"
-        mkdir -p "$here/${name}_$seed" && cp "$run"/{args.json,metrics.jsonl,test.json} "$here/${name}_$seed/"
+        train_and_test "$run" ${name}_$seed $seed ppo.py --phases 12 --questions 64 --batch-size 64 \
+            --model "$work/sft_$seed/model" ${flags[$name]} $scores
         [ $name != lowest ] || cp "$run/selection.json" "$here/${name}_$seed/"
     done
 done

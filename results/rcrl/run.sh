@@ -5,8 +5,7 @@
 # controls have no labels: all right solutions (up to 3,200), which is what expert iteration would train on; the 1,600 that
 # are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/arithmetic/run.sh. Restartable.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-here=results/rcrl work=${WORK:-runs/results}
+source "$(dirname "$0")/../steps.sh"
 declare -A flags=(
     [ratio1]="--ratio 1 --check-labels 200"
     [ratio10]="--ratio 10"

@@ -1,0 +1,18 @@
+# What the run.sh of the folders share, to be sourced. A record, $here/NAME_SEED, is what is kept in the repository; a run,
+# with its weights and samples, lies under $work. Whoever wants a run made again deletes its record.
+cd "$(dirname "$0")"
+here=results/${PWD##*/}
+cd ../..
+work=${WORK:-runs/results}
+
+test_and_record() { # run folder, name of the record, seed[, model]
+    python evaluate.py --model "${4:-$1/model}" --samples 16 --seed "$3" --resume --out "$1/test.json" >"$1/test.txt"
+    mkdir -p "$here/$2"
+    for file in args.json metrics.jsonl test.json; do [ ! -f "$1/$file" ] || cp "$1/$file" "$here/$2/"; done
+}
+
+train_and_test() { # run folder, name of the record, seed, script and its flags
+    local run=$1 name=$2 seed=$3 script=$4 && shift 4
+    python "$script" --seed "$seed" "$@" --out "$run" --resume
+    test_and_record "$run" "$name" "$seed"
+}
