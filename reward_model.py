@@ -44,7 +44,7 @@ import torch
 
 import common
 
-GENRM_DEFAULTS = {"out": "runs/genrm", "lr": 5e-4, "epochs": 2, "batch_size": 16}
+GENRM_DEFAULTS = {"out": "runs/genrm", "lr": 5e-4, "epochs": 3, "batch_size": 8}
 
 
 def parse_args(argv: list[str]):
@@ -54,7 +54,7 @@ def parse_args(argv: list[str]):
     )  # fmt: skip
     add = parser.add_argument
     add("--kind", choices=["orm", "genrm"], default="orm", help="outcome reward model, or generative: a language model that "
-        "compares a solution with a reference (then --out runs/genrm --lr 5e-4 --epochs 2 --batch-size 16)")  # fmt: skip
+        "compares a solution with a reference (then --out runs/genrm --lr 5e-4 --epochs 3 --batch-size 8)")  # fmt: skip
     add("--base", help="weights that the reward model starts from (default: those of --model, the student)")
     add("--pairs", type=common.number(int, 1), default=4, help="genrm: at most so many comparisons of each of the three "
         "kinds per question")  # fmt: skip
