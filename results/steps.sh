@@ -5,10 +5,15 @@ here=results/${PWD##*/}
 cd ../..
 work=${WORK:-runs/results}
 
+keep() { # name of the record, files ...: those that exist, with the paths of runs as they are by default
+    local to=$here/$1 && shift
+    mkdir -p "$to"
+    for file in "$@"; do [ ! -f "$file" ] || sed "s#$work/#runs/results/#g" "$file" >"$to/${file##*/}"; done
+}
+
 test_and_record() { # run folder, name of the record, seed[, model]
     python evaluate.py --model "${4:-$1/model}" --samples 16 --seed "$3" --resume --out "$1/test.json" >"$1/test.txt"
-    mkdir -p "$here/$2"
-    for file in args.json metrics.jsonl test.json; do [ ! -f "$1/$file" ] || cp "$1/$file" "$here/$2/"; done
+    keep "$2" "$1"/{args.json,metrics.jsonl,test.json}
 }
 
 train_and_test() { # run folder, name of the record, seed, script and its flags

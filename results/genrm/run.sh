@@ -18,7 +18,7 @@ for seed in ${SEEDS:-0 1 2}; do
     if [ ! -d "$genrm/model" ] || [ ! -f "$here/genrm_$seed/quality.json" ]; then
         python reward_model.py --kind genrm --seed $seed --model "$work/sft_$seed/model" --out "$genrm" --resume \
             --train-samples "$orm/samples/train.jsonl"
-        mkdir -p "$here/genrm_$seed" && cp "$genrm"/{args.json,metrics.jsonl,quality.json} "$here/genrm_$seed/"
+        keep genrm_$seed "$genrm"/{args.json,metrics.jsonl,quality.json}
     fi
     for name in ${VARIANTS:-gold best hybrid hybrid_first}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue

@@ -8,17 +8,16 @@ source "$(dirname "$0")/../steps.sh"
 train() { # name, student, seed
     [ -f "$here/$1_$3/quality.json" ] && [ -d "$work/$1_$3/model" ] && return
     python reward_model.py --seed "$3" --model "$work/$2_$3/model" --out "$work/$1_$3" --resume
-    mkdir -p "$here/$1_$3" && cp "$work/$1_$3"/{args.json,metrics.jsonl} "$here/$1_$3/"
-    cp "$work/$1_$3/quality.json" "$here/$1_$3/"
+    keep $1_$3 "$work/$1_$3"/{args.json,metrics.jsonl,quality.json}
 }
 
 rerank() { # orm, policy, seed
     local name=$1_on_$2_$3
     [ -f "$here/$name/test.json" ] && return
-    mkdir -p "$here/$name"
+    mkdir -p "$work/$name"
     python evaluate.py --model "$work/$2_$3/model" --orm "$work/$1_$3/model" --samples 32 --seed "$3" --resume \
-        --out "$work/$name.json" >"$work/$name.txt"
-    cp "$work/$name.json" "$here/$name/test.json"
+        --out "$work/$name/test.json" >"$work/$name/test.txt"
+    keep $name "$work/$name/test.json"
 }
 
 if [ "${1:-}" = train ]; then

@@ -24,8 +24,7 @@ score_with_small() { # seed; the phase of PPO that follows the scoring does not 
     python sft.py --seed "$1" --model "$work/small" --out "$work/small_sft_$1" --resume
     python ppo.py --seed "$1" --model "$work/small_sft_$1/model" --limit-train 230 --select lowest --phases 1 \
         --out "$work/small_scores_$1" --resume
-    mkdir -p "$here/small_scores_$1"
-    cp "$work/small_scores_$1/selection.json" "$work/small_sft_$1/metrics.jsonl" "$here/small_scores_$1/"
+    keep small_scores_$1 "$work/small_scores_$1/selection.json" "$work/small_sft_$1/metrics.jsonl"
 }
 
 for seed in ${SEEDS:-0 1 2}; do
@@ -41,7 +40,7 @@ for seed in ${SEEDS:-0 1 2}; do
         esac
         train_and_test "$run" ${name}_$seed $seed ppo.py --phases 12 --questions 64 --batch-size 64 \
             --model "$work/sft_$seed/model" ${flags[$name]} $scores
-        [ $name != lowest ] || cp "$run/selection.json" "$here/${name}_$seed/"
+        [ $name != lowest ] || keep ${name}_$seed "$run/selection.json"
     done
 done
 python results/table.py "$here"

@@ -24,14 +24,13 @@ for seed in ${SEEDS:-0 1 2}; do
             --out "$run" --resume
         extra=
         for on in bad none good; do
-            samples=4 && [ $on != good ] || samples=16
+            samples=4 file=$on && [ $on != good ] || samples=16 file=test
             [[ $name != control* || $on = good ]] || continue
             condition="--condition $on" && [[ $name != control* ]] || condition=
-            python evaluate.py --model "$run/model" $condition --samples $samples --seed $seed --resume --out "$run/$on.json" >"$run/$on.txt"
+            python evaluate.py --model "$run/model" $condition --samples $samples --seed $seed --resume \
+                --out "$run/$file.json" >"$run/$file.txt"
         done
-        mkdir -p "$to" && cp "$run"/{args.json,metrics.jsonl} "$to/"
-        for on in bad none; do [ ! -f "$run/$on.json" ] || cp "$run/$on.json" "$to/$on.json"; done
-        cp "$run/good.json" "$to/test.json"
+        keep ${name}_$seed "$run"/{args.json,metrics.jsonl,bad.json,none.json,test.json}
     done
 done
 python results/table.py "$here"
