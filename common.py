@@ -49,6 +49,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
+# On Linux, large CPU tensors in pages of 2 MB, which torch asks for if this is set before its first tensor: the key cache
+# is read up to 1.6 times as fast, and growing it costs fewer page faults.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class UserError(Exception):
@@ -887,7 +890,9 @@ class PagedCache:
     matrix product makes a copy first."""
 
     def __init__(self, longest_prompt: int, on_growth: Callable[[], None]):
-        self.prompts, self.own = [], []  # per layer [keys, values]: [slots or pages, key heads, tokens, head_dim] each
+        # per layer [keys, values]: [slots or pages, key heads, tokens, head_dim] each, but own values
+        # [pages, key heads, head_dim, tokens]: for the product of so few rows this order is the faster one
+        self.prompts, self.own = [], []
         self.free = {"prompts": [], "own": []}  # heaps: the lowest first, so that those in use lie together
         self.longest_prompt, self.on_growth = longest_prompt, on_growth
         self.recorded = None  # while prompts are run: per layer (keys, values)
@@ -896,8 +901,9 @@ class PagedCache:
         if self.recorded is not None:
             self.recorded.append((keys, values))
             return keys, values
-        for pages, new in zip(self.own[layer], (keys, values), strict=True):
-            pages[self.page, :, self.place] = new[:, :, 0].to(pages.dtype)
+        own_keys, own_values = self.own[layer]
+        own_keys[self.page, :, self.place] = keys[:, :, 0].to(own_keys.dtype)
+        own_values[self.page, :, :, self.place] = values[:, :, 0].to(own_values.dtype)
         return _CachedLayer(self, layer), _CachedLayer(self, layer)
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -909,7 +915,9 @@ class PagedCache:
         old = len(layers[0][0])
         if size > old:
             for layer in layers:
-                layer[:] = [torch.cat([t, t.new_zeros(size - old, *t.shape[1:])]) for t in layer]
+                for i, t in enumerate(layer):
+                    layer[i] = t.new_zeros(size, *t.shape[1:])
+                    layer[i][:old] = t
             self.free[pool] += range(old, size)  # larger than all others, so it stays a heap
             self.on_growth()
 
@@ -945,9 +953,11 @@ class PagedCache:
         recorded, self.recorded = self.recorded, None
         for keys, values in recorded if not self.own else ():
             # under autocast keys come in float32 and values in bfloat16, which is what attention works in
-            empty = [t.new_zeros(0, t.shape[1], 0, t.shape[3], dtype=values.dtype) for t in (keys, values)]
-            self.prompts.append([t.new_zeros(0, t.shape[1], self.longest_prompt, t.shape[3]) for t in empty])
-            self.own.append([t.new_zeros(0, t.shape[1], PAGE, t.shape[3]) for t in empty])
+            (_, heads, _, width), (_, _, _, value_width) = keys.shape, values.shape
+            prompts = (heads, self.longest_prompt, width), (heads, self.longest_prompt, value_width)
+            own = (heads, PAGE, width), (heads, value_width, PAGE)
+            self.prompts.append([values.new_zeros(0, *shape) for shape in prompts])
+            self.own.append([values.new_zeros(0, *shape) for shape in own])
         if not len(self.own[0][0]):
             self.reserve("own", 1)
             self.take("own", 1)  # page 0 belongs to no sample: it stands for "none" in a row's table
@@ -962,7 +972,6 @@ class PagedCache:
         which position the first of them stands (`starts` [rows]), and where."""
         self.ages, self.starts, self.view, self.biases = ages, starts, view, {}
         self.page, self.place = view.table.gather(1, ages[:, None] // PAGE)[:, 0], ages % PAGE
-        self.no_page = (view.table == 0)[..., None, None, None]
 
     def bias(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """0 where the query of a row sees a key and -1e30 where it does not: for prompts [slots, 1, readers, 1, keys] and
@@ -1027,13 +1036,20 @@ def paged_attention(module, query, key, value, attention_mask, scaling=None, sli
     own_keys, own_values = (t[: len(view.own_row)] for t in cache.own[key.layer])
     rows, heads, _, head_dim = query.shape
     scaled = (query[:, :, 0] * (scaling or head_dim**-0.5)).to(own_keys.dtype).unflatten(1, (own_keys.shape[1], -1))
-    mean, weight = attend(scaled[view.grid].transpose(1, 2), prompt_keys, prompt_values, prompt_bias)
+    mean, weight = attend(at(scaled, view.grid).transpose(1, 2), prompt_keys, prompt_values, prompt_bias)
     mean, weight = (t[view.slot, :, view.reader] for t in (mean, weight))  # [rows, key heads, heads per key head, ...]
-    own_mean, own_weight = attend(scaled[view.own_row, :, None], own_keys, own_values, own_bias)
-    own_weight = own_weight[:, :, 0][view.table].masked_fill(cache.no_page, -torch.inf)  # [rows, pages of a row, ...]
-    share = torch.cat([weight[:, None], own_weight], 1).softmax(1)
-    out = mean * share[:, 0] + (own_mean[:, :, 0][view.table] * share[:, 1:]).sum(1)
+    own_mean, own_weight = attend(at(scaled, view.own_row)[:, :, None], own_keys, own_values.mT, own_bias)
+    own_mean, own_weight = own_mean[:, :, 0], own_weight[:, :, 0]  # [pages, key heads, heads per key head, ...]
+    # what a page holds that its row does not see, as all of page 0 and of pages of no row, has a weight of e^-1e30
+    total = torch.cat([weight[:, None], at(own_weight, view.table)], 1).logsumexp(1)
+    own = own_mean * (own_weight - at(total, view.own_row)).exp()
+    out = mean * (weight - total).exp() + at(own, view.table).sum(1)
     return out.reshape(rows, 1, heads, -1).to(query.dtype), None
+
+
+def at(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """table[places], for whole rows of a table: several times as fast on a CPU."""
+    return table.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 AttentionInterface.register("paged_attention", paged_attention)
@@ -1064,21 +1080,36 @@ def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
 
     logits [rows, vocabulary], which are overwritten, uniforms [rows] -> tokens [rows] and their log-probabilities [rows]
     under that distribution. temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
-    logits = logits.float()
+    logits, size = logits.float(), logits.shape[-1]
     if temperature not in (0, 1):
         logits.div_(temperature)
-    top, tokens = logits.max(-1, keepdim=True)
-    weights = logits.sub_(top).exp_()
-    cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1:]
-    if (
-        temperature > 0
-    ):  # below the total even after rounding, so that no token of probability 0 behind the last one is drawn
-        target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cumulative, target, right=True)
-        tokens = tokens.clamp_(max=logits.shape[-1] - 1)  # NaN: caught later
-    tiny = torch.finfo(total.dtype).tiny
-    return tokens[:, 0], (weights.gather(-1, tokens) / total).clamp_min_(tiny).log()[:, 0]
+    weights = logits.softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:  # first which block of the vocabulary, then where in the block: no sums over all of it, which are slow
+        whole = size // BLOCK
+        blocks = weights[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).sum(-1)
+        blocks = torch.cat([blocks, weights[:, whole * BLOCK :].sum(-1, keepdim=True)], 1)
+        block, rest = search(blocks, uniforms[:, None] * blocks.sum(-1, keepdim=True))
+        places = block * BLOCK + torch.arange(BLOCK, device=logits.device)
+        inside = weights.gather(1, places.clamp(max=size - 1)).masked_fill_(places >= size, 0)
+        tokens = block * BLOCK + search(inside, rest)[0]
+        tokens = tokens.clamp_(max=size - 1)  # NaN: caught later
+    tiny = torch.finfo(weights.dtype).tiny
+    return tokens[:, 0], weights.gather(-1, tokens).clamp_min_(tiny).log()[:, 0]
+
+
+BLOCK = 256  # of the vocabulary
+
+
+def search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In which of the stretches of the lengths `weights` [rows, stretches], laid end to end, `target` [rows, 1] falls, and
+    how far behind its beginning. Never one of length 0, nor beyond the last one, whatever the rounding."""
+    ends = weights.cumsum(-1)
+    total = ends[:, -1:]
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(ends, target, right=True).clamp_(max=weights.shape[-1] - 1)
+    return place, (target - ends.gather(1, place) + weights.gather(1, place)).clamp_min_(0)
 
 
 def decode(

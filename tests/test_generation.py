@@ -135,6 +135,26 @@ def test_sampled_tokens_follow_the_softmax(temperature):
     torch.testing.assert_close(logprobs, torch.log_softmax(logits / temperature, -1)[tokens])
 
 
+@pytest.mark.parametrize("size", [3, 256, 700])
+def test_tokens_are_those_of_the_inverse_cdf(size):
+    """The vocabulary is searched in blocks of 256: the same tokens as from one sum over all of it, in float64."""
+    rng = np.random.default_rng(size)
+    logits = torch.from_numpy(rng.normal(0, 3, (2000, size)))
+    logits[:, : size // 2][rng.random((2000, size // 2)) < 0.3] = -torch.inf
+    logits[:500, 256:512] = -torch.inf  # a block that is never drawn
+    logits[500:1000, 512:] = -torch.inf  # nor is the last one
+    uniforms = rng.random(2000, np.float32)
+    uniforms[::7] = 1 - 2**-24
+    tokens, _ = common.pick_tokens(logits.float(), torch.from_numpy(uniforms), 1.0)
+    probabilities = torch.softmax(logits, -1).numpy()
+    ends = probabilities.cumsum(1)
+    expected = (ends <= uniforms[:, None] * ends[:, -1:]).sum(1)
+    edge = np.abs(ends - uniforms[:, None]).min(1) < 1e-6  # float32 may fall on either side
+    assert edge[::7].all() and edge.mean() < 0.2
+    assert (tokens.numpy() == expected)[~edge].all()
+    assert (probabilities[np.arange(2000), tokens] > 0).all()
+
+
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.25, 0.5, 0.75, 1 - 2**-24):
