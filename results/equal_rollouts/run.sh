@@ -5,6 +5,7 @@ set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 for seed in ${SEEDS:-0 1 2}; do
     [ -f "$here/ppo_$seed/test.json" ] && continue
-    train_and_test "$work/ppo_36_$seed" ppo_$seed $seed ppo.py --model "$work/sft_$seed/model" --phases 36
+    train_and_test "$work/ppo_36_$seed" ppo_$seed $seed ppo.py --model "$work/sft_$seed/model" --phases 36 \
+        --pass-k 8
 done
 python results/table.py "$here"

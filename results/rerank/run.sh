@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Every method's policy with the reward model of results/orm, which was trained on the SFT policy's samples: maj@1, maj@32,
 # rerank@32 and pass@32 of the same 32 samples per test problem, three seeds. For SFT and PPO they are in results/orm. The
-# policies come from results/arithmetic, results/orm and results/rcrl. Restartable.
+# policies come from results/arithmetic and results/rcrl. Restartable.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${POLICIES:-ei rcrl_ratio10 ppo_base ei_base}; do
+    for name in ${POLICIES:-ei rcrl_ratio10}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         mkdir -p "$work/rerank_${name}_$seed"
         python evaluate.py --model "$work/${name}_$seed/model" --orm "$work/orm_$seed/model" --samples 32 --seed $seed --resume \
