@@ -91,7 +91,7 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
     """What a generative reward model learns from: (problem, A, B) and P(A is better). At most `n_pairs` of a kind and
     question: wrong and gold 0, right and gold 0.5, right and wrong 1; or the other way round with 1 less that. One of a
     kind that no policy samples, but one that is optimised against the model finds: the gold solution of another question,
-    and the beginning of this one's, both 0."""
+    and the beginning of this one's, of any length and often a short one, both 0."""
     asked, targets, rng, previous = [], [], np.random.default_rng([seed, 2]), ""
     for group in common.by_problem(samples):
         problem, reference = group[0].problem, group[0].problem.gold
@@ -104,7 +104,8 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
         pairs += [(r, reference, 0.5) for r in right[:n_pairs] if reference]
         if reference:
             others = [previous] if previous and not common.is_correct(previous, problem.answer) else []
-            others += [reference[: rng.integers(1, max(2, reference.find(common.MARKER)))]]
+            end = max(1, reference.find(common.MARKER))
+            others += [reference[: int(end ** rng.random() - 0.5)]]  # as often 1 to 4 characters as 10 to 40, or none
             pairs += [(text, reference, 0.0) for text in others]
             previous = reference
         n_mixed = min(n_pairs, len(right) * len(wrong))
