@@ -1,7 +1,7 @@
 """Figures of the recorded runs (needs matplotlib, which the scripts do not): `python results/plot.py`.
 
 results/methods.png       expert iteration and PPO over rollouts: greedy accuracy, and the chance of one right among eight
-results/sft_epochs.png    what more epochs of SFT do to the greedy accuracy and to pass@16
+results/sft_epochs.png    what more epochs of SFT do to the greedy accuracy and to pass@8
 results/rcrl.png          return-conditioned RL: mixtures and what the policy is conditioned on
 results/ppo_rewards.png   PPO with each kind of reward: exact accuracy, what the reward says, and the KL, over rollouts
 results/ppo_stability.png PPO with and without the KL penalty and the detached value branch
@@ -119,7 +119,7 @@ def over_epochs() -> None:
     names = {int(re.search(r"epochs(\d+)_", f.name)[1]) for f in RESULTS.glob("sft_epochs/epochs*_0")}
     last = {epochs: [log[-1] for log in recorded(f"sft_epochs/epochs{epochs}")] for epochs in sorted(names)}
     shown, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
-    for axis, key, title in zip(axes, ("maj@1", "pass@16"), ("greedy solutions right", "any of 16 samples right"), strict=True):  # fmt: skip
+    for axis, key, title in zip(axes, ("maj@1", "pass@8"), ("greedy solutions right", "any of 8 samples right"), strict=True):  # fmt: skip
         n_seeds = min(map(len, last.values()))
         band(axis, list(last), [[rows[s][key] for rows in last.values()] for s in range(n_seeds)], "tab:blue", "SFT")
         axis.set(xlabel="epochs of SFT on 24 solutions", ylabel=f"{title} (share of 256 dev problems)", xscale="log")
