@@ -49,9 +49,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
-# On Linux, large CPU tensors in pages of 2 MB, which torch asks for if this is set before its first tensor: the key cache
-# is read up to 1.6 times as fast, and growing it costs fewer page faults.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class UserError(Exception):
