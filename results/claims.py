@@ -1,0 +1,119 @@
+"""The numbers behind README.md's table of claims: `python results/claims.py`.
+
+Differences are between runs of the same seed, with the 95 % interval of their mean over the seeds (Student's t)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from compare import paired
+
+RESULTS = Path(__file__).parent
+
+
+def test(name: str, metric: str, file: str = "test.json") -> dict[int, float]:
+    """seed -> a metric on the test split; name: folder/method"""
+    found = {
+        int(f.parent.name.rsplit("_", 1)[1]): json.loads(f.read_text()) for f in RESULTS.glob(f"{name}_[0-9]/{file}")
+    }
+    return {seed: report[metric]["value"] for seed, report in sorted(found.items())}
+
+
+def dev(name: str, key: str, **where) -> dict[int, float]:
+    """seed -> a metric on dev in the row of metrics.jsonl with these values, or in the last row"""
+    found = {}
+    for file in sorted(RESULTS.glob(f"{name}_[0-9]/metrics.jsonl")):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [row for row in rows if key in row and all(row.get(k) == v for k, v in where.items())]
+        if rows:
+            found[int(file.parent.name.rsplit("_", 1)[1])] = rows[-1][key]
+    return found
+
+
+def show(what: str, values: dict[int, float], control: dict[int, float] | None = None) -> None:
+    each = ", ".join(f"{v:.3f}" for v in values.values())
+    if not values:
+        print(f"  {what}: no runs")
+    elif control is None:
+        print(f"  {what}: {np.mean(list(values.values())):.3f} ({each})")
+    else:
+        pairs, apart = paired(values, control)
+        print(f"  {what}: {apart}; by seed {', '.join(f'{p:+.3f}' for p in pairs)}")
+
+
+print("C1 expert iteration reaches at least PPO's maj@1")
+show("test maj@1, ei - ppo", test("arithmetic/ei", "maj@1"), test("arithmetic/ppo", "maj@1"))
+show(
+    "dev maj@1, ei after 9,216 samples - ppo after 10,240",
+    dev("arithmetic/ei", "maj@1", round=1),
+    dev("arithmetic/ppo", "maj@1", phase=20),
+)
+show(
+    "test maj@1, ei - ppo with as many samples (18,432)",
+    test("arithmetic/ei", "maj@1"),
+    test("equal_rollouts/ppo", "maj@1"),
+)
+show("from the base, test maj@1, ei - ppo", test("arithmetic/ei_base", "maj@1"), test("arithmetic/ppo_base", "maj@1"))
+
+print("C2 more epochs of SFT: maj@1 up, pass@n down")
+for epochs in (2, 8, 32):
+    show(f"dev maj@1 after {epochs} epochs", dev(f"sft_epochs/epochs{epochs}", "maj@1"))
+    show(f"dev pass@8 after {epochs} epochs", dev(f"sft_epochs/epochs{epochs}", "pass@8"))
+show("maj@1, 32 epochs - 8", dev("sft_epochs/epochs32", "maj@1"), dev("sft_epochs/epochs8", "maj@1"))
+show("pass@8, 32 epochs - 8", dev("sft_epochs/epochs32", "pass@8"), dev("sft_epochs/epochs8", "pass@8"))
+for metric in ("maj@1", "pass@16", "distinct@16"):
+    show(
+        f"test {metric}, 840 updates on the 24 - 12",
+        test("arithmetic/sft_more", metric),
+        test("arithmetic/sft", metric),
+    )
+
+print("C3 RL raises maj@1 without losing pass@n, but does not pass SFT's pass@n")
+for method in ("ppo", "ei"):
+    for metric in ("maj@1", "pass@16"):
+        show(f"test {metric}, {method} - sft", test(f"arithmetic/{method}", metric), test("arithmetic/sft", metric))
+
+print("C4 dense and ORM rewards help sample efficiency, not the final score")
+for reward in ("dense", "orm", "orm_dense"):
+    for phase in (4, 8):
+        show(
+            f"dev maj@1 at phase {phase}, {reward} - sparse",
+            dev(f"ppo_variants/{reward}", "maj@1", phase=phase),
+            dev("arithmetic/ppo", "maj@1", phase=phase),
+        )
+    show(f"test maj@1, {reward} - sparse", test(f"ppo_variants/{reward}", "maj@1"), test("arithmetic/ppo", "maj@1"))
+
+print("C5 expert iteration with K = 4 ends a few points below large K")
+for k in (1, 16):
+    for n in (1, 2):
+        show(
+            f"dev maj@1 after round {n}, K = {k} - K = 4",
+            dev(f"ei_samples/k{k}", "maj@1", round=n),
+            dev("arithmetic/ei", "maj@1", round=n),
+        )
+    for metric in ("maj@1", "pass@16"):
+        show(f"test {metric}, K = {k} - K = 4", test(f"ei_samples/k{k}", metric), test("arithmetic/ei", metric))
+
+print("C6 restarting from the base beats continuing")
+for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+    show(f"test {metric}, restart - continue", test("arithmetic/ei", metric), test("ei_continue/continue", metric))
+
+print("C7 RCRL stays below expert iteration; 1:1 is the worst ratio")
+for ratio in (1, 10, 100):
+    show(f"test maj@1, rcrl {ratio}:1 - ei", test(f"rcrl/ratio{ratio}", "maj@1"), test("arithmetic/ei", "maj@1"))
+for ratio in (10, 100):
+    show(f"test maj@1, rcrl 1:1 - {ratio}:1", test("rcrl/ratio1", "maj@1"), test(f"rcrl/ratio{ratio}", "maj@1"))
+
+print("C8 the KL penalty and the detached value branch keep PPO stable")
+for variant in ("kl0", "attached"):
+    show(f"test maj@1, {variant} - ppo", test(f"ppo_variants/{variant}", "maj@1"), test("arithmetic/ppo", "maj@1"))
+    show(f"last KL to the initial policy, {variant}", dev(f"ppo_variants/{variant}", "kl_k3"))
+show("last KL to the initial policy, ppo", dev("arithmetic/ppo", "kl_k3"))
+
+print("C9 RL without SFT closes most of the gap to SFT + RL (less than 10 points remain)")
+for method in ("ppo", "ei"):
+    show(
+        f"test maj@1, {method} from the base - from SFT",
+        test(f"arithmetic/{method}_base", "maj@1"),
+        test(f"arithmetic/{method}", "maj@1"),
+    )
