@@ -1,14 +1,18 @@
 # What the run.sh of the folders share, to be sourced. A record, $here/NAME_SEED, is what is kept in the repository; a run,
-# with its weights and samples, lies under $work. Whoever wants a run made again deletes its record.
+# with its weights and samples, lies under $work. Whoever wants a run made again deletes its record, and its run if there is one.
 cd "$(dirname "$0")"
 here=results/${PWD##*/}
 cd ../..
 work=${WORK:-runs/results}
 
 keep() { # name of the record, files ...: those that exist, with the paths of runs as they are by default
-    local to=$here/$1 && shift
+    local to=$here/$1 file text && shift
     mkdir -p "$to"
-    for file in "$@"; do [ ! -f "$file" ] || sed "s#$work/#runs/results/#g" "$file" >"$to/${file##*/}"; done
+    for file in "$@"; do
+        [ -f "$file" ] || continue
+        text=$(<"$file")
+        printf '%s\n' "${text//"$work/"/runs/results/}" >"$to/unfinished" && mv "$to/unfinished" "$to/${file##*/}"
+    done
 }
 
 test_and_record() { # run folder, name of the record, seed[, model]

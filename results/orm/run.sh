@@ -6,7 +6,6 @@ set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 
 train() { # name, student, seed
-    [ -f "$here/$1_$3/quality.json" ] && [ -d "$work/$1_$3/model" ] && return
     python reward_model.py --seed "$3" --model "$work/$2_$3/model" --out "$work/$1_$3" --resume
     keep $1_$3 "$work/$1_$3"/{args.json,metrics.jsonl,quality.json}
 }
@@ -25,7 +24,7 @@ if [ "${1:-}" = train ]; then
     exit
 fi
 for seed in ${SEEDS:-0 1 2}; do
-    train orm sft $seed
+    train orm sft $seed # returns at once where it is done
     rerank orm sft $seed
     rerank orm ppo $seed
 done

@@ -15,7 +15,7 @@ for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-kl0 attached dense orm orm_dense}; do
         orm=$work/orm_$seed/model
         [ -f "$here/${name}_$seed/test.json" ] && continue
-        [[ $name != orm* || -d $orm ]] || bash results/orm/run.sh train $seed
+        [[ $name != orm* ]] || bash results/orm/run.sh train $seed
         train_and_test "$work/ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" --orm "$orm" \
             ${flags[$name]}
     done

@@ -30,13 +30,13 @@ score_with_small() { # seed; the phase of PPO that follows the scoring does not 
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-original all lowest floor frontier random lowest20 lowest50 small_lowest small_frontier}; do
         run=$work/select_${name}_$seed scores=
-        [ -f "$here/${name}_$seed/test.json" ] && continue
+        [ -f "$here/${name}_$seed/test.json" ] && [[ $name != lowest || -f $here/lowest_$seed/selection.json ]] && continue
         case $name in
             small_*)
                 score_with_small $seed
                 scores="--selection $work/small_scores_$seed/selection.json"
                 ;;
-            floor | frontier | random | lowest?0) scores="--selection $work/select_lowest_$seed/selection.json" ;;
+            floor | frontier | random | lowest?0) scores="--selection $here/lowest_$seed/selection.json" ;;
         esac
         train_and_test "$run" ${name}_$seed $seed ppo.py --phases 12 --questions 64 --batch-size 64 \
             --model "$work/sft_$seed/model" ${flags[$name]} $scores

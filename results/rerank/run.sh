@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every method's policy with the reward model of results/orm, which was trained on the SFT policy's samples: maj@1, maj@32,
-# rerank@32 and pass@32 of the same 32 samples per test problem, three seeds. For SFT and PPO they are in results/orm. The
+# Every method's policy with the reward model of results/orm, which was trained on the SFT policy's samples: maj@32,
+# rerank@32 and pass@32 of the same 32 samples per test problem, and the greedy maj@1, three seeds. For SFT and PPO they are in results/orm. The
 # policies come from results/arithmetic and results/rcrl. Restartable.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
