@@ -49,7 +49,6 @@ show(
     dev("arithmetic/ei", "maj@1", round=1),
     dev("arithmetic/ppo", "maj@1", phase=20),
 )
-show("test maj@1, ei - ppo (both 18,432)", test("arithmetic/ei", "maj@1"), test("equal_rollouts/ppo", "maj@1"))
 show(
     "from the base, dev maj@1, ei after 18,432 samples - ppo after 10,240",
     dev("arithmetic/ei_base", "maj@1", round=1),

@@ -1,6 +1,6 @@
 """Figures of the recorded runs (needs matplotlib, which the scripts do not): `python results/plot.py`.
 
-results/methods.png       expert iteration and PPO over rollouts: greedy accuracy, and the chance of one right among eight
+results/methods.png       all methods: greedy accuracy over rollouts, beside pass@16, and how many different right solutions
 results/sft_epochs.png    what more epochs of SFT do to the greedy accuracy and to pass@8
 results/rcrl.png          return-conditioned RL: mixtures and what the policy is conditioned on
 results/ppo_rewards.png   PPO with each kind of reward: exact accuracy, what the reward says, and the KL, over rollouts
@@ -91,28 +91,49 @@ def band(axis, x: list, by_seed: list[list[float]], colour: str, label: str, sty
     axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
-def over_rollouts() -> None:
-    lines = [
-        ("ei_samples/k1", "tab:olive", "expert iteration, K = 1"), ("arithmetic/ei", "tab:purple", "expert iteration, K = 4"),
-        ("ei_samples/k16", "tab:cyan", "expert iteration, K = 16"), ("ei_continue/continue", "tab:brown", "the same, K = 4, never restarted"),
-        ("arithmetic/ei_base", "tab:gray", "from the base, K = 8"), ("equal_rollouts/ppo", "tab:blue", "PPO"),
-        ("arithmetic/ppo_base", "lightblue", "PPO from the base"),
-    ]  # fmt: skip
-    shown, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    for pattern, colour, label in lines:
-        logs = recorded(pattern)
-        for axis, key in zip(axes, ("maj@1", "pass@8"), strict=True):
-            rows = [[(row["samples"], row[key]) for row in log if row.get(key) is not None] for log in logs]
-            length = min(map(len, rows), default=0)  # a run of expert iteration ends when a round gains nothing
-            if length > 1 or (length and key == "pass@8"):
-                x = [samples for samples, _ in rows[0][:length]]
-                band(axis, x, [[value for _, value in row[:length]] for row in rows], colour, label)
-    for axis, title in zip(axes, ("share of greedy solutions right", "pass@8"), strict=True):
-        axis.set(xlabel="rollouts sampled for training", ylabel=f"{title} (256 dev problems)", xscale="symlog")
-        axis.set_xlim(left=0)
+METHODS = {  # folder/method: colour, name, whether its log is drawn over rollouts
+    "arithmetic/sft": ("tab:olive", "SFT", False),
+    "arithmetic/sft_more": ("gold", "SFT, 35 epochs", False),
+    "arithmetic/ppo": ("tab:blue", "PPO", True),
+    "arithmetic/ppo_base": ("lightblue", "PPO from the base", True),
+    "arithmetic/ei": ("tab:purple", "expert iteration, K = 4", True),
+    "ei_samples/k16": ("tab:cyan", "expert iteration, K = 16", True),
+    "ei_continue/continue": ("tab:brown", "expert iteration, K = 4, continued", True),
+    "arithmetic/ei_base": ("tab:gray", "expert iteration from the base, K = 8", True),
+    "rcrl/ratio10": ("tab:green", "RCRL, 10 : 1", False),
+}
+
+
+def methods() -> None:
+    shown, (rollouts, quality, distinct) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
+    for place, (pattern, (colour, label, over_rollouts)) in enumerate(METHODS.items()):
+        if over_rollouts and (logs := recorded(pattern)):
+            rows = [[(row["samples"], row["maj@1"]) for row in log if row.get("maj@1") is not None] for log in logs]
+            length = min(map(len, rows))  # expert iteration ends when a round gains nothing
+            x = [samples for samples, _ in rows[0][:length]]
+            band(rollouts, x, [[value for _, value in row[:length]] for row in rows], colour, label)
+        reports = recorded(pattern, "test.json")
+        first, last, count = (
+            [report[key]["value"] for report in reports] for key in ("maj@1", "pass@16", "distinct@16")
+        )
+        quality.plot(first, last, "o", color=colour, label=label, markersize=6)
+        if reports:
+            mean = np.mean(count)
+            distinct.barh(place, mean, 0.7, color=colour, xerr=[[mean - min(count)], [max(count) - mean]], capsize=3)
+    rollouts.set(xlabel="rollouts sampled for training", ylabel="share of greedy solutions right (256 dev problems)")
+    rollouts.set_xscale("symlog", linthresh=2048, linscale=0.5)
+    rollouts.set_xlim(left=0)
+    quality.set(
+        xlabel="maj@1: share of greedy solutions right (test)", ylabel="pass@16: any of 16 samples right (test)"
+    )
+    distinct.set(xlabel="distinct right solutions of 16 samples (test)", xlim=(0.8, 1.2))
+    distinct.set_yticks(range(len(METHODS)), [label for _, label, _ in METHODS.values()])
+    distinct.invert_yaxis()
+    for axis in (rollouts, quality, distinct):
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    shown.savefig(RESULTS / "methods.png", dpi=110)
+    rollouts.legend(fontsize=8, loc="lower right")
+    quality.legend(fontsize=8, loc="lower right")
+    shown.savefig(RESULTS / "methods.png", dpi=100)
 
 
 def over_epochs() -> None:
@@ -141,7 +162,8 @@ def conditioning() -> None:
         for i, (file, colour, label) in enumerate(kinds):
             values = [report["maj@1"]["value"] for report in recorded(f"rcrl/{name}", f"{file}.json")]
             if values:
-                x, control = place + 0.27 * (i - 1), name.startswith("control")
+                control = name.startswith("control")
+                x = place if control else place + 0.27 * (i - 1)
                 mean = np.mean(values)
                 axis.bar(x, mean, 0.25, color="tab:gray" if control else colour, label=None if place else f"conditioned on {label}".replace("conditioned on no", "no"),
                          yerr=[[mean - min(values)], [max(values) - mean]], capsize=3)  # fmt: skip
@@ -154,6 +176,6 @@ def conditioning() -> None:
     shown.savefig(RESULTS / "rcrl.png", dpi=110)
 
 
-over_rollouts()
+methods()
 over_epochs()
 conditioning()
