@@ -18,8 +18,8 @@ for file in sorted(folder.glob("*/test.json")):
     runs.setdefault(re.sub(r"_\d+$", "", file.parent.name), []).append(report)
 keys = dict.fromkeys(key for reports in runs.values() for key in reports[0])
 names = [key for key in keys if re.fullmatch(r"(maj|rerank|weighted|pass|distinct)@\d+( bad| none)?", key)]
-print("| method | seeds | " + " | ".join(names) + " | minutes |")
-print("|---" * (len(names) + 3) + "|")
+print("| method | seeds | " + " | ".join(names) + " | rollouts | minutes |")
+print("|---" * (len(names) + 4) + "|")
 for method, reports in runs.items():
     cells = []
     for name in names:
@@ -27,6 +27,7 @@ for method, reports in runs.items():
         spread = f" ({min(values):.3f} - {max(values):.3f})" if len(values) > 1 else ""
         cells.append(f"{sum(values) / len(values):.3f}{spread}" if values else "")
     logs = [p / "metrics.jsonl" for p in sorted(folder.glob(f"{method}_[0-9]")) if (p / "metrics.jsonl").exists()]
-    minutes = [json.loads(log.read_text().splitlines()[-1])["seconds"] / 60 for log in logs]
-    spent = f"{sum(minutes) / len(minutes):.1f}" if minutes else ""
-    print(f"| {method} | {len(reports)} | {' | '.join(cells)} | {spent} |")
+    last = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+    spent = f"{sum(row['seconds'] for row in last) / len(last) / 60:.1f}" if last else ""
+    drawn = f"{sum(row.get('samples', 0) for row in last) / len(last):,.0f}" if last else ""
+    print(f"| {method} | {len(reports)} | {' | '.join(cells)} | {drawn} | {spent} |")
