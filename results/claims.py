@@ -62,9 +62,9 @@ show(
 
 print("C2 more epochs of SFT: maj@1 up, pass@n down (dev, after the last epoch)")
 for key in ("maj@1", "pass@8"):
-    for epochs in (2, 4, 16):
+    for epochs in (2, 4):
         show(f"{key} after {epochs} epochs", dev(f"sft_epochs/epochs{epochs}", key))
-    for more, fewer in ((4, 2), (16, 4)):
+    for more, fewer in ((4, 2),):
         show(
             f"{key}, {more} epochs - {fewer}",
             dev(f"sft_epochs/epochs{more}", key),
