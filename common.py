@@ -1072,6 +1072,19 @@ def check_length(policy: Policy, length: int, what: str) -> None:
         raise UserError(f"{what} is {length} tokens long; the model has {policy.max_length} positions")
 
 
+BLOCK = 256  # of the vocabulary
+
+
+def search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In which of the stretches of the lengths `weights` [rows, stretches], laid end to end, `target` [rows, 1] falls, and
+    how far behind its beginning. Never one of length 0, nor beyond the last one, whatever the rounding."""
+    ends = weights.cumsum(-1)
+    total = ends[:, -1:]
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(ends, target, right=True).clamp_(max=weights.shape[-1] - 1)
+    return place, (target - ends.gather(1, place) + weights.gather(1, place)).clamp_min_(0)
+
+
 def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample from softmax(logits / temperature) by inverse CDF: one uniform number in [0, 1) a row.
 
@@ -1094,19 +1107,6 @@ def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
         tokens = tokens.clamp_(max=size - 1)  # NaN: caught later
     tiny = torch.finfo(weights.dtype).tiny
     return tokens[:, 0], weights.gather(-1, tokens).clamp_min_(tiny).log()[:, 0]
-
-
-BLOCK = 256  # of the vocabulary
-
-
-def search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In which of the stretches of the lengths `weights` [rows, stretches], laid end to end, `target` [rows, 1] falls, and
-    how far behind its beginning. Never one of length 0, nor beyond the last one, whatever the rounding."""
-    ends = weights.cumsum(-1)
-    total = ends[:, -1:]
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(ends, target, right=True).clamp_(max=weights.shape[-1] - 1)
-    return place, (target - ends.gather(1, place) + weights.gather(1, place)).clamp_min_(0)
 
 
 def decode(

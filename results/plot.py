@@ -84,10 +84,10 @@ def recorded(pattern: str, file: str = "metrics.jsonl") -> list:
     return [[json.loads(line) for line in f.read_text().splitlines()] if file.endswith("l") else json.loads(f.read_text()) for f in files]  # fmt: skip
 
 
-def band(axis, x: list, by_seed: list[list[float]], colour: str, label: str, style: str = "o-") -> None:
+def band(axis, x: list, by_seed: list[list[float]], colour: str, label: str) -> None:
     """The mean over the seeds, and from the lowest to the highest."""
     y = np.array(by_seed)
-    axis.plot(x, y.mean(0), style, color=colour, label=f"{label} ({len(y)} seed{'s' * (len(y) > 1)})", markersize=3)
+    axis.plot(x, y.mean(0), "o-", color=colour, label=f"{label} ({len(y)} seed{'s' * (len(y) > 1)})", markersize=3)
     axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
@@ -158,14 +158,18 @@ def conditioning() -> None:
     }  # fmt: skip
     shown, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
     for place, name in enumerate(mixtures):
-        kinds = [("test", "tab:green", "[GOOD]"), ("bad", "tab:red", "[BAD]"), ("none", "tab:gray", "no label")]
+        kinds = [
+            ("test", "tab:green", "conditioned on [GOOD]"),
+            ("bad", "tab:red", "conditioned on [BAD]"),
+            ("none", "tab:gray", "no label"),
+        ]
         for i, (file, colour, label) in enumerate(kinds):
             values = [report["maj@1"]["value"] for report in recorded(f"rcrl/{name}", f"{file}.json")]
             if values:
                 control = name.startswith("control")
                 x = place if control else place + 0.27 * (i - 1)
                 mean = np.mean(values)
-                axis.bar(x, mean, 0.25, color="tab:gray" if control else colour, label=None if place else f"conditioned on {label}".replace("conditioned on no", "no"),
+                axis.bar(x, mean, 0.25, color="tab:gray" if control else colour, label=None if place else label,
                          yerr=[[mean - min(values)], [max(values) - mean]], capsize=3)  # fmt: skip
     sft = np.mean([report["maj@1"]["value"] for report in recorded("arithmetic/sft", "test.json")])
     axis.axhline(sft, color="black", linestyle=":", label="SFT")
