@@ -25,8 +25,8 @@ A question whose samples are all right or all wrong keeps its weight.
 2025): a language model that reads the question, a candidate and a reference and says which is better. Of the same samples
 it learns P(candidate is better) = 0 for a wrong one beside the gold solution, 0.5 for a right one beside it, and 1 for a
 right one beside a wrong one, each in a random order; its score is the mean over both orders. `ppo.py --reward genrm`
-maximises it. Two kinds of candidates that no policy samples (another question's solution, an unfinished one) are added as
-wrong: without them an empty text scored nearly as high as a right one.
+maximises it. Three kinds of candidates that no policy samples (the question repeated, another question's solution, an
+unfinished one) are added as wrong: without them an empty text scored nearly as high as a right one.
 
 CPU, after `python sft.py` (README.md has the measured numbers):
     python reward_model.py
@@ -89,9 +89,9 @@ def training_data(samples: list[common.Sample]) -> tuple[list[common.Sample], li
 
 def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[list[tuple], list[float]]:
     """What a generative reward model learns from: (problem, A, B) and P(A is better). At most `n_pairs` of a kind and
-    question: wrong and gold 0, right and gold 0.5, right and wrong 1; or the other way round with 1 less that. One of a
-    kind that no policy samples, but one that is optimised against the model finds: the gold solution of another question,
-    and the beginning of this one's, of any length and often a short one, both 0."""
+    question: wrong and gold 0, right and gold 0.5, right and wrong 1; or the other way round with 1 less that. One of each
+    kind that no policy samples, but one that is optimised against the model finds, all 0: the question instead of a
+    solution, the gold solution of another question, and the beginning of this one's, of any length and often a short one."""
     asked, targets, rng, previous = [], [], np.random.default_rng([seed, 2]), ""
     for group in common.by_problem(samples):
         problem, reference = group[0].problem, group[0].problem.gold
@@ -103,10 +103,10 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
         pairs = [(w, reference, 0.0) for w in wrong[:n_pairs] if reference]
         pairs += [(r, reference, 0.5) for r in right[:n_pairs] if reference]
         if reference:
-            others = [previous] if previous and not common.is_correct(previous, problem.answer) else []
             end = max(1, reference.find(common.MARKER))
-            others += [reference[: int(end ** rng.random() - 0.5)]]  # as often 1 to 4 characters as 10 to 40, or none
-            pairs += [(text, reference, 0.0) for text in others]
+            beginning = reference[: int(end ** rng.random() - 0.5)]  # as often 1 to 4 characters as 10 to 40, or none
+            others = [t for t in (problem.question, previous) if t and not common.is_correct(t, problem.answer)]
+            pairs += [(text, reference, 0.0) for text in (*others, beginning)]
             previous = reference
         n_mixed = min(n_pairs, len(right) * len(wrong))
         pairs += [(right[i % len(right)], wrong[i // len(right) % len(wrong)], 1.0) for i in range(n_mixed)]
