@@ -3,32 +3,18 @@
 Differences are between runs of the same seed, with the 95 % interval of their mean over the seeds (Student's t). A test
 metric is that of the epoch, round or phase with the best maj@1 on dev, and so says nothing of what came after it."""
 
-import json
-from pathlib import Path
-
 import numpy as np
-from compare import paired
-
-RESULTS = Path(__file__).parent
-
-
-def test(name: str, metric: str) -> dict[int, float]:
-    """seed -> a metric on the test split; name: folder/method"""
-    found = {
-        int(f.parent.name.rsplit("_", 1)[1]): json.loads(f.read_text()) for f in RESULTS.glob(f"{name}_[0-9]/test.json")
-    }
-    return {seed: report[metric]["value"] for seed, report in sorted(found.items())}
+from records import paired, recorded
+from records import test_metric as test
 
 
 def dev(name: str, key: str, **where) -> dict[int, float]:
-    """seed -> a metric on dev in the row of metrics.jsonl with these values, or in the last row"""
-    found = {}
-    for file in sorted(RESULTS.glob(f"{name}_[0-9]/metrics.jsonl")):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        rows = [row for row in rows if key in row and all(row.get(k) == v for k, v in where.items())]
-        if rows:
-            found[int(file.parent.name.rsplit("_", 1)[1])] = rows[-1][key]
-    return found
+    """seed -> a metric on dev in the row of metrics.jsonl with these values, or in the last row that has it"""
+    rows = {
+        seed: [row[key] for row in log if key in row and all(row.get(k) == v for k, v in where.items())]
+        for seed, log in recorded(name).items()
+    }
+    return {seed: values[-1] for seed, values in rows.items() if values}
 
 
 def show(what: str, values: dict[int, float], control: dict[int, float] | None = None) -> None:

@@ -8,17 +8,13 @@ results/ppo_stability.png PPO with and without the KL penalty and the detached v
 results/genrm.png         PPO rewarded by the answer check and by a generative reward model beside two kinds of references
 Lines are means over the seeds, bands (in bar charts, whiskers) reach from the lowest to the highest seed."""
 
-import json
-import re
-from pathlib import Path
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from records import RESULTS, methods, recorded, test_metric  # noqa: E402
 
-RESULTS = Path(__file__).parent
 COLOURS = {
     "sparse": "tab:blue", "dense": "tab:orange", "orm": "tab:green", "orm_dense": "tab:red", "kl0": "tab:brown",
     "attached": "tab:pink", "gold": "tab:orange", "best": "tab:red", "hybrid": "tab:green",
@@ -30,22 +26,27 @@ NAMES = {
 }  # fmt: skip
 
 
-def runs(name: str) -> list[list[dict]]:
-    """The metrics of every seed of a variant; "sparse" is PPO as it is by default."""
+def band(axis, logs: list[list[tuple]], style: str, colour: str, label: str) -> None:
+    """The mean over the seeds, and from the lowest to the highest; x of the first seed, as far as all of them go."""
+    length = min(map(len, logs))  # expert iteration ends when a round gains nothing
+    x = [x for x, _ in logs[0][:length]]
+    y = np.array([[value for _, value in log[:length]] for log in logs])
+    axis.plot(x, y.mean(0), style, color=colour, label=f"{label} ({len(y)} seed{'s' * (len(y) > 1)})", markersize=3)
+    axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
+
+
+def over_rollouts(axis, name: str, key: str, style: str, colour: str, label: str) -> None:
+    """A metric of a recorded method over the rollouts, if there is one."""
+    logs = [[(row["samples"], row[key]) for row in log if row.get(key) is not None] for log in recorded(name).values()]
+    if any(logs):
+        band(axis, logs, style, colour, label)
+
+
+def draw(axis, name: str, key: str, style: str = "-", suffix: str = "") -> None:
+    """A variant of PPO; "sparse" is PPO as it is by default."""
     folder = "genrm" if name in ("gold", "best", "hybrid") else "ppo_variants"
-    pattern = "arithmetic/ppo_[0-9]" if name == "sparse" else f"{folder}/{name}_[0-9]"
-    files = sorted(RESULTS.glob(f"{pattern}/metrics.jsonl"))
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-
-
-def draw(axis, name: str, key: str, style: str = "-", label: str | None = None) -> None:
-    logs = [[(row["samples"], row[key]) for row in log if row.get(key) is not None] for log in runs(name)]
-    if not logs:
-        return
-    x = [samples for samples, _ in logs[0]]
-    y = np.array([[value for _, value in log] for log in logs])
-    axis.plot(x, y.mean(0), style, color=COLOURS[name], label=label or f"{NAMES[name]} ({len(logs)} seeds)")
-    axis.fill_between(x, y.min(0), y.max(0), color=COLOURS[name], alpha=0.15, linewidth=0)
+    record = "arithmetic/ppo" if name == "sparse" else f"{folder}/{name}"
+    over_rollouts(axis, record, key, style, COLOURS[name], NAMES[name] + suffix)
 
 
 def figure(file: str, names: list[str], panels: list[tuple[str, str]], proxy: bool) -> None:
@@ -54,7 +55,7 @@ def figure(file: str, names: list[str], panels: list[tuple[str, str]], proxy: bo
         for name in names:
             draw(axis, name, key)
             if proxy and key == "correct" and name not in ("sparse", "dense"):
-                draw(axis, name, "reward", "--", f"{NAMES[name]}: its reward")
+                draw(axis, name, "reward", "--", ": its reward")
         axis.set(xlabel="rollouts", title=title)
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
@@ -78,19 +79,6 @@ figure(
 )  # fmt: skip
 
 
-def recorded(pattern: str, file: str = "metrics.jsonl") -> list:
-    """What the runs recorded, one entry a seed: the rows of metrics.jsonl, or the object in another file."""
-    files = sorted(RESULTS.glob(f"{pattern}_[0-9]/{file}"))
-    return [[json.loads(line) for line in f.read_text().splitlines()] if file.endswith("l") else json.loads(f.read_text()) for f in files]  # fmt: skip
-
-
-def band(axis, x: list, by_seed: list[list[float]], colour: str, label: str) -> None:
-    """The mean over the seeds, and from the lowest to the highest."""
-    y = np.array(by_seed)
-    axis.plot(x, y.mean(0), "o-", color=colour, label=f"{label} ({len(y)} seed{'s' * (len(y) > 1)})", markersize=3)
-    axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
-
-
 METHODS = {  # folder/method: colour, name, whether its log is drawn over rollouts
     "arithmetic/sft": ("tab:olive", "SFT", False),
     "arithmetic/sft_more": ("gold", "SFT, 35 epochs", False),
@@ -104,20 +92,14 @@ METHODS = {  # folder/method: colour, name, whether its log is drawn over rollou
 }
 
 
-def methods() -> None:
+def all_methods() -> None:
     shown, (rollouts, quality, distinct) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    for place, (pattern, (colour, label, over_rollouts)) in enumerate(METHODS.items()):
-        if over_rollouts and (logs := recorded(pattern)):
-            rows = [[(row["samples"], row["maj@1"]) for row in log if row.get("maj@1") is not None] for log in logs]
-            length = min(map(len, rows))  # expert iteration ends when a round gains nothing
-            x = [samples for samples, _ in rows[0][:length]]
-            band(rollouts, x, [[value for _, value in row[:length]] for row in rows], colour, label)
-        reports = recorded(pattern, "test.json")
-        first, last, count = (
-            [report[key]["value"] for report in reports] for key in ("maj@1", "pass@16", "distinct@16")
-        )
+    for place, (name, (colour, label, drawn)) in enumerate(METHODS.items()):
+        if drawn:
+            over_rollouts(rollouts, name, "maj@1", "o-", colour, label)
+        first, last, count = (list(test_metric(name, key).values()) for key in ("maj@1", "pass@16", "distinct@16"))
         quality.plot(first, last, "o", color=colour, label=label, markersize=6)
-        if reports:
+        if count:
             mean = np.mean(count)
             distinct.barh(place, mean, 0.7, color=colour, xerr=[[mean - min(count)], [max(count) - mean]], capsize=3)
     rollouts.set(xlabel="rollouts sampled for training", ylabel="share of greedy solutions right (256 dev problems)")
@@ -137,12 +119,12 @@ def methods() -> None:
 
 
 def over_epochs() -> None:
-    names = {int(re.search(r"epochs(\d+)_", f.name)[1]) for f in RESULTS.glob("sft_epochs/epochs*_0")}
-    last = {epochs: [log[-1] for log in recorded(f"sft_epochs/epochs{epochs}")] for epochs in sorted(names)}
+    found = {int(name.removeprefix("epochs")): name for name in methods(RESULTS / "sft_epochs", "metrics.jsonl")}
     shown, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
     for axis, key, title in zip(axes, ("maj@1", "pass@8"), ("greedy solutions right", "any of 8 samples right"), strict=True):  # fmt: skip
-        n_seeds = min(map(len, last.values()))
-        band(axis, list(last), [[rows[s][key] for rows in last.values()] for s in range(n_seeds)], "tab:blue", "SFT")
+        last = {n: {s: log[-1][key] for s, log in recorded(f"sft_epochs/{found[n]}").items()} for n in sorted(found)}
+        seeds = set.intersection(*(set(values) for values in last.values()))
+        band(axis, [[(n, values[s]) for n, values in last.items()] for s in sorted(seeds)], "o-", "tab:blue", "SFT")
         axis.set(xlabel="epochs of SFT on 24 solutions", ylabel=f"{title} (share of 256 dev problems)", xscale="log")
         axis.set_xticks(list(last), [str(epochs) for epochs in last], minor=False)
         axis.minorticks_off()
@@ -164,14 +146,14 @@ def conditioning() -> None:
             ("none", "tab:gray", "no label"),
         ]
         for i, (file, colour, label) in enumerate(kinds):
-            values = [report["maj@1"]["value"] for report in recorded(f"rcrl/{name}", f"{file}.json")]
+            values = list(test_metric(f"rcrl/{name}", "maj@1", f"{file}.json").values())
             if values:
                 control = name.startswith("control")
                 x = place if control else place + 0.27 * (i - 1)
                 mean = np.mean(values)
                 axis.bar(x, mean, 0.25, color="tab:gray" if control else colour, label=None if place else label,
                          yerr=[[mean - min(values)], [max(values) - mean]], capsize=3)  # fmt: skip
-    sft = np.mean([report["maj@1"]["value"] for report in recorded("arithmetic/sft", "test.json")])
+    sft = np.mean(list(test_metric("arithmetic/sft", "maj@1").values()))
     axis.axhline(sft, color="black", linestyle=":", label="SFT")
     axis.set(ylabel="share of greedy solutions right (test)", ylim=(0.4, 1))
     axis.set_xticks(range(len(mixtures)), mixtures.values())
@@ -180,6 +162,6 @@ def conditioning() -> None:
     shown.savefig(RESULTS / "rcrl.png", dpi=110)
 
 
-methods()
+all_methods()
 over_epochs()
 conditioning()
