@@ -4,19 +4,19 @@
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 
-train() { # name, script and its flags
-    local name=$1_$seed script=$2 && shift 2
-    train_and_test "$work/$name" $name $seed $script "$@"
-}
-
-mkdir -p "$work/base" && test_and_record "$work/base" base 0 tiny
-for seed in 0 1 2; do
-    train sft sft.py
-    train ei expert_iteration.py --model "$work/sft_$seed/model"
-    train ei_base expert_iteration.py --model tiny --samples 8 --epochs 3
-    train ppo ppo.py --model "$work/sft_$seed/model"
-    train ppo_base ppo.py --model tiny
-    # control: 840 updates on the 24 written solutions alone
-    train sft_more sft.py --batch-size 1 --epochs 35
+declare -A flags=(
+    [sft]="sft.py"
+    [ei]="expert_iteration.py --model SFT"
+    [ei_base]="expert_iteration.py --model tiny --samples 8 --epochs 3"
+    [ppo]="ppo.py --model SFT"
+    [ppo_base]="ppo.py --model tiny"
+    [sft_more]="sft.py --batch-size 1 --epochs 35" # control: 840 updates on the 24 written solutions alone
+)
+[ -f "$here/base/test.json" ] || { mkdir -p "$work/base" && test_and_record "$work/base" base 0 tiny; }
+for seed in ${SEEDS:-0 1 2}; do
+    for name in ${VARIANTS:-sft ei ei_base ppo ppo_base sft_more}; do
+        [ -f "$here/${name}_$seed/test.json" ] && continue
+        train_and_test "$work/${name}_$seed" ${name}_$seed $seed ${flags[$name]//SFT/$work/sft_$seed/model}
+    done
 done
 python results/table.py "$here"
