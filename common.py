@@ -1033,19 +1033,19 @@ def paged_attention(module, query, key, value, attention_mask, scaling=None, sli
     own_keys, own_values = (t[: len(view.own_row)] for t in cache.own[key.layer])
     rows, heads, _, head_dim = query.shape
     scaled = (query[:, :, 0] * (scaling or head_dim**-0.5)).to(own_keys.dtype).unflatten(1, (own_keys.shape[1], -1))
-    mean, weight = attend(at(scaled, view.grid).transpose(1, 2), prompt_keys, prompt_values, prompt_bias)
+    mean, weight = attend(take_rows(scaled, view.grid).transpose(1, 2), prompt_keys, prompt_values, prompt_bias)
     mean, weight = (t[view.slot, :, view.reader] for t in (mean, weight))  # [rows, key heads, heads per key head, ...]
-    own_mean, own_weight = attend(at(scaled, view.own_row)[:, :, None], own_keys, own_values.mT, own_bias)
+    own_mean, own_weight = attend(take_rows(scaled, view.own_row)[:, :, None], own_keys, own_values.mT, own_bias)
     own_mean, own_weight = own_mean[:, :, 0], own_weight[:, :, 0]  # [pages, key heads, heads per key head, ...]
     # what a page holds that its row does not see, as all of page 0 and of pages of no row, has a weight of e^-1e30
-    total = torch.cat([weight[:, None], at(own_weight, view.table)], 1).logsumexp(1)
-    own = own_mean * (own_weight - at(total, view.own_row)).exp()
-    out = mean * (weight - total).exp() + at(own, view.table).sum(1)
+    total = torch.cat([weight[:, None], take_rows(own_weight, view.table)], 1).logsumexp(1)
+    own = own_mean * (own_weight - take_rows(total, view.own_row)).exp()
+    out = mean * (weight - total).exp() + take_rows(own, view.table).sum(1)
     return out.reshape(rows, 1, heads, -1).to(query.dtype), None
 
 
-def at(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """table[places], for whole rows of a table: several times as fast on a CPU."""
+def take_rows(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """table[places]: rows of a table, several times as fast on a CPU as by indexing."""
     return table.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
@@ -1088,7 +1088,7 @@ def search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, t
 def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample from softmax(logits / temperature) by inverse CDF: one uniform number in [0, 1) a row.
 
-    logits [rows, vocabulary], which are overwritten, uniforms [rows] -> tokens [rows] and their log-probabilities [rows]
+    logits [rows, vocabulary], which may be overwritten, uniforms [rows] -> tokens [rows] and their log-probabilities [rows]
     under that distribution. temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
     logits, size = logits.float(), logits.shape[-1]
     if temperature not in (0, 1):
