@@ -22,7 +22,8 @@ cache over its life, P the prompt's, B the memory bandwidth, measured on a copy:
     bytes per step  =  weights x 2  +  rows x (L + P / K) x (layers x 2 x key heads x head_dim) x 2
     memory bound    =  rows x B / bytes per step                                                 [tokens/s]
 
-The limit is the lower of the two bounds.
+The limit is the lower of the two bounds. Started by torchrun, `generate` is that of all processes, `--rows` those of each, and the
+machine's rates are the sums of what the processes measure at the same time. The other engines know of one process only.
 
     python benchmarks/generation.py                                        the embedded model, two minutes on two cores
     python benchmarks/generation.py --rows 64 128 256 --samples 1 8 96     every combination
@@ -97,6 +98,10 @@ def bandwidth(device: torch.device) -> float:
     return best
 
 
+def of_all_processes(measured: float) -> float:
+    return sum(common.gather([measured]))
+
+
 def limits(policy, rows: int, samples: int, prompt_lengths: list[int], lengths: list[int]) -> dict:
     """Tokens/s that the machine allows; the arithmetic is in the docstring of this file."""
     device, gpu = policy.device, policy.device.type == "cuda"
@@ -104,7 +109,7 @@ def limits(policy, rows: int, samples: int, prompt_lengths: list[int], lengths: 
     weights = head.numel() + sum(p.numel() for p in policy.model.parameters() if p.ndim == 2 and p is not head)
     embedding = policy.model.get_input_embeddings().weight
     weights -= 0 if embedding is head else embedding.numel()  # looked up, not multiplied
-    flops = rate(device, torch.bfloat16 if gpu else torch.float32)
+    flops = of_all_processes(rate(device, torch.bfloat16 if gpu else torch.float32))
     found = {"matrix_flops": flops, "weights": weights, "compute_bound": flops / (2 * weights)}
     config = policy.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -113,7 +118,7 @@ def limits(policy, rows: int, samples: int, prompt_lengths: list[int], lengths: 
     life = np.sum(np.square(lengths)) / (2 * np.sum(lengths))  # a long sample is there for more steps
     entries = life + np.mean(prompt_lengths) / samples
     step = width * (weights + rows * entries * config.num_hidden_layers * 2 * heads * head_dim)
-    found |= {"bandwidth": bandwidth(device), "bytes_per_step": float(step)}
+    found |= {"bandwidth": of_all_processes(bandwidth(device)), "bytes_per_step": float(step)}
     found["memory_bound"] = rows * found["bandwidth"] / step
     return found | {"limit": min(found["compute_bound"], found["memory_bound"] if gpu else np.inf)}
 
