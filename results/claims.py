@@ -1,4 +1,4 @@
-"""The numbers behind README.md's table of claims: `python results/claims.py`.
+"""The paper's table for the embedded task and the numbers behind README.md's table of claims: `python results/claims.py`.
 
 Differences are between runs of the same seed, with the 95 % interval of their mean over the seeds (Student's t). A test
 metric is that of the epoch, round or phase with the best maj@1 on dev, and so says nothing of what came after it."""
@@ -28,8 +28,39 @@ def show(what: str, values: dict[int, float], control: dict[int, float] | None =
         print(f"  {what}: {apart}; by seed {', '.join(f'{p:+.3f}' for p in pairs)}")
 
 
+print("| method | maj@1 | maj@32 | rerank@32 | weighted@32 | pass@32 | rollouts | minutes |\n" + "|---" * 8 + "|")
+for method, tested, trained in (
+    ("SFT", "orm/orm_on_sft", ["arithmetic/sft"]),
+    ("expert iteration", "rerank/ei", ["arithmetic/ei"]),
+    ("PPO", "orm/orm_on_ppo", ["arithmetic/ppo"]),
+    ("RCRL", "rerank/rcrl_ratio10", ["arithmetic/ei", "rcrl/ratio10"]),
+):
+    cells = [f"{method} ({len(test(tested, 'maj@1'))} seeds)"]
+    for metric in ("maj@1", "maj@32", "rerank@32", "weighted@32", "pass@32"):
+        values = list(test(tested, metric).values())
+        cells.append(f"{np.mean(values):.3f} ({min(values):.3f} - {max(values):.3f})")
+    rollouts = sum(np.mean(list(dev(name, "samples").values())) for name in trained)
+    if method == "RCRL":  # its samples were drawn by the run of another ratio; and the completions that label the lines
+        rollouts += sum(
+            np.mean(list(dev(f"rcrl/{n}", key).values()))
+            for n, key in (("ratio1", "samples"), ("ratio10", "completions"))
+        )
+    minutes = sum(np.mean(list(dev(name, "seconds").values())) for name in trained) / 60
+    print(f"| {' | '.join(cells)} | {rollouts:,.0f} | {minutes:.1f} |")
+for method, tested in (("SFT", "orm/orm_on_sft"), ("PPO", "orm/orm_on_ppo"), ("EI", "rerank/ei"), ("RCRL", "rerank/rcrl_ratio10")):  # fmt: skip
+    for metric in ("rerank@32", "weighted@32"):
+        show(f"{metric} - maj@32, {method}", test(tested, metric), test(tested, "maj@32"))
+
 print("C1 expert iteration reaches at least PPO's maj@1")
 show("test maj@1, ei (18,432 samples) - ppo (10,240)", test("arithmetic/ei", "maj@1"), test("arithmetic/ppo", "maj@1"))
+show(
+    "test maj@1, ei - ppo of 36 phases (both 18,432 samples)",
+    test("arithmetic/ei", "maj@1"),
+    test("ppo_longer/phases36", "maj@1"),
+)
+show("test maj@1, ppo of 36 phases - of 20", test("ppo_longer/phases36", "maj@1"), test("arithmetic/ppo", "maj@1"))
+for phase in (20, 24, 28, 32, 36):
+    show(f"dev maj@1 of 36 phases at phase {phase}", dev("ppo_longer/phases36", "maj@1", phase=phase))
 show(
     "dev maj@1, ei after 9,216 samples - ppo after 10,240",
     dev("arithmetic/ei", "maj@1", round=1),
@@ -48,9 +79,11 @@ show(
 
 print("C2 more epochs of SFT: maj@1 up, pass@n down (dev, after the last epoch)")
 for key in ("maj@1", "pass@8"):
-    for epochs in (2, 4):
+    for epochs in (2, 4, 16, 32):
         show(f"{key} after {epochs} epochs", dev(f"sft_epochs/epochs{epochs}", key))
-    show(f"{key}, 4 epochs - 2", dev("sft_epochs/epochs4", key), dev("sft_epochs/epochs2", key))
+    for more, fewer in ((4, 2), (16, 4), (32, 4)):
+        both = (dev(f"sft_epochs/epochs{n}", key) for n in (more, fewer))
+        show(f"{key}, {more} epochs - {fewer}", *both)
 show("maj@1 after 840 updates of one solution each (sft_more)", dev("arithmetic/sft_more", "maj@1"))
 
 print("C3 RL raises maj@1 without losing pass@n, but does not pass SFT's pass@n")
