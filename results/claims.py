@@ -28,26 +28,25 @@ def show(what: str, values: dict[int, float], control: dict[int, float] | None =
         print(f"  {what}: {apart}; by seed {', '.join(f'{p:+.3f}' for p in pairs)}")
 
 
+METHODS = {  # where its 32 samples were tested, and what was run to train it
+    "SFT": ("orm/orm_on_sft", ["arithmetic/sft"]),
+    "expert iteration": ("rerank/ei", ["arithmetic/ei"]),
+    "PPO": ("orm/orm_on_ppo", ["arithmetic/ppo"]),
+    "RCRL": ("rerank/rcrl_ratio10", ["arithmetic/ei", "rcrl/ratio10"]),
+}
 print("| method | maj@1 | maj@32 | rerank@32 | weighted@32 | pass@32 | rollouts | minutes |\n" + "|---" * 8 + "|")
-for method, tested, trained in (
-    ("SFT", "orm/orm_on_sft", ["arithmetic/sft"]),
-    ("expert iteration", "rerank/ei", ["arithmetic/ei"]),
-    ("PPO", "orm/orm_on_ppo", ["arithmetic/ppo"]),
-    ("RCRL", "rerank/rcrl_ratio10", ["arithmetic/ei", "rcrl/ratio10"]),
-):
-    cells = [f"{method} ({len(test(tested, 'maj@1'))} seeds)"]
+for method, (tested, trained) in METHODS.items():
+    cells = [method]
     for metric in ("maj@1", "maj@32", "rerank@32", "weighted@32", "pass@32"):
         values = list(test(tested, metric).values())
         cells.append(f"{np.mean(values):.3f} ({min(values):.3f} - {max(values):.3f})")
-    rollouts = sum(np.mean(list(dev(name, "samples").values())) for name in trained)
-    if method == "RCRL":  # its samples were drawn by the run of another ratio; and the completions that label the lines
-        rollouts += sum(
-            np.mean(list(dev(f"rcrl/{n}", key).values()))
-            for n, key in (("ratio1", "samples"), ("ratio10", "completions"))
-        )
+    drawn = [dev(name, "samples") for name in trained]
+    if method == "RCRL":  # its samples were drawn by the run of another ratio; and the completions that label its lines
+        drawn += [dev("rcrl/ratio1", "samples"), dev("rcrl/ratio10", "completions")]
+    rollouts = sum(np.mean(list(values.values())) for values in drawn)
     minutes = sum(np.mean(list(dev(name, "seconds").values())) for name in trained) / 60
     print(f"| {' | '.join(cells)} | {rollouts:,.0f} | {minutes:.1f} |")
-for method, tested in (("SFT", "orm/orm_on_sft"), ("PPO", "orm/orm_on_ppo"), ("EI", "rerank/ei"), ("RCRL", "rerank/rcrl_ratio10")):  # fmt: skip
+for method, (tested, _) in METHODS.items():
     for metric in ("rerank@32", "weighted@32"):
         show(f"{metric} - maj@32, {method}", test(tested, metric), test(tested, "maj@32"))
 
