@@ -34,7 +34,7 @@ at first it knows nothing; gamma is 1.
 CPU, six minutes on one core after `python sft.py`, maj@1 on the test split from .75 to .88 (README.md has the table):
     python ppo.py
 From the base, without any written solution:
-    python ppo.py --model tiny --temperature 1 --out runs/ppo_base
+    python ppo.py --model tiny --out runs/ppo_base
 One GPU, the paper's setting, after sft.py:
     python ppo.py --dataset gsm8k --lora-rank 128 --lr 1e-6 --value-lr 1e-5 --questions 256 --samples 4 --epochs 4 \
         --batch-size 256 --phases 250 --max-new-tokens 512 --rows 1024

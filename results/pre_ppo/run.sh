@@ -2,7 +2,7 @@
 # Pre-PPO prompt selection on the embedded task, three seeds: PPO from SFT on the first 230 training questions alone, with all
 # 2,074 others, and with a part of these: the tenth that the initial policy scores lowest, the lowest that it solves at least
 # once in 8 samples, those it solves nearest to half of the time, any, and the lowest fifth and half. Everything else is the
-# same: 12 phases of 64 questions with 4 samples, 3,072 in all. small_*: the scores are those of a smaller model (0.12 million
+# same: 12 phases of 64 questions with 4 samples, 3,072 in all. small_*: the scores are those of a smaller model (0.13 million
 # parameters, made by tiny/make.py in two minutes). The policies come from results/arithmetic/run.sh. Restartable.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"

@@ -14,3 +14,4 @@ for seed in ${SEEDS:-0 1 2}; do
     done
 done
 python results/table.py "$here"
+python results/rerank/slips.py "$work"/{orm_on_sft,orm_on_ppo,rerank_ei,rerank_rcrl_ratio10}_[0-9]/test.samples.jsonl >"$here/slips.txt"
