@@ -24,4 +24,4 @@ for seed in ${SEEDS:-0 1 2}; do
             --orm "$orm/model" --genrm "$genrm/model" ${flags[$name]}
     done
 done
-python results/table.py "$here"
+python results/genrm/report.py

@@ -1,0 +1,54 @@
+"""The tables and numbers of README.md's part on the generative reward model: `python results/genrm/report.py`."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from records import paired, recorded, test_metric  # noqa: E402
+
+ROWS = {
+    "verifier": "arithmetic/ppo",
+    "GenRM beside the gold solution": "genrm/gold",
+    "GenRM beside the best of 16": "genrm/best",
+    "half checked, a quarter each GenRM": "genrm/hybrid",
+    "the same, verifiable questions first": "genrm/hybrid_first",
+}
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})" if values else ""
+
+
+def over_phases(name: str, key: str, first: int, last: int) -> list[float]:
+    """The mean of a metric over some phases, for each seed."""
+    logs = [[r[key] for r in log if r.get(key) is not None and first <= r["phase"] <= last] for log in recorded(name).values()]  # fmt: skip
+    return [float(np.mean(values)) for values in logs if values]
+
+
+print(
+    "| model, seed | AUC | right score | wrong score | wrong, 0.5 or more | order gap | order bias | nonsense at most |"
+)
+print("|---" * 8 + "|")
+for seed, found in recorded("genrm/genrm", "quality.json").items():
+    keys = ("auc", "score_if_right", "score_if_wrong", "half_if_wrong", "order_gap", "order_bias", "nonsense_worst")
+    print(f"| {seed} | " + " | ".join(f"{found[key]:.3f}" for key in keys) + " |")
+print("\n| reward | maj@1 | pass@16 | samples right, phases 17-20 | mean reward, phases 17-20 | wrong samples scored 0.5 or more, phases 1-2 → 17-20 | better than the gold solution, phases 17-20 |")  # fmt: skip
+print("|---" * 7 + "|")
+for label, name in ROWS.items():
+    if found := test_metric(name, "maj@1"):
+        cells = [spread(list(test_metric(name, metric).values()), 3) for metric in ("maj@1", "pass@16")]
+        cells += [spread(over_phases(name, key, 17, 20), 2) for key in ("correct", "reward")]
+        pleased = [spread(over_phases(name, "half_if_wrong", *phases), 2) for phases in ((1, 2), (17, 20))]
+        cells += [" → ".join(pleased) if all(pleased) else "", spread(over_phases(name, "above_half", 17, 20), 2)]
+        print(f"| {label} | {' | '.join(cells)} |")
+print()
+for label, name in ROWS.items():
+    for control, other in ROWS.items():
+        if control != label and control in ("verifier", "GenRM beside the best of 16") and test_metric(name, "maj@1"):
+            pairs, apart = paired(test_metric(name, "maj@1"), test_metric(other, "maj@1"))
+            print(f"maj@1, {label} - {control}: {apart}; by seed {', '.join(f'{pair:+.3f}' for pair in pairs)}")
+    kl = [max(row["kl_k3"] for row in log if "kl_k3" in row) for log in recorded(name).values()]
+    if kl:
+        print(f"highest KL of a phase, {label}: {', '.join(f'{k:.3f}' for k in kl)} nats per token")
