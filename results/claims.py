@@ -4,7 +4,7 @@ Differences are between runs of the same seed, with the 95 % interval of their m
 metric is that of the epoch, round or phase with the best maj@1 on dev, and so says nothing of what came after it."""
 
 import numpy as np
-from records import paired, recorded
+from records import RESULTS, methods, paired, recorded
 from records import test_metric as test
 
 
@@ -78,9 +78,9 @@ show(
 
 print("C2 more epochs of SFT: maj@1 up, pass@n down (dev, after the last epoch)")
 for key in ("maj@1", "pass@8"):
-    for epochs in (2, 4, 16, 32):
+    for epochs in (2, 4, 16):
         show(f"{key} after {epochs} epochs", dev(f"sft_epochs/epochs{epochs}", key))
-    for more, fewer in ((4, 2), (16, 4), (32, 4)):
+    for more, fewer in ((4, 2), (16, 4)):
         both = (dev(f"sft_epochs/epochs{n}", key) for n in (more, fewer))
         show(f"{key}, {more} epochs - {fewer}", *both)
 show("maj@1 after 840 updates of one solution each (sft_more)", dev("arithmetic/sft_more", "maj@1"))
@@ -142,3 +142,17 @@ show(
     test("arithmetic/ei_base", "maj@1"),
     test("arithmetic/ei", "maj@1"),
 )
+
+print("hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)")
+for folder in sorted(
+    path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("defaults", "generation")
+):
+    logs = [log for name in methods(folder, "metrics.jsonl") for log in recorded(folder / name).values()]
+    trained = sum(log[-1]["seconds"] for log in logs)
+    reports = [
+        report
+        for file in ("test.json", "bad.json", "none.json")
+        for name in methods(folder, file)
+        for report in recorded(folder / name, file).values()
+    ]
+    print(f"  {folder.name}: {trained / 3600:.1f}, {sum(report.get('seconds', 0) for report in reports) / 3600:.1f}")

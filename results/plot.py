@@ -125,7 +125,7 @@ def over_epochs() -> None:
         last = {n: {s: log[-1][key] for s, log in recorded(f"sft_epochs/{found[n]}").items()} for n in sorted(found)}
         seeds = set.intersection(*(set(values) for values in last.values()))
         band(axis, [[(n, values[s]) for n, values in last.items()] for s in sorted(seeds)], "o-", "tab:blue", "SFT")
-        axis.set(xlabel="epochs of SFT on 24 solutions", ylabel=f"{title} (share of 256 dev problems)", xscale="log")
+        axis.set(xlabel="epochs of SFT on 24 solutions", ylabel="share of 256 dev problems", title=title, xscale="log")
         axis.set_xticks(list(last), [str(epochs) for epochs in last], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
