@@ -83,6 +83,7 @@ METHODS = {  # folder/method: colour, name, whether its log is drawn over rollou
     "arithmetic/sft": ("tab:olive", "SFT", False),
     "arithmetic/sft_more": ("gold", "SFT, 35 epochs", False),
     "arithmetic/ppo": ("tab:blue", "PPO", True),
+    "ppo_longer/phases36": ("navy", "PPO, 36 phases", True),
     "arithmetic/ppo_base": ("lightblue", "PPO from the base", True),
     "arithmetic/ei": ("tab:purple", "expert iteration, K = 4", True),
     "ei_samples/k16": ("tab:cyan", "expert iteration, K = 16", True),
