@@ -44,11 +44,10 @@ for label, name in ROWS.items():
         cells += [" → ".join(pleased) if all(pleased) else "", spread(over_phases(name, "above_half", 17, 20), 2)]
         print(f"| {label} | {' | '.join(cells)} |")
 print()
-for label, name in ROWS.items():
-    for control, other in ROWS.items():
-        if control != label and control in ("verifier", "GenRM beside the best of 16") and test_metric(name, "maj@1"):
-            pairs, apart = paired(test_metric(name, "maj@1"), test_metric(other, "maj@1"))
-            print(f"maj@1, {label} - {control}: {apart}; by seed {', '.join(f'{pair:+.3f}' for pair in pairs)}")
+for place, (label, name) in enumerate(ROWS.items()):
+    for control, other in list(ROWS.items())[:place] if test_metric(name, "maj@1") else []:
+        pairs, apart = paired(test_metric(name, "maj@1"), test_metric(other, "maj@1"))
+        print(f"maj@1, {label} - {control}: {apart}; by seed {', '.join(f'{pair:+.3f}' for pair in pairs)}")
     kl = [max(row["kl_k3"] for row in log if "kl_k3" in row) for log in recorded(name).values()]
     if kl:
         print(f"highest KL of a phase, {label}: {', '.join(f'{k:.3f}' for k in kl)} nats per token")
