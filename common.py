@@ -1219,7 +1219,8 @@ def decode(
     def accept(n: int, hidden: torch.Tensor) -> None:
         age = ages[:n, None]
         draw = uniforms[:n].gather(1, age)[:, 0]
-        parts = zip(hidden.split(at_once), draw.split(at_once), strict=True)
+        n_parts = -(-n // at_once)  # of equal size: one row left over costs a fifth of a whole part
+        parts = zip(hidden.chunk(n_parts), draw.chunk(n_parts), strict=True)
         picked, picked_logprobs = (
             torch.cat(t) for t in zip(*(pick_tokens(policy.head(h), u, temperature) for h, u in parts), strict=True)
         )

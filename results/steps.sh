@@ -4,6 +4,7 @@ cd "$(dirname "$0")"
 here=results/${PWD##*/}
 cd ../..
 work=${WORK:-runs/results}
+dataset=arithmetic # what policies are tested on
 
 keep() { # name of the record, files ...: those that exist, with the paths of runs as they are by default
     local to=$here/$1 file text && shift
@@ -16,7 +17,7 @@ keep() { # name of the record, files ...: those that exist, with the paths of ru
 }
 
 test_and_record() { # run folder, name of the record, seed[, model]
-    python evaluate.py --model "${4:-$1/model}" --samples 16 --seed "$3" --resume --out "$1/test.json" >"$1/test.txt"
+    python evaluate.py --model "${4:-$1/model}" --dataset $dataset --samples 16 --seed "$3" --resume --out "$1/test.json" >"$1/test.txt"
     keep "$2" "$1"/{args.json,metrics.jsonl,test.json}
 }
 
