@@ -8,12 +8,14 @@ Objective of round i, with R_i the correct, distinct samples of pi_{i-1} and D_i
 paper. A round is
 
     1. sample K solutions per training question from pi_{i-1} at temperature 1
-    2. keep the correct ones (--orm: those that a reward model scores at 0.5 or more); of those with the same sequence of arithmetic operations keep one; add them to the data
+    2. keep the correct ones (--orm: those that a reward model scores at 0.5 or more); of those with the same sequence of
+       arithmetic operations keep one (--no-deduplicate: all); add them to the data
     3. train from the pretrained base again (--continue: from pi_{i-1}), as in sft.py
     4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve it
 
-Where this differs from the paper: samples are de-duplicated for training (the paper does so only to count), and the
-SFT data stays in the mix (--no-sft-data leaves it out; it is out by default when --model is the base itself).
+Where this differs from the paper: samples are de-duplicated for training (the paper does so only to count), which weighs
+every way to the right number the same, however rarely it is sampled; and the SFT data stays in the mix (--no-sft-data
+leaves it out; it is out by default when --model is the base itself).
 
 CPU, three minutes after `python sft.py` (README.md has the measured numbers):
     python expert_iteration.py
@@ -58,6 +60,12 @@ def parse_args(argv: list[str]):
         help="mix in the written solutions (default: unless --model is the base)",
     )
     parser.add_argument(
+        "--deduplicate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of a question's solutions with the same sequence of operations keep one; without: as often as sampled",
+    )
+    parser.add_argument(
         "--few-shot",
         action="store_true",
         help="two worked examples in the prompt of round 1, for a base that never saw the format",
@@ -79,16 +87,21 @@ def parse_args(argv: list[str]):
 
 
 def keep_accepted(
-    samples: list[common.Sample], kept: dict[str, dict[tuple, str]], threshold: float | None = None
+    samples: list[common.Sample],
+    kept: dict[str, dict[tuple, str]],
+    threshold: float | None = None,
+    deduplicate: bool = True,
 ) -> list[common.Sample]:
-    """The finished samples that are correct, or with `threshold` those that the ORM scored at least so high, whose
-    sequence of operations `kept` (problem id -> operations -> solution) does not hold yet; they are added to it."""
+    """The finished samples that are correct, or with `threshold` those that the ORM scored at least so high, and whose
+    sequence of operations `kept` (problem id -> operations -> solution) does not hold yet; they are added to it. Without
+    `deduplicate` every one is, under a number of its own."""
     new = []
     for sample in samples:
         solutions, operations = kept.setdefault(sample.problem.id, {}), common.equations(sample.text)
         accepted = sample.correct if threshold is None else sample.answer is not None and sample.score >= threshold
-        if accepted and sample.finished and operations not in solutions:
-            solutions[operations] = common.first_solution(sample.text).strip()
+        key = operations if deduplicate else (len(solutions),)
+        if accepted and sample.finished and key not in solutions:
+            solutions[key] = common.first_solution(sample.text).strip()
             new.append(sample)
     return new
 
@@ -118,7 +131,7 @@ def main(argv: list[str]) -> None:
     def accept(samples: list[common.Sample]) -> list[common.Sample]:
         if orm:
             orm.grade(samples)
-        return keep_accepted(samples, kept, args.orm_threshold if orm else None)
+        return keep_accepted(samples, kept, args.orm_threshold if orm else None, args.deduplicate)
 
     progress = {"round": 1, "place": 0, "step": 0, "samples": 0, "tokens": 0, "best": -1.0, "losses": [], "timing": {}}
     if run.state:

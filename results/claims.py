@@ -50,8 +50,11 @@ for method, (tested, _) in METHODS.items():
     for metric in ("rerank@32", "weighted@32"):
         show(f"{metric} - maj@32, {method}", test(tested, metric), test(tested, "maj@32"))
 
+TASKS = ("arithmetic", "hard")
 print("C1 expert iteration reaches at least PPO's maj@1")
-show("test maj@1, ei (18,432 samples) - ppo (10,240)", test("arithmetic/ei", "maj@1"), test("arithmetic/ppo", "maj@1"))
+for task in TASKS:
+    ei, ppo = (test(f"{task}/{method}", "maj@1") for method in ("ei", "ppo"))
+    show(f"{task}, test maj@1, ei (18,432 samples) - ppo (10,240)", ei, ppo)
 show(
     "test maj@1, ei - ppo of 36 phases (both 18,432 samples)",
     test("arithmetic/ei", "maj@1"),
@@ -60,11 +63,12 @@ show(
 show("test maj@1, ppo of 36 phases - of 20", test("ppo_longer/phases36", "maj@1"), test("arithmetic/ppo", "maj@1"))
 for phase in (20, 24, 28, 32, 36):
     show(f"dev maj@1 of 36 phases at phase {phase}", dev("ppo_longer/phases36", "maj@1", phase=phase))
-show(
-    "dev maj@1, ei after 9,216 samples - ppo after 10,240",
-    dev("arithmetic/ei", "maj@1", round=1),
-    dev("arithmetic/ppo", "maj@1", phase=20),
-)
+for task in TASKS:
+    show(
+        f"{task}, dev maj@1, ei after 9,216 samples - ppo after 10,240",
+        dev(f"{task}/ei", "maj@1", round=1),
+        dev(f"{task}/ppo", "maj@1", phase=20),
+    )
 show(
     "from the base, dev maj@1, ei after 18,432 samples - ppo after 10,240",
     dev("arithmetic/ei_base", "maj@1", round=1),
@@ -86,9 +90,11 @@ for key in ("maj@1", "pass@8"):
 show("maj@1 after 840 updates of one solution each (sft_more)", dev("arithmetic/sft_more", "maj@1"))
 
 print("C3 RL raises maj@1 without losing pass@n, but does not pass SFT's pass@n")
-for method in ("ppo", "ei"):
-    for metric in ("maj@1", "pass@16"):
-        show(f"test {metric}, {method} - sft", test(f"arithmetic/{method}", metric), test("arithmetic/sft", metric))
+for task in TASKS:
+    for method in ("ppo", "ei"):
+        for metric in ("maj@1", "pass@16"):
+            rl, sft = (test(f"{task}/{name}", metric) for name in (method, "sft"))
+            show(f"{task}, test {metric}, {method} - sft", rl, sft)
 
 print("C4 dense and ORM rewards help sample efficiency, not the final score")
 for reward in ("dense", "orm", "orm_dense"):
@@ -101,18 +107,17 @@ for reward in ("dense", "orm", "orm_dense"):
     show(f"test maj@1, {reward} - sparse", test(f"ppo_variants/{reward}", "maj@1"), test("arithmetic/ppo", "maj@1"))
 
 print("C5 expert iteration with K = 4 ends a few points below large K")
-for n in (1, 2):
-    show(
-        f"dev maj@1 after round {n}, K = 16 - K = 4",
-        dev("ei_samples/k16", "maj@1", round=n),
-        dev("arithmetic/ei", "maj@1", round=n),
-    )
-for metric in ("maj@1", "pass@16"):
-    show(f"test {metric}, K = 16 - K = 4", test("ei_samples/k16", metric), test("arithmetic/ei", metric))
+for task, large in (("arithmetic", "ei_samples/k16"), ("hard", "hard/k16")):
+    for n in (1, 2):
+        k16, k4 = (dev(name, "maj@1", round=n) for name in (large, f"{task}/ei"))
+        show(f"{task}, dev maj@1 after round {n}, K = 16 - K = 4", k16, k4)
+    for metric in ("maj@1", "pass@16"):
+        show(f"{task}, test {metric}, K = 16 - K = 4", test(large, metric), test(f"{task}/ei", metric))
 
 print("C6 restarting from the base beats continuing")
-for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
-    show(f"test {metric}, restart - continue", test("arithmetic/ei", metric), test("ei_continue/continue", metric))
+for task, other in (("arithmetic", "ei_continue/continue"), ("hard", "hard/continue")):
+    for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+        show(f"{task}, test {metric}, restart - continue", test(f"{task}/ei", metric), test(other, metric))
 
 print("C7 RCRL stays below expert iteration; 1:1 is the worst ratio")
 for ratio in (1, 10, 100):

@@ -1,6 +1,7 @@
 """Figures of the recorded runs (needs matplotlib, which the scripts do not): `python results/plot.py`.
 
 results/methods.png       all methods: greedy accuracy over rollouts, beside pass@16, and how many different right solutions
+results/hard.png          the same for the harder variant of the task
 results/sft_epochs.png    what more epochs of SFT do to the greedy accuracy and to pass@8
 results/rcrl.png          return-conditioned RL: mixtures and what the policy is conditioned on
 results/ppo_rewards.png   PPO with each kind of reward: exact accuracy, what the reward says, and the KL, over rollouts
@@ -91,11 +92,12 @@ METHODS = {  # folder/method: colour, name, whether its log is drawn over rollou
     "arithmetic/ei_base": ("tab:gray", "expert iteration from the base, K = 8", True),
     "rcrl/ratio10": ("tab:green", "RCRL, 10 : 1", False),
 }
+HARD = {"sft": "arithmetic/sft", "ppo": "arithmetic/ppo", "ei": "arithmetic/ei", "k16": "ei_samples/k16", "continue": "ei_continue/continue"}  # fmt: skip
 
 
-def all_methods() -> None:
+def all_methods(compared: dict[str, tuple[str, str, bool]], file: str) -> None:
     shown, (rollouts, quality, distinct) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    for place, (name, (colour, label, drawn)) in enumerate(METHODS.items()):
+    for place, (name, (colour, label, drawn)) in enumerate(compared.items()):
         if drawn:
             over_rollouts(rollouts, name, "maj@1", "o-", colour, label)
         first, last, count = (list(test_metric(name, key).values()) for key in ("maj@1", "pass@16", "distinct@16"))
@@ -109,14 +111,14 @@ def all_methods() -> None:
     quality.set(
         xlabel="maj@1: share of greedy solutions right (test)", ylabel="pass@16: any of 16 samples right (test)"
     )
-    distinct.set(xlabel="distinct right solutions of 16 samples (test)", xlim=(0.8, 1.2))
-    distinct.set_yticks(range(len(METHODS)), [label for _, label, _ in METHODS.values()])
+    distinct.set(xlabel="distinct right solutions of 16 samples (test)", xlim=(0.8, None))
+    distinct.set_yticks(range(len(compared)), [label for _, label, _ in compared.values()])
     distinct.invert_yaxis()
     for axis in (rollouts, quality, distinct):
         axis.grid(alpha=0.3)
     rollouts.legend(fontsize=8, loc="lower right")
     quality.legend(fontsize=8, loc="lower right")
-    shown.savefig(RESULTS / "methods.png", dpi=100)
+    shown.savefig(RESULTS / file, dpi=100)
 
 
 def over_epochs() -> None:
@@ -163,6 +165,7 @@ def conditioning() -> None:
     shown.savefig(RESULTS / "rcrl.png", dpi=110)
 
 
-all_methods()
+all_methods(METHODS, "methods.png")
+all_methods({f"hard/{name}": METHODS[same] for name, same in HARD.items()}, "hard.png")
 over_epochs()
 conditioning()

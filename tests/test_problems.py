@@ -202,3 +202,15 @@ def test_expert_iteration_keeps_correct_finished_and_distinct_samples():
     )
     run_on = expert_iteration.keep_accepted([make_sample(p, 5, "1+3=<<1+3=4>>4\n#### 4\n\nQuestion: next?")], kept)
     assert len(run_on) == 1 and kept["p"][("1+3",)] == "1+3=<<1+3=4>>4\n#### 4"
+
+
+def test_without_deduplication_a_solution_counts_as_often_as_it_is_sampled():
+    """Over two rounds, beside a written solution, and still only what is right and was not cut."""
+    p = common.Problem("p", "?", Fraction(4))
+    right, other = "2+2=<<2+2=4>>4\n#### 4", "2*2=<<2*2=4>>4\n#### 4"
+    kept = {"p": {("2+2",): right}}
+    for texts in ([right, right, other], [right, "#### 5"]):
+        samples = [make_sample(p, i, t) for i, t in enumerate(texts)] + [make_sample(p, 9, other, False)]
+        new = expert_iteration.keep_accepted(samples, kept, deduplicate=False)
+        assert [s.text for s in new] == [t for t in texts if t != "#### 5"]
+    assert sorted(kept["p"].values()) == [other] + [right] * 4

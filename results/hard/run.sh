@@ -12,9 +12,10 @@ declare -A flags=(
     [continue]="expert_iteration.py --model SFT --continue"
     [k16]="expert_iteration.py --model SFT --samples 16"
     [ppo]="ppo.py --model SFT"
+    [all]="expert_iteration.py --model SFT --no-deduplicate" # every right sample counts, not one of each sequence of operations
 )
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-sft ei continue k16 ppo}; do
+    for name in ${VARIANTS:-sft ei continue k16 ppo all}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         train_and_test "$work/hard_${name}_$seed" ${name}_$seed $seed ${flags[$name]//SFT/$work/hard_sft_$seed/model} --dataset $dataset
     done
