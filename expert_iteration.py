@@ -22,8 +22,8 @@ CPU, three minutes after `python sft.py` (README.md has the measured numbers):
 From the base, without any written solution:
     python expert_iteration.py --model tiny --samples 8 --epochs 3 --out runs/expert_iteration_base
 One GPU, the paper's setting, after sft.py; and from a pretrained model with a two-shot prompt in round 1:
-    python expert_iteration.py --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 --epochs 4 --lr 2e-5 \
-        --batch-size 128 --max-new-tokens 512 --rows 1024
+    python expert_iteration.py --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 --no-deduplicate \
+        --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024
     python expert_iteration.py --model HuggingFaceTB/SmolLM2-135M --base HuggingFaceTB/SmolLM2-135M --few-shot ...
 """
 

@@ -113,6 +113,15 @@ for task, large in (("arithmetic", "ei_samples/k16"), ("hard", "hard/k16")):
         show(f"{task}, dev maj@1 after round {n}, K = 16 - K = 4", k16, k4)
     for metric in ("maj@1", "pass@16"):
         show(f"{task}, test {metric}, K = 16 - K = 4", test(large, metric), test(f"{task}/ei", metric))
+print("   not de-duplicated (all) against de-duplicated (ei, k16) and as many updates of that (ei_long, k16_long)")
+for more, fewer in (("all", "ei"), ("k16_all", "k16"), ("k16_all", "k16_long"), ("k16_all", "all")):
+    for metric in ("maj@1", "pass@1", "pass@8", "follows_reference"):
+        pair = (dev(f"hard/{name}", metric, round=1) for name in (more, fewer))
+        show(f"hard, dev {metric} after round 1, {more} - {fewer}", *pair)
+for fewer in ("ei", "ei_long"):
+    for metric in ("maj@1", "pass@1", "pass@16"):
+        pair = (test(f"hard/{name}", metric) for name in ("all", fewer))
+        show(f"hard, test {metric} after two rounds, all - {fewer}", *pair)
 
 print("C6 restarting from the base beats continuing")
 for task, other in (("arithmetic", "ei_continue/continue"), ("hard", "hard/continue")):

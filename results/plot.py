@@ -92,11 +92,17 @@ METHODS = {  # folder/method: colour, name, whether its log is drawn over rollou
     "arithmetic/ei_base": ("tab:gray", "expert iteration from the base, K = 8", True),
     "rcrl/ratio10": ("tab:green", "RCRL, 10 : 1", False),
 }
+ALL = {  # the same with every right sample
+    "hard/all": ("orchid", "K = 4, not de-duplicated", True),
+    "hard/ei_long": ("plum", "K = 4, three times the epochs", True),
+    "hard/k16_all": ("tab:orange", "K = 16, not de-duplicated, round 1", True),
+}
 HARD = {"sft": "arithmetic/sft", "ppo": "arithmetic/ppo", "ei": "arithmetic/ei", "k16": "ei_samples/k16", "continue": "ei_continue/continue"}  # fmt: skip
 
 
 def all_methods(compared: dict[str, tuple[str, str, bool]], file: str) -> None:
     shown, (rollouts, quality, distinct) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
+    compared = {name: style for name, style in compared.items() if recorded(name)}
     for place, (name, (colour, label, drawn)) in enumerate(compared.items()):
         if drawn:
             over_rollouts(rollouts, name, "maj@1", "o-", colour, label)
@@ -166,6 +172,6 @@ def conditioning() -> None:
 
 
 all_methods(METHODS, "methods.png")
-all_methods({f"hard/{name}": METHODS[same] for name, same in HARD.items()}, "hard.png")
+all_methods({f"hard/{name}": METHODS[same] for name, same in HARD.items()} | ALL, "hard.png")
 over_epochs()
 conditioning()
