@@ -346,6 +346,9 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
 MARKER = "####"
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 _RUN = re.compile(r"[0-9.,/]+")  # one character class: cannot backtrack
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015"  # "\u20135" may be minus five or a five after a dash
+_OPENING = "$\u20ac\u00a3\u00a5*([ \u00a0"  # may stand between a sign and its number
+_SIGNS = ("-", "\u2212", "+", *_DASHES)
 
 
 def first_solution(text: str) -> str:
@@ -396,10 +399,15 @@ def _numbers(line: str) -> Iterable[Fraction | None]:
                 yield None
             continue
         before = line[max(0, start - 64) : start]
-        prefix = before.rstrip("$* ")
-        if prefix.endswith(("-", "\u2212", "+")):
-            apart = " " in before[len(prefix) :]  # "- 5": a sign, a dash or a difference
-            if apart or prefix[:-1].endswith(("-", "\u2212", "+")) or prefix[-2:-1].isalnum():
+        prefix = before.rstrip(_OPENING)
+        if prefix.endswith(_SIGNS):
+            apart = any(c.isspace() for c in before[len(prefix) :])  # "- 5": a sign, a dash or a difference
+            if (
+                apart
+                or prefix[:-1].rstrip(_OPENING).endswith(_SIGNS)
+                or prefix[-2:-1].isalnum()
+                or prefix[-1] in _DASHES
+            ):
                 yield None
                 continue
         elif not prefix and start > 64:
@@ -502,17 +510,23 @@ class Policy:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = self._load(folder).to(self.device).eval()
-            ids = torch.tensor([[0, 1]], device=self.device)
+            ids = torch.tensor([[0, 1], [0, 2]], device=self.device)
             with (
                 torch.no_grad()
             ):  # `response_logprobs` makes the logits itself, a few rows at a time: is that right here?
-                difference = (self.model(ids).logits - self.head(self.hidden_states(ids))).abs().max()
+                logits = self.model(ids).logits
+                looks_ahead = (logits[0, 0] - logits[1, 0]).abs().max()
+                difference = (logits - self.head(self.hidden_states(ids))).abs().max()
         except UserError as error:
             raise UserError(f"{flag} {name}: {error}") from None
         except Exception as error:
             raise UserError(
                 f"{flag} {name}: could not be loaded ({type(error).__name__}: {first_line(error)})"
             ) from None
+        if not looks_ahead < 1e-3:
+            raise UserError(
+                f"{flag} {name}: not a causal language model, what it says of a token depends on later ones"
+            )
         if not difference < 1e-3:
             raise UserError(f"{flag} {name}: its logits are not a plain linear head on its hidden states")
         if self.tokenizer.eos_token_id is None:
@@ -553,9 +567,10 @@ class Policy:
     def _load(self, folder: str):
         if is_reward_model(folder):
             raise UserError("this is a reward model, not a language model")
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="paged_attention", use_safetensors=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        if model._supports_attention_backend and model._supports_sdpa:  # others keep their own, and are sampled slowly
+            model.set_attn_implementation("paged_attention")
+        return model
 
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [batch, length], padded on the right if at all -> final hidden states [batch, length, width].
@@ -812,8 +827,14 @@ def fingerprint(name: str, flag: str = "--model") -> str:
     files = sorted(Path(model_folder(name, flag)).glob("*.safetensors"))
     if not files:
         return name
-    with open(files[0], "rb") as file:
-        return f"{files[0].stat().st_size}-{zlib.crc32(file.read(1 << 22)):08x}"
+    size, crc = 0, 0
+    for (
+        path
+    ) in files:  # to the last byte: training adapters, for one, leaves the embeddings at the beginning as they are
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return f"{size}-{crc:08x}"
 
 
 def torch_device(name: str) -> torch.device:
@@ -862,9 +883,13 @@ class Sample:
         self.grade()
 
     def grade(self, lenient: bool = False) -> None:
-        """Read the answer and check it. A sample that was cut within its answer line has none: "#### 1" of "#### 18"."""
+        """Read the answer and check it. A sample that was cut within its answer line has none: "#### 1" of "#### 18"; and
+        lenient reading, where there is no such line, leaves a number out within which the sample may have been cut."""
         cut = not self.finished and "\n" not in self.text.partition(MARKER)[2]
-        self.answer = None if cut and MARKER in self.text else extract_answer(self.text, lenient)
+        if cut and MARKER in self.text:
+            self.answer = None
+        else:
+            self.answer = extract_answer(self.text.rstrip("0123456789.,/") if cut else self.text, lenient)
         self.correct = self.answer == self.problem.answer
 
     def to_json(self) -> str:
@@ -1070,6 +1095,15 @@ def attention_masks(config, positions: torch.Tensor, length: int):
 def check_length(policy: Policy, length: int, what: str) -> None:
     if length > policy.max_length:
         raise UserError(f"{what} is {length} tokens long; the model has {policy.max_length} positions")
+
+
+def check_prompts(
+    policy: Policy, problems: list[Problem], max_new_tokens: int, prefixes: Sequence[str], few_shot: bool = False
+) -> None:
+    """UserError if a prompt with its prefix, or what is sampled after it, does not fit into the model's positions."""
+    prompts = [prompt_text(problem, few_shot) + prefix for problem, prefix in zip(problems, prefixes, strict=True)]
+    longest = max(len(policy.encode_prompt(prompt)) for prompt in prompts)
+    check_length(policy, longest + max_new_tokens, f"the longest prompt with --max-new-tokens {max_new_tokens}")
 
 
 BLOCK = 256  # of the vocabulary
@@ -1610,7 +1644,7 @@ def cross_entropy(policy: Policy, examples: Sequence[Example], token_budget: int
 
 def cosine_lr(step: int, n_steps: int, lr: float) -> float:
     """Learning rate of step 0..n_steps-1: linear warm-up over the first 3 % (at least one step), then a cosine that
-    ends at lr / 100."""
+    ends at lr / 100 (of one or two steps none is below lr)."""
     warmup = max(1, round(0.03 * n_steps))
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -1795,11 +1829,7 @@ def sample_to_file(
     rows = how["rows"] * this_process()[1]
     group = max(1, 32 * rows // per_problem)  # long enough that the emptying of the rows at its end is rare
     prefixes = prefixes or [""] * len(problems)
-    prompts = [
-        prompt_text(p, how.get("few_shot", False)) + prefix for p, prefix in zip(problems, prefixes, strict=True)
-    ]
-    longest = max(len(policy.encode_prompt(prompt)) for prompt in prompts)
-    check_length(policy, longest + how["max_new_tokens"], "the longest prompt with --max-new-tokens")
+    check_prompts(policy, problems, how["max_new_tokens"], prefixes, how.get("few_shot", False))
     samples = on_first(lambda: read_samples(path, problems, per_problem, prefixes) if path.exists() else [])
     if len(samples) < len(problems) * per_problem:
         samples = samples[: len(samples) // (group * per_problem) * (group * per_problem)]

@@ -64,15 +64,16 @@ def distinct_correct(samples: list[common.Sample]) -> int:
     return len({common.equations(sample.text) for sample in samples if sample.correct})
 
 
-def confidence_interval(values: list[float]) -> list[float]:
-    """95 % interval of the mean of one value per problem: Wilson (1927) for shares of yes and no, which stays sensible
-    at 0 and 1; otherwise mean +- 1.96 standard errors."""
+def confidence_interval(values: list[float], highest: float = 1.0) -> list[float]:
+    """95 % interval of the mean of one value per problem, each between 0 and `highest`: Wilson (1927) for shares of yes
+    and no, which stays sensible at 0 and 1; otherwise mean +- 1.96 standard errors, and of a single value everything."""
     mean, n, z = float(np.mean(values)), len(values), 1.96
     if set(values) <= {0.0, 1.0}:
         centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
-    half = z * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    return [max(0.0, mean - half), mean + half]  # every metric is a share or a count
+        centre, half = centre / (1 + z * z / n), half / (1 + z * z / n)
+    else:
+        centre, half = mean, z * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else highest
+    return [max(0.0, centre - half), min(highest, centre + half)]
 
 
 def paired_test(values: list[float], others: list[float]) -> dict:
@@ -162,16 +163,20 @@ def main(argv: list[str]) -> None:
         for sample in greedy + samples:
             sample.grade(lenient=True)
 
-    # 3. scores of the reward model, which then stand in the files of samples, too
-    for file, group in zip(files, (greedy, samples), strict=True) if orm else ():
-        orm.grade(group)
+    # 3. scores of the reward model; they, and what was read leniently, then stand in the files of samples, too
+    for file, group in zip(files, (greedy, samples), strict=True) if orm or args.lenient else ():
+        if orm:
+            orm.grade(group)
         with common.write_aside(file) as out_file:
             out_file.write("".join(sample.to_json() + "\n" for sample in group).encode())
 
     # 4. every metric is a mean over problems
     columns = metrics_per_problem(greedy, samples)
-    report = {name: {"value": float(np.mean(v)), "ci95": confidence_interval(v)} for name, v in columns.items()}
     n = args.samples
+    report = {
+        name: {"value": float(np.mean(v)), "ci95": confidence_interval(v, n if name.startswith("distinct") else 1.0)}
+        for name, v in columns.items()
+    }
     paired = {
         f"{name} - maj@{n}": paired_test(columns[name], columns[f"maj@{n}"])
         for name in (f"rerank@{n}", f"weighted@{n}") if name in columns

@@ -51,6 +51,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 import common
 
@@ -351,17 +352,17 @@ class ValueFunction(torch.nn.Module):
 
 class Lora(torch.nn.Module):
     """Low-rank adapters (Hu et al. 2021) on every linear map within the layers: W x + B A x, with B = 0 at first. They
-    hang on the modules as hooks, so the model itself, its names and its checkpoint, stay what they are."""
+    hang on the modules as hooks, so the model itself, its names and its checkpoint, stay what they are. Experts whose
+    weights are one tensor, and what routes to them, get none."""
 
     def __init__(self, policy: common.Policy, rank: int):
         super().__init__()
         policy.model.requires_grad_(False)
         self.on, self.targets, self.down, self.up = True, [], torch.nn.ParameterList(), torch.nn.ParameterList()
         for module in top_layers(policy.model).modules():
-            weight = getattr(module, "weight", None)
-            if weight is None or weight.ndim != 2 or isinstance(module, torch.nn.Embedding):
+            if not isinstance(module, (torch.nn.Linear, Conv1D)):
                 continue
-            transposed = not isinstance(module, torch.nn.Linear)  # the Conv1D of GPT-2 keeps [in, out]
+            weight, transposed = module.weight, isinstance(module, Conv1D)  # of GPT-2; keeps [in, out]
             n_out, n_in = weight.T.shape if transposed else weight.shape
             self.down.append(torch.nn.Parameter(torch.randn(rank, n_in, device=weight.device) / n_in**0.5))
             self.up.append(torch.nn.Parameter(torch.zeros(n_out, rank, device=weight.device)))
@@ -413,7 +414,7 @@ def choose(
 ) -> list[int]:
     """Indices of the questions to keep. scores: the mean reward of each one's samples; passed: the share of them with a
     reward of at least half. Ties are broken at random: with rewards of 0 and 1 they are most of the lowest tenth."""
-    rng, count = np.random.default_rng([seed, 4]), round(fraction * len(scores))
+    rng, count = np.random.default_rng([seed, 4]), max(1, round(fraction * len(scores)))
     passed, key = np.array(passed), standardised(scores, domains)
     candidates = np.arange(len(scores))
     if kind == "floor":
@@ -596,6 +597,9 @@ def main(argv: list[str]) -> None:
         raise common.UserError(f"{len(bare)} questions have no solution to compare with; --orm must pick a sample")
     if args.curriculum == "verifiable_first" and "verifier" not in route[: len(train)]:
         raise common.UserError("--curriculum verifiable_first: no question is left whose answer can be checked")
+    given = [common.first_solution(p.reference or "") if args.curriculum == "backtracking" else "" for p in everything]
+    given = ["".join(text.rpartition("\n")[:2]) for text in given]  # all lines but the last: the most that is revealed
+    common.check_prompts(policy, everything, args.max_new_tokens, given)  # now, not in the phase that draws the longest
     run.begin()
 
     # 0. references to compare with, and the questions of the pool; a restart takes what was chosen before

@@ -282,6 +282,10 @@ def main(argv: list[str]) -> None:
           f"{len(data)} {'comparisons' if generative else 'distinct solutions'} to train on")  # fmt: skip
     if right in (0, 1):
         raise common.UserError("the samples are all right or all wrong: there is nothing to tell apart")
+    if not examples:
+        raise common.UserError(
+            "no question has a solution to compare with, or right and wrong samples; raise --samples"
+        )
 
     # 3. train; as in sft.py, the order of the data depends on the seed and the epoch alone
     optimizer = torch.optim.AdamW(orm.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)

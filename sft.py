@@ -57,11 +57,13 @@ def main(argv: list[str]) -> None:
         return
     policy = common.Policy(args.model, args.device, args.dtype)
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
-    run.begin()
     examples, dev_examples = (
         [(policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(p.solution)) for p in problems]
         for problems in (train, [p for p in dev if p.solution])
     )
+    longest = max(len(prompt) + len(solution) for prompt, solution in examples + dev_examples)
+    common.check_length(policy, longest, "the longest solution with its prompt")  # now, not in the middle of an epoch
+    run.begin()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     steps_per_epoch = -(-len(examples) // args.batch_size)
     n_steps = args.epochs * steps_per_epoch

@@ -402,3 +402,44 @@ def test_packed_weights_compute_the_same_and_are_never_stale(tiny):
             assert "forward" not in vars(layer)
             layer.weight.mul_(1.5)
         layer.weight.div_(1.5**2)
+
+
+def test_a_family_with_attention_of_its_own_keeps_it(tmp_path):
+    """BLOOM's position biases are no part of the attention interface: taken for a model that has it, every token would see
+    the ones after it. What comes later must not change what is said of a token."""
+    tokenizer = AutoTokenizer.from_pretrained(common.model_folder("tiny"))
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = transformers.BloomForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8.0 if p.ndim > 1 else 1.0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = common.Policy(str(tmp_path), dtype="float32")
+    one, other = (common.response_logprobs(policy, [([3, 4, 5], [6, 7, last])]) for last in (8, 99))
+    torch.testing.assert_close(one[:2], other[:2])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(policy.model(ids).logits, plain(ids).logits)
+    samples = common.generate(policy, PROBLEMS, samples=1, temperature=0, max_new_tokens=6)
+    assert ids_of(samples) == reference_greedy(policy, PROBLEMS, 6)
+
+
+def test_a_model_that_reads_ahead_is_refused(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(common.model_folder("tiny"))
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
+    )
+    model = transformers.BertLMHeadModel(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8.0 if p.ndim > 1 else 1.0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(common.UserError, match="not a causal language model"):
+        common.Policy(str(tmp_path))

@@ -221,6 +221,7 @@ def test_each_selection_keeps_what_it_says():
     both = ppo.choose("lowest", passed + hard, passed + passed, ["a"] * 10 + ["b"] * 10, 0.2, 0)
     assert both == [0, 1, 10, 11]
     assert ppo.choose("floor", [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], ["a"] * 3, 1.0, 0) == [2]
+    assert ppo.choose("lowest", [0.0, 0.5, 1.0], [0.0, 0.5, 1.0], ["a"] * 3, 0.1, 0) == [0]  # of few questions one
 
 
 def test_verifiable_questions_come_first_and_the_others_join_in_turn():
@@ -325,3 +326,20 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa
     argv = [*PPO, "--limit-train", 2300, "--select", "lowest", "--selection", wrong_file, "--out", tmp_path / "run"]
     code, message = cli(ppo, *argv)
     assert code == 2 and "no score for" in message
+
+
+def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):  # noqa: F811
+    """No solutions, and of every question one sample: right or wrong, but never both."""
+    file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": str(i % 3)}) + "\n" for i in range(60)))
+    argv = ["--kind", "genrm", "--model", "tiny", "--dataset", file, "--samples", 1, "--eval-samples", 2]
+    train = common.load_problems(str(file), "train")
+    texts = ["1+0=<<1+0=1>>1\n#### 1"] * len(train)
+    samples.write_text(
+        "".join(common.Sample(p, 0, t, True).to_json() + "\n" for p, t in zip(train, texts, strict=True))
+    )
+    code, message = cli(
+        reward_model, *argv, "--train-samples", samples, "--max-new-tokens", 20, "--out", tmp_path / "run"
+    )
+    assert code == 2 and "raise --samples" in message
+    assert not (tmp_path / "run" / "model").exists()

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from test_generation import ARCHITECTURES, random_policy
 from test_scripts import cli, rows_of, without_time  # noqa: F401
 
@@ -193,6 +194,23 @@ def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_fact
         torch.testing.assert_close(common.response_logprobs(plain, EXAMPLES), adapted, atol=1e-4, rtol=1e-4)
 
 
+def test_experts_and_their_routers_get_no_adapters(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = common.Policy("tiny").tokenizer
+    config = transformers.MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=32, num_local_experts=4, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = common.Policy(str(tmp_path), dtype="float32")
+    with torch.no_grad():
+        initial = common.response_logprobs(policy, EXAMPLES)
+        lora = ppo.Lora(policy, 3)
+        assert torch.equal(common.response_logprobs(policy, EXAMPLES), initial)
+    assert len(lora.targets) == 2 * 4  # the projections of the attention
+
+
 # ---- curricula
 
 
@@ -352,6 +370,13 @@ def test_bad_combinations_end_in_one_line(cli, tmp_path):  # noqa: F811
     for flags in (["--reward", "dense"], ["--curriculum", "backtracking"]):
         code, message = cli(ppo, "--model", "tiny", "--dataset", file, "--out", tmp_path / "run", *flags)
         assert code == 2 and flags[0] in message and message.count("\n") == 1
+    long = tmp_path / "long.jsonl"
+    questions = ["How many? " * 2000] + ["How many?"] * 24
+    long.write_text(
+        "".join(json.dumps({"question": f"{i}: {q}", "answer": "1"}) + "\n" for i, q in enumerate(questions))
+    )
+    code, message = cli(ppo, "--model", "tiny", "--dataset", long, "--out", tmp_path / "run", "--limit-eval", 2)
+    assert code == 2 and "positions" in message
     for flags in (
         ["--temperature", "0"],
         ["--value-layers", "0"],

@@ -11,6 +11,7 @@ from test_scripts import cli, rows_of, without_time  # noqa: F401
 
 import common
 import evaluate
+import expert_iteration
 import rcrl
 import sft
 
@@ -236,6 +237,11 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
     short = ["--epochs", "1", "--limit-eval", "4", "--max-new-tokens", "20", "--out", tmp_path / "sft"]
     assert cli(sft, "--model", out / "model", *short)[0] == 0
     assert "return_labels" not in json.loads((tmp_path / "sft" / "model" / "config.json").read_text())
+    short = [*short[:-1], tmp_path / "ei", "--limit-train", "24", "--rounds", "1", "--continue", "--pass-k", "0"]
+    assert (
+        cli(expert_iteration, "--model", out / "model", *short)[0] == 0
+    )  # its labels are in the samples of round 1 only
+    assert "return_labels" not in json.loads((tmp_path / "ei" / "model" / "config.json").read_text())
 
     argv = [
         *RUN,

@@ -95,6 +95,12 @@ def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
         assert low <= report[key]["value"] <= high
     code, message = cli(evaluate, *argv)
     assert code == 2 and "--overwrite" in message
+    lenient = [*argv[:-4], "--lenient", "--max-new-tokens", 60, "--out", tmp_path / "eval" / "lenient.json"]
+    assert cli(evaluate, *lenient)[0] == 0  # its files of samples say what the report says
+    read = rows_of(tmp_path / "eval" / "lenient.greedy.jsonl")
+    said = json.loads((tmp_path / "eval" / "lenient.json").read_text())["unreadable@1"]["value"]
+    assert said == pytest.approx(sum(row["answer"] is None for row in read) / 40)
+    assert any(row["answer"] is not None and "####" not in row["text"] for row in read)
     assert cli(evaluate, *argv, "--resume")[0] == 0
     again = json.loads(report_file.read_text())
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in report.items() if k != "seconds"}

@@ -1,6 +1,7 @@
 """Log-probabilities, batches and the training step."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -155,3 +156,17 @@ def test_saved_folder_is_an_ordinary_model_that_says_the_same(tiny, tmp_path):
         assert text == sample.text and sample.finished
     tiny.save(tmp_path / "model")  # replacing a folder works as well
     assert (tmp_path / "model" / "model.safetensors").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_fingerprint_changes_with_any_weight(tmp_path):
+    """Adapters leave the embeddings, the first megabytes of most files, as they are."""
+    model = tmp_path / "model"
+    shutil.copytree(common.model_folder("tiny"), model)
+    before, file = common.fingerprint(str(model)), model / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert common.fingerprint(str(model)) != before
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert common.fingerprint(str(model)) == before
