@@ -1,6 +1,6 @@
 """Expert iteration: sample solutions, keep the correct ones, train the base on them, repeat.
 
-Objective of round i, with R_i the correct, distinct samples of pi_{i-1} and D_i = R_i u D_{i-1} (D_0: the SFT data):
+Objective of round i, with R_i the correct samples of pi_{i-1} and D_i = R_i u D_{i-1} (D_0: the SFT data):
 
     pi_i  =  argmin   - sum over (q, s) in D_i   sum_t log pi(s_t | q, s_<t)      starting from the pretrained base
 
@@ -8,22 +8,23 @@ Objective of round i, with R_i the correct, distinct samples of pi_{i-1} and D_i
 paper. A round is
 
     1. sample K solutions per training question from pi_{i-1} at temperature 1
-    2. keep the correct ones (--orm: those that a reward model scores at 0.5 or more); of those with the same sequence of
-       arithmetic operations keep one (--no-deduplicate: all); add them to the data
+    2. keep the correct ones (--orm: those that a reward model scores at 0.5 or more), each as often as it was sampled
+       (--deduplicate: of a question's with the same sequence of arithmetic operations one); add them to the data
     3. train from the pretrained base again (--continue: from pi_{i-1}), as in sft.py
     4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve it
 
-Where this differs from the paper: samples are de-duplicated for training (the paper does so only to count), which weighs
-every way to the right number the same, however rarely it is sampled; and the SFT data stays in the mix (--no-sft-data
-leaves it out; it is out by default when --model is the base itself).
+Where this differs from the paper, or the paper is silent: the SFT data stays in the mix (--no-sft-data leaves it out; it
+is out by default when --model is the base itself). The paper de-duplicates to count solutions; to train on de-duplicated
+ones is quicker, and worse: a lucky solution that is sampled once then weighs as much as a faithful one that is sampled
+often (README.md has the numbers).
 
-CPU, three minutes after `python sft.py` (README.md has the measured numbers):
+CPU, MINUTES minutes after `python sft.py` (README.md has the measured numbers), a third of that with --rounds 1:
     python expert_iteration.py
 From the base, without any written solution:
-    python expert_iteration.py --model tiny --samples 8 --epochs 3 --out runs/expert_iteration_base
+    python expert_iteration.py --model tiny --samples 8 --epochs 3 --deduplicate --out runs/expert_iteration_base
 One GPU, the paper's setting, after sft.py; and from a pretrained model with a two-shot prompt in round 1:
-    python expert_iteration.py --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 --no-deduplicate \
-        --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024
+    python expert_iteration.py --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 --epochs 4 --lr 2e-5 \
+        --batch-size 128 --max-new-tokens 512 --rows 1024
     python expert_iteration.py --model HuggingFaceTB/SmolLM2-135M --base HuggingFaceTB/SmolLM2-135M --few-shot ...
 """
 
@@ -62,8 +63,8 @@ def parse_args(argv: list[str]):
     parser.add_argument(
         "--deduplicate",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="of a question's solutions with the same sequence of operations keep one; without: as often as sampled",
+        default=False,
+        help="of a question's solutions with the same sequence of operations keep one, not all that are sampled",
     )
     parser.add_argument(
         "--few-shot",
@@ -90,11 +91,11 @@ def keep_accepted(
     samples: list[common.Sample],
     kept: dict[str, dict[tuple, str]],
     threshold: float | None = None,
-    deduplicate: bool = True,
+    deduplicate: bool = False,
 ) -> list[common.Sample]:
-    """The finished samples that are correct, or with `threshold` those that the ORM scored at least so high, and whose
-    sequence of operations `kept` (problem id -> operations -> solution) does not hold yet; they are added to it. Without
-    `deduplicate` every one is, under a number of its own."""
+    """The finished samples that are correct, or with `threshold` those that the ORM scored at least so high. They are added
+    to `kept` (problem id -> key -> solution) under a number of their own; with `deduplicate` under their sequence of
+    operations, and only if there is none with it yet."""
     new = []
     for sample in samples:
         solutions, operations = kept.setdefault(sample.problem.id, {}), common.equations(sample.text)
@@ -120,10 +121,11 @@ def main(argv: list[str]) -> None:
         return
     if run.state and not args.from_previous:  # the checkpoint holds weights that were trained from the base
         policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
-        policy.condition("none")
     else:
         common.Policy(args.base, "cpu", flag="--base")  # a wrong --base must not show only after hours of sampling
         policy = common.Policy(args.model, args.device, args.dtype)
+    if run.state:
+        policy.condition("none")
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
     run.begin()
     kept = {p.id: {common.equations(p.solution): p.solution} for p in train if p.solution and args.sft_data}
@@ -162,7 +164,7 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
         progress["timing"].setdefault("seconds_sampling", time.monotonic() - started)
 
-        # 2. keep the correct and distinct ones, add them to the data
+        # 2. keep the correct ones, add them to the data
         new = accept(samples)
         data = [(p, solution) for p in train for solution in kept.get(p.id, {}).values()]
         follows = [common.equations(s.text) == s.problem.steps for s in new if s.problem.steps]
@@ -184,7 +186,7 @@ def main(argv: list[str]) -> None:
         # 3. train from the base again; as in sft.py, the order of the data depends on the seed and the epoch alone
         if not args.from_previous and not (run.state and progress["place"]):
             policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
-            policy.condition("none")
+        policy.condition("none")  # a model of rcrl.py may sample the first round, labels and all, but not be trained so
         optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
         if run.state and progress["place"]:
             optimizer.load_state_dict(run.state["optimizer"])

@@ -30,9 +30,9 @@ def show(what: str, values: dict[int, float], control: dict[int, float] | None =
 
 METHODS = {  # where its 32 samples were tested, and what was run to train it
     "SFT": ("orm/orm_on_sft", ["arithmetic/sft"]),
-    "expert iteration": ("rerank/ei", ["arithmetic/ei"]),
+    "expert iteration, `--deduplicate`": ("rerank/ei_dedup", ["arithmetic/ei_dedup"]),
     "PPO": ("orm/orm_on_ppo", ["arithmetic/ppo"]),
-    "RCRL": ("rerank/rcrl_ratio10", ["arithmetic/ei", "rcrl/ratio10"]),
+    "RCRL": ("rerank/rcrl_ratio10", ["arithmetic/ei_dedup", "rcrl/ratio10"]),
 }
 print("| method | maj@1 | maj@32 | rerank@32 | weighted@32 | pass@32 | rollouts | minutes |\n" + "|---" * 8 + "|")
 for method, (tested, trained) in METHODS.items():
@@ -70,13 +70,13 @@ for task in TASKS:
         dev(f"{task}/ppo", "maj@1", phase=20),
     )
 show(
-    "from the base, dev maj@1, ei after 18,432 samples - ppo after 10,240",
-    dev("arithmetic/ei_base", "maj@1", round=1),
+    "from the base, dev maj@1, ei_base_dedup after 18,432 samples - ppo after 10,240",
+    dev("arithmetic/ei_base_dedup", "maj@1", round=1),
     dev("arithmetic/ppo_base", "maj@1", phase=20),
 )
 show(
-    "from the base, test maj@1, ei (36,864 samples) - ppo (10,240)",
-    test("arithmetic/ei_base", "maj@1"),
+    "from the base, test maj@1, ei_base_dedup (36,864 samples) - ppo (10,240)",
+    test("arithmetic/ei_base_dedup", "maj@1"),
     test("arithmetic/ppo_base", "maj@1"),
 )
 
@@ -107,30 +107,39 @@ for reward in ("dense", "orm", "orm_dense"):
     show(f"test maj@1, {reward} - sparse", test(f"ppo_variants/{reward}", "maj@1"), test("arithmetic/ppo", "maj@1"))
 
 print("C5 expert iteration with K = 4 ends a few points below large K")
-for task, large in (("arithmetic", "ei_samples/k16"), ("hard", "hard/k16")):
+for large, small, what in (
+    ("ei_samples/k16_dedup", "arithmetic/ei_dedup", "de-duplicated"),
+    ("hard/k16_dedup", "hard/ei_dedup", "de-duplicated"),
+    ("hard/k16_once", "hard/ei", "a quarter of the epochs"),
+):
     for n in (1, 2):
-        k16, k4 = (dev(name, "maj@1", round=n) for name in (large, f"{task}/ei"))
-        show(f"{task}, dev maj@1 after round {n}, K = 16 - K = 4", k16, k4)
-    for metric in ("maj@1", "pass@16"):
-        show(f"{task}, test {metric}, K = 16 - K = 4", test(large, metric), test(f"{task}/ei", metric))
-print("   not de-duplicated (all) against de-duplicated (ei, k16) and as many updates of that (ei_long, k16_long)")
-for more, fewer in (("all", "ei"), ("k16_all", "k16"), ("k16_all", "k16_long"), ("k16_all", "all")):
-    for metric in ("maj@1", "pass@1", "pass@8", "follows_reference"):
-        pair = (dev(f"hard/{name}", metric, round=1) for name in (more, fewer))
-        show(f"hard, dev {metric} after round 1, {more} - {fewer}", *pair)
-for fewer in ("ei", "ei_long"):
+        k16, k4 = (dev(name, "maj@1", round=n) for name in (large, small))
+        show(f"{small}, dev maj@1 after round {n}, K = 16 ({what}) - K = 4", k16, k4)
     for metric in ("maj@1", "pass@1", "pass@16"):
-        pair = (test(f"hard/{name}", metric) for name in ("all", fewer))
-        show(f"hard, test {metric} after two rounds, all - {fewer}", *pair)
+        show(f"{small}, test {metric}, K = 16 ({what}) - K = 4", test(large, metric), test(small, metric))
+print("   all right solutions against de-duplicated, and against de-duplicated for longer (long_dedup)")
+for all_of_them, one_of_each in (
+    ("arithmetic/ei", "arithmetic/ei_dedup"),
+    ("hard/ei", "hard/ei_dedup"),
+    ("hard/ei", "hard/long_dedup"),
+    ("hard/k16_round", "hard/k16_dedup"),
+    ("hard/k16_round", "hard/ei"),
+):
+    for metric in ("maj@1", "pass@1", "pass@8", "follows_reference"):
+        pair = (dev(name, metric, round=1) for name in (all_of_them, one_of_each))
+        show(f"dev {metric} after round 1, {all_of_them} - {one_of_each}", *pair)
+    for metric in ("maj@1", "pass@1", "pass@16", "distinct@16") if "round" not in all_of_them else ():
+        show(f"test {metric}, {all_of_them} - {one_of_each}", test(all_of_them, metric), test(one_of_each, metric))
 
 print("C6 restarting from the base beats continuing")
-for task, other in (("arithmetic", "ei_continue/continue"), ("hard", "hard/continue")):
+for restart, other in (("arithmetic/ei_dedup", "ei_continue/continue_dedup"), ("hard/ei", "hard/continue")):
     for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
-        show(f"{task}, test {metric}, restart - continue", test(f"{task}/ei", metric), test(other, metric))
+        show(f"{restart}, test {metric}, restart - continue", test(restart, metric), test(other, metric))
 
 print("C7 RCRL stays below expert iteration; 1:1 is the worst ratio")
 for ratio in (1, 10, 100):
-    show(f"test maj@1, rcrl {ratio}:1 - ei", test(f"rcrl/ratio{ratio}", "maj@1"), test("arithmetic/ei", "maj@1"))
+    values = test(f"rcrl/ratio{ratio}", "maj@1")
+    show(f"test maj@1, rcrl {ratio}:1 - ei_dedup", values, test("arithmetic/ei_dedup", "maj@1"))
 for ratio in (10, 100):
     show(f"test maj@1, rcrl 1:1 - {ratio}:1", test("rcrl/ratio1", "maj@1"), test(f"rcrl/ratio{ratio}", "maj@1"))
 
@@ -152,9 +161,9 @@ show(
     test("arithmetic/ppo", "maj@1"),
 )
 show(
-    "test maj@1, ei from the base (36,864 samples) - from SFT (18,432)",
-    test("arithmetic/ei_base", "maj@1"),
-    test("arithmetic/ei", "maj@1"),
+    "test maj@1, ei_dedup from the base (36,864 samples) - from SFT (18,432)",
+    test("arithmetic/ei_base_dedup", "maj@1"),
+    test("arithmetic/ei_dedup", "maj@1"),
 )
 
 print("hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)")

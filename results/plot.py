@@ -87,17 +87,22 @@ METHODS = {  # folder/method: colour, name, whether its log is drawn over rollou
     "ppo_longer/phases36": ("navy", "PPO, 36 phases", True),
     "arithmetic/ppo_base": ("lightblue", "PPO from the base", True),
     "arithmetic/ei": ("tab:purple", "expert iteration, K = 4", True),
-    "ei_samples/k16": ("tab:cyan", "expert iteration, K = 16", True),
-    "ei_continue/continue": ("tab:brown", "expert iteration, K = 4, continued", True),
-    "arithmetic/ei_base": ("tab:gray", "expert iteration from the base, K = 8", True),
+    "arithmetic/ei_dedup": ("orchid", "K = 4, de-duplicated", True),
+    "ei_samples/k16_dedup": ("tab:cyan", "K = 16, de-duplicated", True),
+    "ei_continue/continue_dedup": ("tab:brown", "K = 4, de-duplicated, continued", True),
+    "arithmetic/ei_base_dedup": ("tab:gray", "K = 8 from the base, de-duplicated", True),
     "rcrl/ratio10": ("tab:green", "RCRL, 10 : 1", False),
 }
-ALL = {  # the same with every right sample
-    "hard/all": ("orchid", "K = 4, not de-duplicated", True),
-    "hard/ei_long": ("plum", "K = 4, three times the epochs", True),
-    "hard/k16_all": ("tab:orange", "K = 16, not de-duplicated, round 1", True),
+HARD = {
+    "hard/sft": ("tab:olive", "SFT", False),
+    "hard/ppo": ("tab:blue", "PPO", True),
+    "hard/ei": ("tab:purple", "expert iteration, K = 4", True),
+    "hard/continue": ("tab:red", "K = 4, continued", True),
+    "hard/k16_once": ("tab:orange", "K = 16, a quarter of the epochs", True),
+    "hard/ei_dedup": ("orchid", "K = 4, de-duplicated", True),
+    "hard/long_dedup": ("plum", "K = 4, de-duplicated, three times the epochs", True),
+    "hard/k16_dedup": ("tab:cyan", "K = 16, de-duplicated", True),
 }
-HARD = {"sft": "arithmetic/sft", "ppo": "arithmetic/ppo", "ei": "arithmetic/ei", "k16": "ei_samples/k16", "continue": "ei_continue/continue"}  # fmt: skip
 
 
 def all_methods(compared: dict[str, tuple[str, str, bool]], file: str) -> None:
@@ -172,6 +177,6 @@ def conditioning() -> None:
 
 
 all_methods(METHODS, "methods.png")
-all_methods({f"hard/{name}": METHODS[same] for name, same in HARD.items()} | ALL, "hard.png")
+all_methods(HARD, "hard.png")
 over_epochs()
 conditioning()

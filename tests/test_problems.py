@@ -184,33 +184,38 @@ def test_confidence_intervals_hold_the_truth_95_percent_of_the_time():
         assert 0.93 < np.mean([low <= truth <= high for low, high in intervals]) < 0.975
     low, high = evaluate.confidence_interval([1.0] * 50)
     assert 0.9 < low < 0.95 and high == pytest.approx(1.0)
+    assert evaluate.confidence_interval([1.0] * 9 + [0.9])[1] == 1.0
+    assert evaluate.confidence_interval([3.0, 3.5, 4.0], 4)[1] == 4.0
+    assert evaluate.confidence_interval([0.5]) == [0.0, 1.0]
 
 
-def test_expert_iteration_keeps_correct_finished_and_distinct_samples():
+def test_deduplication_keeps_correct_finished_and_distinct_samples():
     p = common.Problem("p", "?", Fraction(4))
     right, same, other = "2+2=<<2+2=4>>4\n#### 4", "2+2=<<2+2=4>>4 pens\n#### 4", "2*2=<<2*2=4>>4\n#### 4"
     texts = [right, same, other, "#### 5", right + "\n\nQuestion: next?"]
     kept = {}
-    new = expert_iteration.keep_accepted([make_sample(p, i, t) for i, t in enumerate(texts)], kept)
+    new = expert_iteration.keep_accepted([make_sample(p, i, t) for i, t in enumerate(texts)], kept, None, True)
     assert [s.number for s in new] == [0, 2]
     assert kept == {"p": {("2+2",): right, ("2*2",): other}}
     assert (
         expert_iteration.keep_accepted(
-            [make_sample(p, 0, right), make_sample(p, 1, "8-4=<<8-4=4>>4\n#### 4", False)], kept
+            [make_sample(p, 0, right), make_sample(p, 1, "8-4=<<8-4=4>>4\n#### 4", False)], kept, None, True
         )
         == []
     )
-    run_on = expert_iteration.keep_accepted([make_sample(p, 5, "1+3=<<1+3=4>>4\n#### 4\n\nQuestion: next?")], kept)
+    run_on = expert_iteration.keep_accepted(
+        [make_sample(p, 5, "1+3=<<1+3=4>>4\n#### 4\n\nQuestion: next?")], kept, None, True
+    )
     assert len(run_on) == 1 and kept["p"][("1+3",)] == "1+3=<<1+3=4>>4\n#### 4"
 
 
-def test_without_deduplication_a_solution_counts_as_often_as_it_is_sampled():
+def test_in_expert_iteration_a_solution_counts_as_often_as_it_is_sampled():
     """Over two rounds, beside a written solution, and still only what is right and was not cut."""
     p = common.Problem("p", "?", Fraction(4))
     right, other = "2+2=<<2+2=4>>4\n#### 4", "2*2=<<2*2=4>>4\n#### 4"
     kept = {"p": {("2+2",): right}}
     for texts in ([right, right, other], [right, "#### 5"]):
         samples = [make_sample(p, i, t) for i, t in enumerate(texts)] + [make_sample(p, 9, other, False)]
-        new = expert_iteration.keep_accepted(samples, kept, deduplicate=False)
+        new = expert_iteration.keep_accepted(samples, kept)
         assert [s.text for s in new] == [t for t in texts if t != "#### 5"]
     assert sorted(kept["p"].values()) == [other] + [right] * 4

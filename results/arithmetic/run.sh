@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # The recorded runs on the embedded task: base, SFT, more SFT, expert iteration and PPO from SFT and from the base; three
-# seeds. About an hour on two cores. Restartable: what is finished is skipped, what was interrupted goes on.
+# seeds. *_dedup: of the right solutions of a question with the same sequence of operations one is kept. Restartable: what is finished is skipped, what was interrupted goes on.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 
 declare -A flags=(
     [sft]="sft.py"
     [ei]="expert_iteration.py --model SFT"
-    [ei_base]="expert_iteration.py --model tiny --samples 8 --epochs 3"
+    [ei_dedup]="expert_iteration.py --model SFT --deduplicate"
+    [ei_base_dedup]="expert_iteration.py --model tiny --samples 8 --epochs 3 --deduplicate"
     [ppo]="ppo.py --model SFT"
     [ppo_base]="ppo.py --model tiny"
     [sft_more]="sft.py --batch-size 1 --epochs 35" # control: 840 updates on the 24 written solutions alone
 )
 [ -f "$here/base/test.json" ] || { mkdir -p "$work/base" && test_and_record "$work/base" base 0 tiny; }
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-sft ei ei_base ppo ppo_base sft_more}; do
+    for name in ${VARIANTS:-sft ei ei_dedup ei_base_dedup ppo ppo_base sft_more}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         train_and_test "$work/${name}_$seed" ${name}_$seed $seed ${flags[$name]//SFT/$work/sft_$seed/model}
     done

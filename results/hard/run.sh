@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The harder variant of the task, problems of 4 to 6 steps, where expert iteration is not at its ceiling: SFT, expert iteration
-# with K = 4 (ei) and K = 16 samples per question and round, the same training on from the last policy (continue), PPO; three
-# seeds. Restartable: what is finished is skipped, what was interrupted goes on.
+# The harder variant of the task, problems of 4 to 6 steps, where no method is at its ceiling: SFT, expert iteration, PPO; and
+# expert iteration that trains on from the last policy (continue), or with four times the samples and as many updates
+# (k16_once); three seeds. *_dedup: of the right solutions of a question with the same sequence of operations one is kept;
+# long_dedup is the control with more updates than ei makes, k16_round the first round of K = 16 alone. Restartable: what is
+# finished is skipped, what was interrupted goes on.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 dataset=arithmetic-hard
@@ -9,18 +11,16 @@ dataset=arithmetic-hard
 declare -A flags=(
     [sft]="sft.py"
     [ei]="expert_iteration.py --model SFT"
-    [continue]="expert_iteration.py --model SFT --continue"
-    [k16]="expert_iteration.py --model SFT --samples 16"
     [ppo]="ppo.py --model SFT"
-    # every right sample counts, not one of each sequence of operations; its control, with as many updates; and both with
-    # K = 16, the first round alone
-    [all]="expert_iteration.py --model SFT --no-deduplicate"
-    [ei_long]="expert_iteration.py --model SFT --epochs 12"
-    [k16_all]="expert_iteration.py --model SFT --no-deduplicate --samples 16 --rounds 1"
-    [k16_long]="expert_iteration.py --model SFT --samples 16 --rounds 1 --epochs 12"
+    [continue]="expert_iteration.py --model SFT --continue"
+    [k16_once]="expert_iteration.py --model SFT --samples 16 --epochs 1"
+    [ei_dedup]="expert_iteration.py --model SFT --deduplicate"
+    [long_dedup]="expert_iteration.py --model SFT --deduplicate --epochs 12"
+    [k16_dedup]="expert_iteration.py --model SFT --deduplicate --samples 16"
+    [k16_round]="expert_iteration.py --model SFT --samples 16 --rounds 1"
 )
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-sft ei continue k16 ppo all ei_long k16_all k16_long}; do
+    for name in ${VARIANTS:-sft ei ppo continue k16_once ei_dedup long_dedup k16_dedup k16_round}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         train_and_test "$work/hard_${name}_$seed" ${name}_$seed $seed ${flags[$name]//SFT/$work/hard_sft_$seed/model} --dataset $dataset
     done

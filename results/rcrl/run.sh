@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Return-conditioned RL on the embedded task, three seeds: 16 samples per training question from the policy of expert
-# iteration, and from them mixtures that differ in the ratio of right to wrong solutions and in the labels, each evaluated
+# iteration (de-duplicated), and from them mixtures that differ in the ratio of right to wrong solutions and in the labels, each evaluated
 # with [GOOD], [BAD] and no label forced. A mixture has 3,200 solutions, or as many as there are distinct right ones for. The
 # controls have no labels: all right solutions (up to 3,200), which is what expert iteration would train on; the 1,600 that
 # are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/arithmetic/run.sh. Restartable.
@@ -20,7 +20,7 @@ for seed in ${SEEDS:-0 1 2}; do
         run=$work/rcrl_${name}_$seed to=$here/${name}_$seed samples=$work/rcrl_ratio1_$seed/samples/train.jsonl
         [ -f "$to/test.json" ] && continue
         [ $name = ratio1 ] || extra="--train-samples $samples"
-        python rcrl.py --seed $seed --model "$work/ei_$seed/model" --samples 16 --train-size 3200 ${flags[$name]} ${extra:-} \
+        python rcrl.py --seed $seed --model "$work/ei_dedup_$seed/model" --samples 16 --train-size 3200 ${flags[$name]} ${extra:-} \
             --out "$run" --resume
         extra=
         for on in bad none good; do

@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${POLICIES:-ei rcrl_ratio10}; do
+    for name in ${POLICIES:-ei_dedup rcrl_ratio10}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         mkdir -p "$work/rerank_${name}_$seed"
         python evaluate.py --model "$work/${name}_$seed/model" --orm "$work/orm_$seed/model" --samples 32 --seed $seed --resume \
@@ -14,4 +14,4 @@ for seed in ${SEEDS:-0 1 2}; do
     done
 done
 python results/table.py "$here"
-python results/rerank/slips.py "$work"/{orm_on_sft,orm_on_ppo,rerank_ei,rerank_rcrl_ratio10}_[0-9]/test.samples.jsonl >"$here/slips.txt"
+python results/rerank/slips.py "$work"/{orm_on_sft,orm_on_ppo,rerank_ei_dedup,rerank_rcrl_ratio10}_[0-9]/test.samples.jsonl >"$here/slips.txt"
