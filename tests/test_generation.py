@@ -38,25 +38,26 @@ ARCHITECTURES = {
 _POLICIES = {}
 
 
+def write_model(config_of, folder, scale: float = 8.0) -> None:
+    """A small random model with the tokenizer of `tiny`; its weights are scaled up so that its choices are not all ties."""
+    tokenizer = AutoTokenizer.from_pretrained(common.model_folder("tiny"))
+    config = config_of(len(tokenizer))
+    config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(scale)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def random_policy(name: str, tmp_path_factory, device: str = "cpu") -> common.Policy:
-    """A small random model of an architecture; its initial weights are scaled up so that its choices are not all ties."""
     if (name, device) not in _POLICIES:
-        tokenizer = AutoTokenizer.from_pretrained(common.model_folder("tiny"))
-        config = ARCHITECTURES[name](len(tokenizer))
-        config.bos_token_id, config.eos_token_id, config.pad_token_id = (
-            None,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-        )
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.ndim > 1:
-                    p.mul_(8.0)
         folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_model(ARCHITECTURES[name], folder)
         _POLICIES[name, device] = common.Policy(str(folder), device=device, dtype="float32")
     return _POLICIES[name, device]
 
@@ -289,14 +290,8 @@ def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory):
 
 def test_a_model_without_key_cache_is_sampled_slowly(tmp_path):
     """A state-space model: nothing in it calls the attention or the cache."""
-    tokenizer = AutoTokenizer.from_pretrained(common.model_folder("tiny"))
-    torch.manual_seed(0)
-    config = transformers.MambaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    config = dict(hidden_size=16, num_hidden_layers=2, state_size=4)
+    write_model(lambda v: transformers.MambaConfig(vocab_size=v, **config), tmp_path, scale=1.0)
     policy = common.Policy(str(tmp_path))
     assert not policy.decodes_fast
     got = common.generate(policy, PROBLEMS[:3], temperature=0, max_new_tokens=6, rows=2)
@@ -407,18 +402,7 @@ def test_packed_weights_compute_the_same_and_are_never_stale(tiny):
 def test_a_family_with_attention_of_its_own_keeps_it(tmp_path):
     """BLOOM's position biases are no part of the attention interface: taken for a model that has it, every token would see
     the ones after it. What comes later must not change what is said of a token."""
-    tokenizer = AutoTokenizer.from_pretrained(common.model_folder("tiny"))
-    torch.manual_seed(0)
-    config = transformers.BloomConfig(
-        vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = transformers.BloomForCausalLM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(8.0 if p.ndim > 1 else 1.0)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    write_model(lambda v: transformers.BloomConfig(vocab_size=v, hidden_size=32, n_layer=2, n_head=4), tmp_path)
     policy = common.Policy(str(tmp_path), dtype="float32")
     one, other = (common.response_logprobs(policy, [([3, 4, 5], [6, 7, last])]) for last in (8, 99))
     torch.testing.assert_close(one[:2], other[:2])
@@ -431,15 +415,6 @@ def test_a_family_with_attention_of_its_own_keeps_it(tmp_path):
 
 
 def test_a_model_that_reads_ahead_is_refused(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(common.model_folder("tiny"))
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
-    )
-    model = transformers.BertLMHeadModel(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(8.0 if p.ndim > 1 else 1.0)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    write_model(lambda v: transformers.BertConfig(vocab_size=v, **SMALL), tmp_path)
     with pytest.raises(common.UserError, match="not a causal language model"):
         common.Policy(str(tmp_path))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_generation import ARCHITECTURES, random_policy
+from test_generation import ARCHITECTURES, SMALL, random_policy, write_model
 from test_scripts import cli, rows_of, without_time  # noqa: F401
 
 import common
@@ -195,14 +195,8 @@ def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_fact
 
 
 def test_experts_and_their_routers_get_no_adapters(tmp_path):
-    torch.manual_seed(0)
-    tokenizer = common.Policy("tiny").tokenizer
-    config = transformers.MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=32, num_local_experts=4, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    sizes = SMALL | dict(num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4)
+    write_model(lambda v: transformers.MixtralConfig(vocab_size=v, **sizes), tmp_path)
     policy = common.Policy(str(tmp_path), dtype="float32")
     with torch.no_grad():
         initial = common.response_logprobs(policy, EXAMPLES)
