@@ -849,6 +849,8 @@ def torch_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where CUDA graphs are recorded
+            # cuDNN's attention, the first choice on Hopper, is planned anew for every shape, and each of our batches has its own
+            torch.backends.cuda.enable_cudnn_sdp(False)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: cannot be used here ({first_line(error)})") from None
     return device
@@ -1170,7 +1172,7 @@ def decode(
         policy.model.config.get_text_config(),
         fast and policy.device.type in GRAPH_DEVICES,
     )
-    stride = 16 if on_gpu else 1
+    stride, records = 16 if on_gpu else 1, True
     width = max_new_tokens + stride - 1  # a row may run on until the host looks
     uniforms, tokens, logprobs = (torch.zeros(rows, width, device=device, dtype=t) for t in (torch.float, torch.long, torch.float))  # fmt: skip
     ages, starts, inputs, owed = torch.zeros(4, rows, device=device, dtype=torch.long)  # owed: ids of the label to come
@@ -1294,6 +1296,17 @@ def decode(
         used = table[:n_run, : rounded(need.max())]
         return View(*(torch.from_numpy(t).to(device) for t in (grid, wide_slot, reader, own_row, own_first, used)))
 
+    def recorded(run: Callable[[], None]) -> Callable[[], None]:
+        nonlocal records
+        try:
+            return record(run, device, pool) if records else run
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            warn(f"sampling is slower than it could be, because a step cannot be recorded ({first_line(error)})")
+            records = False  # nor will steps of other sizes
+            return run
+
     def advance(n: int) -> None:
         """`stride` steps of at least the first n rows."""
         n_run = rows >> int(math.log2(rows / n)) if on_gpu else n  # all, half, a quarter ... of the rows
@@ -1309,7 +1322,7 @@ def decode(
                 t.copy_(new)
         else:
             step(n_run, view)  # the first step of a size runs as it is, which warms up what the graph needs
-            replay, _ = graphs[sizes] = record(lambda: step(n_run, view), device, pool), view
+            replay, _ = graphs[sizes] = recorded(lambda: step(n_run, view)), view
         for _ in range(stride - first):
             replay()
 

@@ -263,6 +263,20 @@ def test_cuda_graphs_give_the_same_samples_as_single_steps(tmp_path_factory, mon
     assert ids_of(graphs) == ids_of(common.generate(policy, PROBLEMS, **how))
 
 
+def test_steps_that_cannot_be_recorded_run_as_they_are(tmp_path_factory, monkeypatch, capsys):
+    policy = random_policy("llama", tmp_path_factory)
+    how = dict(samples=12, max_new_tokens=40, rows=20)
+    expected = ids_of(common.generate(policy, PROBLEMS, **how))
+    monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
+
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(common, "record", refuse)
+    assert ids_of(common.generate(policy, PROBLEMS, **how)) == expected
+    assert capsys.readouterr().err.count("cannot be recorded") == 1
+
+
 def test_a_model_that_the_cache_does_not_fit_is_sampled_slowly_and_says_so_once(tmp_path_factory, monkeypatch, capsys):
     """Scores that are capped, as in Gemma 2, are not what `attend` computes: found out, not assumed."""
     policy = random_policy("llama", tmp_path_factory)
@@ -292,7 +306,7 @@ def test_a_model_without_key_cache_is_sampled_slowly(tmp_path):
     """A state-space model: nothing in it calls the attention or the cache."""
     config = dict(hidden_size=16, num_hidden_layers=2, state_size=4)
     write_model(lambda v: transformers.MambaConfig(vocab_size=v, **config), tmp_path, scale=1.0)
-    policy = common.Policy(str(tmp_path))
+    policy = common.Policy(str(tmp_path), "cpu")
     assert not policy.decodes_fast
     got = common.generate(policy, PROBLEMS[:3], temperature=0, max_new_tokens=6, rows=2)
     for sample in got:
@@ -403,7 +417,7 @@ def test_a_family_with_attention_of_its_own_keeps_it(tmp_path):
     """BLOOM's position biases are no part of the attention interface: taken for a model that has it, every token would see
     the ones after it. What comes later must not change what is said of a token."""
     write_model(lambda v: transformers.BloomConfig(vocab_size=v, hidden_size=32, n_layer=2, n_head=4), tmp_path)
-    policy = common.Policy(str(tmp_path), dtype="float32")
+    policy = common.Policy(str(tmp_path), "cpu")
     one, other = (common.response_logprobs(policy, [([3, 4, 5], [6, 7, last])]) for last in (8, 99))
     torch.testing.assert_close(one[:2], other[:2])
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -197,7 +197,7 @@ def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_fact
 def test_experts_and_their_routers_get_no_adapters(tmp_path):
     sizes = SMALL | dict(num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4)
     write_model(lambda v: transformers.MixtralConfig(vocab_size=v, **sizes), tmp_path)
-    policy = common.Policy(str(tmp_path), dtype="float32")
+    policy = common.Policy(str(tmp_path), "cpu")
     with torch.no_grad():
         initial = common.response_logprobs(policy, EXAMPLES)
         lora = ppo.Lora(policy, 3)
@@ -336,7 +336,7 @@ def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):  #
     ],
 )
 def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(flags, cli, tmp_path, monkeypatch):  # noqa: F811
-    argv = [*TINY_RUN, "--phases", 3, *flags]
+    argv = [*TINY_RUN, "--phases", 3, *flags, "--device", "cpu"]
     assert cli(ppo, *argv, "--out", tmp_path / "whole")[0] == 0
     log, calls = common.Run.log, []
 

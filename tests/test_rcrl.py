@@ -294,8 +294,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch): 
     class Killed(Exception):
         pass
 
-    assert cli(rcrl, *RUN, "--out", tmp_path / "whole")[0] == 0
-    argv = [*RUN, "--out", tmp_path / "broken", "--checkpoint-every", "0", "--resume"]
+    assert cli(rcrl, *RUN, "--device", "cpu", "--out", tmp_path / "whole")[0] == 0
+    argv = [*RUN, "--device", "cpu", "--out", tmp_path / "broken", "--checkpoint-every", "0", "--resume"]
     generate, save, calls = common.generate, torch.save, []
 
     def dying_generate(*args, **how):

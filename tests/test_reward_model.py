@@ -331,7 +331,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch): 
     class Killed(Exception):
         pass
 
-    assert cli(reward_model, *RUN, "--out", tmp_path / "whole")[0] == 0
+    assert cli(reward_model, *RUN, "--device", "cpu", "--out", tmp_path / "whole")[0] == 0
     save, calls = torch.save, []
 
     def dying(state, file):
@@ -342,7 +342,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch): 
             raise Killed
 
     monkeypatch.setattr(torch, "save", dying)
-    argv = [*RUN, "--out", tmp_path / "broken", "--checkpoint-every", "0", "--resume"]
+    argv = [*RUN, "--device", "cpu", "--out", tmp_path / "broken", "--checkpoint-every", "0", "--resume"]
     for _ in range(2):
         with pytest.raises(Killed):
             cli(reward_model, *argv)

@@ -311,6 +311,7 @@ def snapshot(folder: Path) -> list[tuple[str, int, int]]:
 
 def start(script: str, argv, out: Path) -> subprocess.Popen:
     where = [out / "report.json"] if script == "evaluate" else [out, "--checkpoint-every", "0"]
+    argv = [*argv, "--device", "cpu"]  # only there are restarts equal to the last bit
     command = [sys.executable, ROOT / f"{script}.py", *argv, "--resume", "--out", *where]
     return subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
