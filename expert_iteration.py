@@ -18,7 +18,7 @@ is out by default when --model is the base itself). The paper de-duplicates to c
 ones is quicker, and worse: a lucky solution that is sampled once then weighs as much as a faithful one that is sampled
 often (README.md has the numbers).
 
-CPU, MINUTES minutes after `python sft.py` (README.md has the measured numbers), a third of that with --rounds 1:
+CPU, 17 to 21 minutes on one core after `python sft.py`, 5 of them for the first round (README.md has the measured numbers):
     python expert_iteration.py
 From the base, without any written solution:
     python expert_iteration.py --model tiny --samples 8 --epochs 3 --deduplicate --out runs/expert_iteration_base
