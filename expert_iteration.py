@@ -13,10 +13,10 @@ paper. A round is
     3. train from the pretrained base again (--continue: from pi_{i-1}), as in sft.py
     4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve it
 
-Where this differs from the paper, or the paper is silent: the SFT data stays in the mix (--no-sft-data leaves it out; it
-is out by default when --model is the base itself). The paper de-duplicates to count solutions; to train on de-duplicated
-ones is quicker, and worse: a lucky solution that is sampled once then weighs as much as a faithful one that is sampled
-often (README.md has the numbers).
+The paper de-duplicates solutions only to count them. To train on de-duplicated ones is quicker, and where luck is common
+worse: a lucky solution that is sampled once then weighs as much as a faithful one that is sampled often (README.md has
+the numbers). Where this differs from the paper: the SFT data stays in the mix (--no-sft-data leaves it out; it is out by
+default when --model is the base itself).
 
 CPU, 17 to 21 minutes on one core after `python sft.py`, 5 of them for the first round (README.md has the measured numbers):
     python expert_iteration.py

@@ -127,7 +127,8 @@ for all_of_them, one_of_each in (
 ):
     for metric in ("maj@1", "pass@1", "pass@8", "follows_reference"):
         pair = (dev(name, metric, round=1) for name in (all_of_them, one_of_each))
-        show(f"dev {metric} after round 1, {all_of_them} - {one_of_each}", *pair)
+        where = "training samples'" if metric == "follows_reference" else "dev"
+        show(f"{where} {metric} in round 1, {all_of_them} - {one_of_each}", *pair)
     for metric in ("maj@1", "pass@1", "pass@16", "distinct@16") if "round" not in all_of_them else ():
         show(f"test {metric}, {all_of_them} - {one_of_each}", test(all_of_them, metric), test(one_of_each, metric))
 
@@ -139,7 +140,8 @@ for restart, other in (("arithmetic/ei_dedup", "ei_continue/continue_dedup"), ("
 print("C7 RCRL stays below expert iteration; 1:1 is the worst ratio")
 for ratio in (1, 10, 100):
     values = test(f"rcrl/ratio{ratio}", "maj@1")
-    show(f"test maj@1, rcrl {ratio}:1 - ei_dedup", values, test("arithmetic/ei_dedup", "maj@1"))
+    for name in ("ei_dedup", "ei"):
+        show(f"test maj@1, rcrl {ratio}:1 - {name}", values, test(f"arithmetic/{name}", "maj@1"))
 for ratio in (10, 100):
     show(f"test maj@1, rcrl 1:1 - {ratio}:1", test("rcrl/ratio1", "maj@1"), test(f"rcrl/ratio{ratio}", "maj@1"))
 

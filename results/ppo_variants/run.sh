@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What PPO's parts are worth: each variant changes one thing in the runs ppo_0, ppo_1, ppo_2 of results/arithmetic, with the
-# same seeds, start (SFT) and number of rollouts. 18 runs of about six minutes on one core. Restartable: what is finished is
+# same seeds, start (SFT) and number of rollouts. 15 runs of 6 to 14 minutes on one core. Restartable: what is finished is
 # skipped, what was interrupted goes on. The policies of SFT come from results/arithmetic/run.sh.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"

@@ -2,7 +2,7 @@
 # Return-conditioned RL on the embedded task, three seeds: 16 samples per training question from the policy of expert
 # iteration (de-duplicated), and from them mixtures that differ in the ratio of right to wrong solutions and in the labels, each evaluated
 # with [GOOD], [BAD] and no label forced. A mixture has 3,200 solutions, or as many as there are distinct right ones for. The
-# controls have no labels: all right solutions (up to 3,200), which is what expert iteration would train on; the 1,600 that
+# controls have no labels: all right solutions (up to 3,200), which is what de-duplicated expert iteration would train on; the 1,600 that
 # are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/arithmetic/run.sh. Restartable.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every method's policy with the reward model of results/orm, which was trained on the SFT policy's samples: maj@32,
+# The policies of de-duplicated expert iteration and of RCRL with the reward model of results/orm, which was trained on the SFT policy's samples: maj@32,
 # rerank@32 and pass@32 of the same 32 samples per test problem, and the greedy maj@1, three seeds. For SFT and PPO they are in results/orm. The
 # policies come from results/arithmetic and results/rcrl. Restartable.
 set -euo pipefail
