@@ -828,9 +828,7 @@ def fingerprint(name: str, flag: str = "--model") -> str:
     if not files:
         return name
     size, crc = 0, 0
-    for (
-        path
-    ) in files:  # to the last byte: training adapters, for one, leaves the embeddings at the beginning as they are
+    for path in files:  # to the last byte: adapters, for one, leave the embeddings at the beginning as they are
         with open(path, "rb") as file:
             while chunk := file.read(1 << 24):
                 size, crc = size + len(chunk), zlib.crc32(chunk, crc)

@@ -98,10 +98,12 @@ def keep_accepted(
     operations, and only if there is none with it yet."""
     new = []
     for sample in samples:
-        solutions, operations = kept.setdefault(sample.problem.id, {}), common.equations(sample.text)
         accepted = sample.correct if threshold is None else sample.answer is not None and sample.score >= threshold
-        key = operations if deduplicate else (len(solutions),)
-        if accepted and sample.finished and key not in solutions:
+        if not (accepted and sample.finished):
+            continue
+        solutions = kept.setdefault(sample.problem.id, {})
+        key = common.equations(sample.text) if deduplicate else (len(solutions),)
+        if key not in solutions:
             solutions[key] = common.first_solution(sample.text).strip()
             new.append(sample)
     return new

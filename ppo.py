@@ -597,9 +597,11 @@ def main(argv: list[str]) -> None:
         raise common.UserError(f"{len(bare)} questions have no solution to compare with; --orm must pick a sample")
     if args.curriculum == "verifiable_first" and "verifier" not in route[: len(train)]:
         raise common.UserError("--curriculum verifiable_first: no question is left whose answer can be checked")
-    given = [common.first_solution(p.reference or "") if args.curriculum == "backtracking" else "" for p in everything]
-    given = ["".join(text.rpartition("\n")[:2]) for text in given]  # all lines but the last: the most that is revealed
-    common.check_prompts(policy, everything, args.max_new_tokens, given)  # now, not in the phase that draws the longest
+    given = [""] * len(everything)
+    if args.curriculum == "backtracking":  # the most that it gives away: all lines but the last
+        given = ["".join(common.first_solution(p.reference or "").splitlines(keepends=True)[:-1]) for p in everything]
+    # now, not in the phase that draws the longest
+    common.check_prompts(policy, everything, args.max_new_tokens, given, args.few_shot)
     run.begin()
 
     # 0. references to compare with, and the questions of the pool; a restart takes what was chosen before

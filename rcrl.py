@@ -18,9 +18,8 @@ Transformer" (Chen et al. 2021).
 The saved model knows its labels: `evaluate.py` forces [GOOD] by itself, and [BAD] or nothing with --condition.
 
 Where this differs from the paper, or the paper is silent: M is 8, at --temperature; the ratio is that of distinct
-solutions, and those with the same sequence of arithmetic operations are the same; solutions
-that were cut are left out; the default ratio is 10. The last line needs no completion: its Q is 1 or 0. A blank line is a
-line: at inference a label follows every line break. The embeddings of the two labels begin as random vectors of the
+solutions, and those with the same sequence of arithmetic operations are the same; solutions that were cut are left out;
+the default ratio is 10. The last line needs no completion: its Q is 1 or 0. A blank line is a line: at inference a label follows every line break. The embeddings of the two labels begin as random vectors of the
 spread of the others.
 
 CPU, after `python expert_iteration.py` (README.md has the measured numbers):

@@ -222,12 +222,13 @@ def run_model_generate(policy, problems, samples, rows, args, seed) -> list[int]
 def run_generate_batch(policy, problems, samples, rows, args, seed) -> list[int]:
     torch.manual_seed(seed)
     prompts = [policy.encode_prompt(common.prompt_text(problem)) for problem in problems for _ in range(samples)]
+    ours = policy.model.config._attn_implementation
     policy.model.set_attn_implementation("sdpa")  # it has its own cache, which ours does not know
     try:
         with policy.autocast():
             said = policy.model.generate_batch(inputs=prompts, generation_config=sampling_config(policy, args, 1))
     finally:
-        policy.model.set_attn_implementation("paged_attention")
+        policy.model.set_attn_implementation(ours)
     came = sum(len(output.generated_tokens) > 0 for output in said.values())
     if came != len(prompts):
         raise RuntimeError(f"{came} of {len(prompts)} samples came back")
@@ -259,7 +260,9 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
                 continue
             if repeat:
                 # what a CUDA graph replays is not seen, nor is what the other engine runs in processes of its own
-                seen = engine != "generate_batch" and (engine != "generate" or policy.device.type == "cpu")
+                seen = engine != "generate_batch" and (
+                    engine != "generate" or policy.device.type not in common.GRAPH_DEVICES
+                )
                 seconds.setdefault(engine, []).append(elapsed)
                 tokens.setdefault(engine, []).append(sum(drawn))
                 lengths += drawn if engine == "generate" else []

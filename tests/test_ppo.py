@@ -371,6 +371,9 @@ def test_bad_combinations_end_in_one_line(cli, tmp_path):  # noqa: F811
     )
     code, message = cli(ppo, "--model", "tiny", "--dataset", long, "--out", tmp_path / "run", "--limit-eval", 2)
     assert code == 2 and "positions" in message
+    argv = ["--model", "tiny", "--dataset", file, "--out", tmp_path / "run", "--max-new-tokens", 960, "--few-shot"]
+    code, message = cli(ppo, *argv)  # the questions alone would fit, the worked examples do not
+    assert code == 2 and "positions" in message
     for flags in (
         ["--temperature", "0"],
         ["--value-layers", "0"],

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The recorded runs on the embedded task: base, SFT, more SFT, expert iteration and PPO from SFT and from the base; three
-# seeds. *_dedup: of the right solutions of a question with the same sequence of operations one is kept. Restartable: what is finished is skipped, what was interrupted goes on.
+# seeds. *_dedup: of the right solutions of a question with the same sequence of operations one is kept.
+# Restartable: what is finished is skipped, what was interrupted goes on.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 
