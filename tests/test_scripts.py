@@ -334,17 +334,23 @@ def stop_after_changes(process: subprocess.Popen, out: Path, changes: int, how: 
 TINY = ["--model", "tiny", "--limit-eval", "8", "--max-new-tokens", "60", "--rows", "8"]
 KILLED = {  # script: (flags, SIGKILLs); of those with two, one Ctrl-C as well
     "sft": (SFT, 2),
-    "expert_iteration": ([*EI, "--limit-train", "40", "--limit-eval", "8", "--rows", "2"], 2),
+    "expert_iteration": (
+        [*TINY, "--limit-train", "24", "--samples", "2", "--epochs", "1", "--pass-k", "2", "--rows", "4"],
+        2,
+    ),
     "ppo": (
-        [*TINY, "--limit-train", "40", "--questions", "8", "--samples", "2", "--phases", "8", "--eval-every", "2"],
+        [*TINY, "--limit-train", "40", "--questions", "8", "--samples", "2", "--phases", "6", "--eval-every", "3"],
         2,
     ),
     "rcrl": (
         [*TINY, "--limit-train", "24", "--samples", "3", "--completions", "2", "--epochs", "4", "--batch-size", "8"],
         1,
     ),
-    "reward_model": ([*TINY, "--limit-train", "24", "--samples", "4", "--epochs", "4", "--batch-size", "8"], 1),
-    "evaluate": ([*TINY, "--limit-eval", "32", "--samples", "4", "--rows", "2"], 1),
+    "reward_model": (
+        [*TINY, "--limit-train", "16", "--samples", "4", "--eval-samples", "4", "--epochs", "2", "--batch-size", "8"],
+        1,
+    ),
+    "evaluate": ([*TINY, "--limit-eval", "24", "--samples", "3", "--rows", "4"], 1),
 }
 MORE_KILLS = int(os.environ.get("MORE_KILLS", 0))  # the longer mode: so many more of both, at other moments
 
