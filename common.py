@@ -332,8 +332,12 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
         question, written = str(row["question"]).strip(), str(row["answer"]).strip()
     else:
         raise UserError(f'{place}: needs "question" and "answer" (GSM8K) or "Body", "Question" and "Answer" (SVAMP)')
-    solution = written if "####" in written else None
-    answer = extract_answer(written if solution else f"#### {written}")
+    solution = written if MARKER in written else None
+    answer = extract_answer(written if solution else f"{MARKER} {written}")
+    if solution is None and "\n" in written:
+        raise UserError(f"{place}: the answer has several lines and none that begins with {MARKER}")
+    if len({extract_answer(line) for line in written.splitlines() if MARKER in line}) > 1:
+        raise UserError(f"{place}: the answer has several lines with {MARKER}, which do not say the same")
     if answer is None:
         raise UserError(f"{place}: the answer {written[-40:]!r} is no number")
     return Problem(name, question, answer, solution, solution)
@@ -347,7 +351,8 @@ MARKER = "####"
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 _RUN = re.compile(r"[0-9.,/]+")  # one character class: cannot backtrack
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015"  # "\u20135" may be minus five or a five after a dash
-_OPENING = "$\u20ac\u00a3\u00a5*([ \u00a0"  # may stand between a sign and its number
+_OPENING = "$\u20ac\u00a3\u00a5*([{\\ \u00a0"  # may stand between a sign and its number
+_COMMAND = re.compile(r"\\[a-z]{1,16}$")  # of LaTeX, which may, too: "-\boxed{5}"
 _SIGNS = ("-", "\u2212", "+", *_DASHES)
 
 
@@ -366,17 +371,15 @@ def extract_answer(text: str, lenient: bool = False) -> Fraction | None:
 
     Read are "#### 18", "####18", "#### $1,234.50", "#### -$3/4", "#### **18** apples.", "#### 50%"; two different
     numbers, "18/", "1,8" or "1.2.3" are no answer, nor is a number of more than 64 characters. Any string gets an answer
-    or None in time linear in its length. lenient: without an answer line, the last number of the text (for prompted
-    models that never learned the format; never mixed with the strict reading silently)."""
-    text = first_solution(text)
-    _, marker, line = text.partition(MARKER)
-    if marker:
-        found = set(_numbers(line))
-        return found.pop() if len(found) == 1 else None
-    if lenient:
-        found = [number for number in _numbers(text) if number is not None]
+    or None in time linear in its length. lenient: without an answer line, or where it has no digits and so is a heading,
+    the last number of the text (for prompted models that never learned the format; never mixed with the strict reading
+    silently)."""
+    line = first_solution(text).partition(MARKER)[2]
+    if lenient and not any(c.isdigit() for c in line):
+        found = [number for number in _numbers(first_solution(text.replace(MARKER, ""))) if number is not None]
         return found[-1] if found else None
-    return None
+    found = set(_numbers(line))
+    return found.pop() if len(found) == 1 else None
 
 
 def is_correct(text: str, answer: Fraction, lenient: bool = False) -> bool:
@@ -399,7 +402,7 @@ def _numbers(line: str) -> Iterable[Fraction | None]:
                 yield None
             continue
         before = line[max(0, start - 64) : start]
-        prefix = before.rstrip(_OPENING)
+        prefix = _COMMAND.sub("", before.rstrip(_OPENING)).rstrip(_OPENING)
         if prefix.endswith(_SIGNS):
             apart = any(c.isspace() for c in before[len(prefix) :])  # "- 5": a sign, a dash or a difference
             if (
@@ -431,11 +434,12 @@ def equations(text: str) -> tuple[str, ...]:
     """The sequence of arithmetic operations of a solution, the key under which two solutions are the same:
     "14+6=<<14+6=20>>20\n#### 20" -> ("14+6",). Without calculator annotations, what stands before each "="."""
     text = first_solution(text)
-    found = re.findall(r"<<([^<>=]*)=", text)
+    found = [expression.translate(_PLAIN) for expression in re.findall(r"<<([^<>=]*)=", text)]
     if not found:
         sides = text.split("=")[:-1]
         found = [side[len(side.rstrip("0123456789.,+-*/x\u00d7\u00f7()$% ")) :] for side in sides]
-    found = [expression.translate(_PLAIN).lstrip("*.") for expression in found]
+        found = [expression.translate(_PLAIN).lstrip("*.") for expression in found]  # what ended the words before
+    found = [re.sub(r"(?<![\d.])\.(?=\d)", "0.", expression) for expression in found]  # .5 is 0.5
     return tuple(e for e in found if any(c in "+-*/" for c in e[1:]) and any(c.isdigit() for c in e))
 
 
@@ -445,7 +449,7 @@ def computed_values(text: str) -> list[Fraction]:
     return [value for value in found if value is not None]
 
 
-_PLAIN = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "\u2212": "-", " ": "", "$": "", "%": "", ",": ""})
+_PLAIN = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "\u2212": "-", " ": "", "$": "", ",": ""})
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -534,13 +538,17 @@ class Policy:
         self.labels = getattr(self.model.config, "return_labels", None)
         self.condition("good" if self.labels else "none")
         config = self.model.config.get_text_config()
+        if self.tokenizer.eos_token_id >= self.model.get_input_embeddings().weight.shape[0]:
+            raise UserError(
+                f"{flag} {name}: its tokenizer is another model's, with an end-of-text token that it has not"
+            )
         self.max_length = getattr(config, "max_position_embeddings", None) or 1 << 30
         self.eos_ids, self.vocabulary = [self.tokenizer.eos_token_id], self.model.get_input_embeddings().weight.shape[0]
         if self.model.can_generate():
             self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
             stops = self.model.generation_config.eos_token_id
             stops = stops if isinstance(stops, list) else [stops]
-            self.eos_ids = sorted({*self.eos_ids, *(s for s in stops if s is not None)})
+            self.eos_ids = sorted({*self.eos_ids, *(s for s in stops if s is not None and s < self.vocabulary)})
             # the saved folder stops where we stop, and carries no sampling settings of others (top-k 50, ...)
             pad = self.tokenizer.pad_token_id
             self.model.generation_config = GenerationConfig(
@@ -1411,6 +1419,20 @@ def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[],
     return graph.replay
 
 
+@contextlib.contextmanager
+def casts_kept(policy: Policy):
+    """Autocast keeps the bfloat16 copy of a weight only if the weight requires a gradient; those that are frozen beside
+    adapters would be cast anew in every step. Without gradients only."""
+    frozen = [weight for weight in policy.model.parameters() if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
 @torch.no_grad()  # not inference_mode, under which autocast would cast the weights anew in every step
 def generate(
     policy: Policy,
@@ -1464,7 +1486,7 @@ def generate(
     while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
         rows = min(rows, sum(map(len, wanted.values())))
         try:
-            with policy.autocast(), packed_weights(policy):
+            with policy.autocast(), packed_weights(policy), casts_kept(policy):
                 decode(
                     policy, prompts, wanted, draws, deliver, temperature=temperature, max_new_tokens=max_new_tokens,
                     rows=rows, is_complete=is_complete if few_shot else None, stop=stop, fast=fast,
@@ -1730,10 +1752,14 @@ class Run:
         """What to replace in the folder, and what its checkpoint holds."""
         models = {key: self.settings.get(key) for key in ("model", "base", "orm", "genrm")}
         self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items() if name}
-        for key in ("train_samples", "selection"):
-            if files := self.settings.get(key):
-                files = files if isinstance(files, list) else [files]
-                self.settings[f"{key}_fingerprint"] = [f"{zlib.crc32(Path(f).read_bytes()):08x}" for f in files]
+        for key in ("train_samples", "selection", "dataset", "pool"):
+            names = self.settings.get(key) or []
+            paths = [Path(name) for name in (names if isinstance(names, list) else [names])]
+            files = [f for p in paths for f in (sorted(p.glob("*.json*")) if p.is_dir() else [p])]
+            if key in ("dataset", "pool"):
+                files = [file for file in files if file.exists()]  # not "arithmetic", "gsm8k", ...
+            if files:
+                self.settings[f"{key}_fingerprint"] = [f"{zlib.crc32(f.read_bytes()):08x}" for f in files]
         folders = ("checkpoint", "samples", "model", "model.old")
         logged = self.metrics_file.exists() and self.metrics_file.stat().st_size
         occupied = [name for name in folders if any((self.out / name).glob("*"))] + ["metrics.jsonl"] * bool(logged)
@@ -1755,7 +1781,8 @@ class Run:
                 f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
                 "or choose another --out"
             )
-        return [] if resume else occupied, state
+        beside = [name for name in ("quality.json", "selection.json") if (self.out / name).exists()]
+        return [] if resume or not occupied else occupied + beside, state
 
     def begin(self) -> None:
         """Make the folder ready. Called when everything the run needs has been loaded: until then nothing is touched."""
@@ -1999,7 +2026,7 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
         "model": dict(help="folder or hub name of the model; tiny: the one that comes with this repository"),
         "dataset": dict(help="arithmetic, arithmetic-hard, gsm8k, svamp, or a file or folder of problems"),
         "out": dict(help="where to write"),
-        "seed": dict(type=number(int, 0), help="seed of the sampling and of the order of the data"),
+        "seed": dict(type=number(int, 0, 2**32), help="seed of the sampling and of the order of the data"),
         "device": dict(help="auto, cpu, cuda, cuda:1, ..."),
         "dtype": dict(
             choices=["auto", "float32", "bfloat16"],

@@ -65,14 +65,19 @@ def distinct_correct(samples: list[common.Sample]) -> int:
 
 
 def confidence_interval(values: list[float], highest: float = 1.0) -> list[float]:
-    """95 % interval of the mean of one value per problem, each between 0 and `highest`: Wilson (1927) for shares of yes
-    and no, which stays sensible at 0 and 1; otherwise mean +- 1.96 standard errors, and of a single value everything."""
+    """95 % interval of the mean of one value per problem, each between 0 and `highest`; of a single value between them
+    everything. Wilson (1927) for shares of yes and no. Of shares between them, as pass@k is, mean +- 1.96 standard errors
+    after two problems with 0 and two with 1 were added, as Agresti and Coull (1998) do for yes and no: where all problems
+    but a few agree, the plain standard error is too small. Of counts (`highest` above 1) the plain one."""
     mean, n, z = float(np.mean(values)), len(values), 1.96
     if set(values) <= {0.0, 1.0}:
         centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
         centre, half = centre / (1 + z * z / n), half / (1 + z * z / n)
+    elif n == 1:
+        centre, half = mean, highest
     else:
-        centre, half = mean, z * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else highest
+        values = [*values, 0.0, 0.0, 1.0, 1.0] if highest == 1 else values
+        centre, half = float(np.mean(values)), z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return [max(0.0, centre - half), min(highest, centre + half)]
 
 

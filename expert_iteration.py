@@ -11,7 +11,8 @@ paper. A round is
     2. keep the correct ones (--orm: those that a reward model scores at 0.5 or more), each as often as it was sampled
        (--deduplicate: of a question's with the same sequence of arithmetic operations one); add them to the data
     3. train from the pretrained base again (--continue: from pi_{i-1}), as in sft.py
-    4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve it
+    4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve on the one before (what
+       the first starts from is measured, too, but is not one of the rounds: a warning says when none was better)
 
 The paper de-duplicates solutions only to count them. To train on de-duplicated ones is quicker, and where luck is common
 worse: a lucky solution that is sampled once then weighs as much as a faithful one that is sampled often (README.md has
@@ -29,6 +30,7 @@ One GPU, the paper's setting, after sft.py; and from a pretrained model with a t
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -84,7 +86,10 @@ def parse_args(argv: list[str]):
         default=0.5,
         help="with --orm: the lowest score that is kept",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.temperature == 0 and args.samples > 1:
+        parser.error("--temperature 0: greedy samples of a question are all the same; use --samples 1")
+    return args
 
 
 def keep_accepted(
@@ -225,6 +230,10 @@ def main(argv: list[str]) -> None:
         progress |= {"round": round_number + 1, "place": 0, "losses": [], "timing": {}}
         run.checkpoint(now=True, progress=progress, model=policy.model.state_dict())
     run.finish()
+    with open(run.metrics_file) as log:
+        start = json.loads(log.readline())["maj@1"]
+    if progress["best"] < start:
+        common.warn(f"no round was better than what it started from, which has maj@1 {start:.3f} on dev")
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")
 
 

@@ -231,7 +231,7 @@ def routes(problems: list[common.Problem], hide_answers: float, hide_solutions: 
     """Who judges the solutions of each problem: "verifier", "gold" or "best", the generative reward model beside the gold
     solution or beside the best of several samples. hide_answers: share that the verifier cannot check; hide_solutions:
     share of these without a gold solution, to which those that never had one are added."""
-    order = np.random.default_rng([seed, 3]).permutation(len(problems))
+    order = np.random.default_rng([seed, 3, 1 << 31]).permutation(len(problems))  # no pass over them has this order
     order = order[: round(hide_answers * len(problems))].tolist()
     hidden, bare = set(order), set(order[: round(hide_solutions * len(order))])
     bare |= {i for i in hidden if not problems[i].gold}
@@ -371,7 +371,9 @@ class Lora(torch.nn.Module):
 
     def _adapter(self, i: int):
         def hook(module, inputs, output):
-            return output + (inputs[0] @ self.down[i].T) @ self.up[i].T if self.on else output
+            if not self.on:
+                return output
+            return output + torch.nn.functional.linear(torch.nn.functional.linear(inputs[0], self.down[i]), self.up[i])
 
         return hook
 
@@ -553,11 +555,16 @@ def main(argv: list[str]) -> None:
         found = [common.load_problems(name, "train")[0 if args.pool else len(train) :] for name in names]
         pool = [problem for problems in found for problem in problems]
         domains = [name for name, problems in zip(names, found, strict=True) for _ in problems]
-        taken = {problem.question for problem in train}
+        held_out = [common.load_problems(args.dataset, "dev")]
+        with contextlib.suppress(common.UserError):  # a folder may have no test split
+            held_out.append(common.load_problems(args.dataset, "test"))
+        taken = {problem.question for problems in (train, *held_out) for problem in problems}
         new = [i for i, problem in enumerate(pool) if problem.question not in taken]
         pool, domains = [pool[i] for i in new], [domains[i] for i in new]
         if not pool:
-            raise common.UserError("--select: there is no question in the pool that is not trained on already")
+            raise common.UserError(
+                "--select: the pool has no question beyond those to train on, of dev and of the test"
+            )
         if len({problem.id for problem in train + pool}) < len(train + pool):
             raise common.UserError(
                 "--pool: two files of one name; rename one, because samples are kept by name and line"
@@ -570,6 +577,8 @@ def main(argv: list[str]) -> None:
     if run.is_finished:
         print(f"{args.out} is complete")
         return
+    if args.phases <= args.value_warmup:
+        common.warn(f"only the value function trains in {args.phases} phases with --value-warmup {args.value_warmup}")
     policy = common.Policy(args.model, args.device, args.dtype)
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
     judges = Judges(
@@ -756,7 +765,6 @@ def main(argv: list[str]) -> None:
 
         # 6. what happened, and how good the policy is
         progress |= {"phase": phase, "samples": progress["samples"] + len(samples)}
-        residual = (returns - old_values)[real]
         row = {
             "reward": float(np.mean([reward.sum() for reward in rewards])),
             "reward_if_wrong": float(
@@ -770,7 +778,7 @@ def main(argv: list[str]) -> None:
             "sampling_error": ((old_logprobs[real] - sampled).exp() - 1).abs().max().item(),
             "first_ratio": first_ratio,
             **{key: float(np.mean([s[key] for s in stats])) for key in (stats[0] if stats else ())},
-            "explained_variance": 1 - (residual.var() / returns[real].var().clamp(min=1e-8)).item(),
+            "explained_variance": explained_variance(returns[real], old_values[real]),
             "minibatches": len(stats),
             "mixed": common.share(0 < c < 1 for c in correct[by_question].mean(1)),
             "response_length": float(np.mean(lengths)),
@@ -789,6 +797,13 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
     run.finish()
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")
+
+
+def explained_variance(returns: torch.Tensor, values: torch.Tensor) -> float | None:
+    """1 - Var(return - value) / Var(return): 1 for values that know the returns, 0 for a constant. None where all returns
+    are the same, as when no solution was right, and there is nothing to explain."""
+    variance = returns.var(correction=0).item()
+    return 1 - (returns - values).var(correction=0).item() / variance if variance > 1e-8 else None
 
 
 def genrm_metrics(judges: Judges, samples: list[common.Sample], rewards: list[np.ndarray]) -> dict[str, float | None]:

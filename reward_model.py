@@ -79,10 +79,15 @@ def balanced_weights(labels: list[bool]) -> list[float]:
 def training_data(samples: list[common.Sample]) -> tuple[list[common.Sample], list[float]]:
     """The distinct solutions of every question and their weights, those of equal ones added up: the loss is the same,
     and a sharp policy repeats itself a lot."""
-    distinct: dict[tuple[str, str], list] = {}
+    distinct: dict[tuple, list] = {}
     for group in common.by_problem(samples):
         for sample, weight in zip(group, balanced_weights([s.correct for s in group]), strict=True):
-            entry = distinct.setdefault((sample.problem.id, common.first_solution(sample.text).strip()), [sample, 0.0])
+            key = (
+                sample.problem.id,
+                common.first_solution(sample.text).strip(),
+                sample.correct,
+            )  # of equal texts one may be cut, and wrong
+            entry = distinct.setdefault(key, [sample, 0.0])
             entry[1] += weight
     return [sample for sample, _ in distinct.values()], [weight for _, weight in distinct.values()]
 

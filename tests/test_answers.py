@@ -14,6 +14,7 @@ READ = {
     "18 apples": 18, "18 apples.": 18, "18 dollars per hour": 18, "18/hour": 18, "18 miles/hour": 18, "x = 18": 18, "18kg": 18,
     "18 (18 apples)": 18, "1000": 1000, "007": 7, "$ 18": 18, "18$": 18, "18, which is all": 18, "\\boxed{18}": 18,
     "-\u20ac5": -5, "\u00a35": 5, "-(18)": -18, "(-18)": -18, "$\u00a05": 5,
+    "-\\$18": -18, "\\$-18": -18, "-$\\$18$": -18, "$-\\$5$": -5, "-\\boxed{18}": -18, "\\boxed{-18}": -18, "\\$18": 18,
 }  # fmt: skip
 UNREAD = ["", " ", "none", "18/", "/18", "1,8", "12,34", "1234,567", "1,2345", "1.2.3", "1/0", "1/2/3", "1.5/2", "18 or 19",
           "18-20", "18 - 20", "18 / 2", "- 18", "--18", "1e5", "10:30", "2^3", "1 000", "1_000", "\u0661\u0668", "\uff11\uff18", "5\u00b2",
@@ -54,6 +55,8 @@ def test_the_lenient_reader_takes_the_last_number_only_when_asked():
     assert common.extract_answer("so 3 and 4, that is $7.") is None
     assert common.extract_answer("7 is wrong\n#### 8", lenient=True) == 8
     assert common.extract_answer("no number", lenient=True) is None
+    heading = "#### Solution\n10+8=18\n\nThe answer is 18.\nQuestion: 5?"
+    assert common.extract_answer(heading, lenient=True) == 18 and common.extract_answer(heading) is None
     cut = common.Sample(common.Problem("p", "?", Fraction(1)), 0, "half of 2 is 1 and 3 less 2 is 1", finished=False)
     for text, answer in ((cut.text, 2), (cut.text + ",", 2), (cut.text + " pen", 1), ("1", None)):  # "1" of "18"?
         cut.text = text
@@ -90,6 +93,9 @@ def test_the_operations_of_a_solution():
     assert common.equations("14+6=<<14+6=20>>20\n20 * 2 = <<20*2=40>>40\n#### 40") == ("14+6", "20*2")
     assert common.equations("She has 14 + 6 = 20 and then 20 x 2 = $40.\n#### 40") == ("14+6", "20*2")
     assert common.equations("x = 5\n#### 5") == ()
+    assert common.equations("<<.5*20=10>>") == common.equations("<<0.5*20=10>>") == ("0.5*20",)
+    assert common.equations("<<20%*50=10>>") != common.equations("<<20*50=1000>>")
+    assert common.equations("3 pens. 5 * 3 = 15 x 1.5 = 22.5") == ("5*3", "15*1.5")
     assert common.equations("<<1+1=2>>2\n#### 2\nQuestion: <<3+3=6>>") == ("1+1",)
 
 

@@ -432,3 +432,39 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path):
     write_model(lambda v: transformers.BertConfig(vocab_size=v, **SMALL), tmp_path)
     with pytest.raises(common.UserError, match="not a causal language model"):
         common.Policy(str(tmp_path))
+
+
+def test_every_end_of_text_token_of_a_chat_model_ends_a_sample(nano, tmp_path):
+    """A list of them stands in the generation settings; one beyond the vocabulary cannot come up and is no reason to stop."""
+    policy = common.Policy(nano, device="cpu")
+    greedy = common.generate(policy, PROBLEMS[:1], temperature=0, max_new_tokens=8)[0].tokens.tolist()
+    policy.model.generation_config.eos_token_id = [*policy.eos_ids, greedy[2], policy.vocabulary + 9]
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    again = common.Policy(str(tmp_path), device="cpu")
+    assert again.eos_ids == sorted({*policy.eos_ids, greedy[2]})
+    (sample,) = common.generate(again, PROBLEMS[:1], temperature=0, max_new_tokens=8)
+    assert sample.finished and sample.tokens.tolist() == greedy[: greedy.index(greedy[2]) + 1]
+
+
+def test_frozen_weights_are_cast_as_seldom_as_others(nano):
+    """Under autocast, as on a GPU: once per weight and not once per token."""
+
+    class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter)
+            return function(*args, **(kwargs or {}))
+
+    policy, counts = common.Policy(nano, device="cpu", dtype="bfloat16"), []
+    for frozen in (False, True):
+        policy.model.requires_grad_(not frozen)
+        with Casts() as casts:
+            common.generate(policy, PROBLEMS, max_new_tokens=12)
+        counts.append(casts.count)
+        assert all(weight.requires_grad != frozen for weight in policy.model.parameters())
+    n_linear = sum(isinstance(module, torch.nn.Linear) for module in policy.model.modules())
+    assert n_linear <= counts[1] <= counts[0] + n_linear

@@ -196,6 +196,15 @@ def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, gen
     assert judges.scores("hybrid", samples)[3] == 0
 
 
+def test_who_judges_a_question_does_not_say_when_it_comes():
+    """The order of every pass over the questions is independent of the routes: neither half of it is all of one kind."""
+    problems = [common.Problem(f"p{i}", "?", 1, "#### 1", "#### 1") for i in range(400)]
+    judged = np.array(ppo.routes(problems, 0.5, 0.0, seed=0)) == "verifier"
+    for turn in range(20):
+        half = judged[common.shuffled(400, 0, turn)[:200]].mean()
+        assert 0.35 < half < 0.65, turn  # 0.5 +- 6 standard errors
+
+
 # ---- selection
 
 
@@ -343,3 +352,22 @@ def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):  
     )
     assert code == 2 and "raise --samples" in message
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_path):  # noqa: F811
+    rows, more = (
+        [json.dumps({"question": f"{name}{i}", "answer": f"#### {i}"}) + "\n" for i in range(40)] for name in "qn"
+    )
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(rows[:20]))
+    (tmp_path / "set" / "test.jsonl").write_text("".join(rows[20:30]))
+    (tmp_path / "pool.jsonl").write_text("".join(rows + more))
+    argv = [*PPO, "--dataset", tmp_path / "set", "--select", "lowest", "--select-samples", 1, "--select-fraction", 1]
+    assert cli(ppo, *argv, "--pool", tmp_path / "pool.jsonl", "--out", tmp_path / "run")[0] == 0
+    pool = [
+        json.loads(line)["question"] for line in (tmp_path / "run" / "samples" / "pool.jsonl").read_text().splitlines()
+    ]
+    given = {
+        p.question for split in ("train", "dev", "test") for p in common.load_problems(str(tmp_path / "set"), split)
+    }
+    assert len(given) == 30 and pool and not given & set(pool) and {"n5", "q35"} <= set(pool)

@@ -384,3 +384,18 @@ def test_bad_combinations_end_in_one_line(cli, tmp_path):  # noqa: F811
     ):
         assert cli(ppo, *flags, "--out", tmp_path / "run")[0] == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_the_explained_variance_of_nothing_is_none():
+    returns = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert ppo.explained_variance(returns, returns) == 1
+    assert ppo.explained_variance(returns, torch.full((4,), 0.5)) == pytest.approx(0)
+    assert ppo.explained_variance(returns, torch.tensor([0.5, 0.0, 0.5, 0.0])) == pytest.approx(0.75)
+    for same in (torch.zeros(4), torch.ones(1)):
+        assert ppo.explained_variance(same, torch.zeros(len(same))) is None
+
+
+def test_phases_in_which_the_policy_does_not_train_are_said(cli, nano, tmp_path):  # noqa: F811
+    argv = [*TINY_RUN, "--model", nano, "--max-new-tokens", 8, "--phases", 1, "--out", tmp_path / "run"]
+    code, message = cli(ppo, *argv)
+    assert code == 0 and "only the value function trains" in message

@@ -114,6 +114,8 @@ def test_local_files_and_folders(tmp_path):
         ('{"question": "", "answer": "1"}', "line 1: 'question' is not a text"),
         ('{"question": "a", "answer": ' + "9" * 5000 + "}", "line 1: not JSON that can be read"),
         ("[" * 100_000, "line 1: not JSON that can be read"),
+        ('{"question": "a", "answer": "3 pens and 4.\\nSo it is 7"}\n' * 3, "line 1: the answer has several lines and none"),
+        ('{"question": "a", "answer": "#### 1. Pens\\n3+4=7\\n#### 7"}\n' * 3, "line 1: the answer has several lines with ####"),
         ("\xff\xfe".encode("latin-1"), "not UTF-8"),
     ],
 )  # fmt: skip
@@ -182,6 +184,15 @@ def test_confidence_intervals_hold_the_truth_95_percent_of_the_time():
     for draw, truth in ((lambda: rng.random(200) < 0.9, 0.9), (lambda: rng.beta(2, 3, 200), 0.4)):
         intervals = [evaluate.confidence_interval([float(v) for v in draw()]) for _ in range(2000)]
         assert 0.93 < np.mean([low <= truth <= high for low, high in intervals]) < 0.975
+    for n, hard in ((256, 0.03), (1000, 0.01)):  # pass@8 of 16 samples where nearly every problem is easy
+        truth, held = hard * (1 - (1 - 0.1) ** 8) + 1 - hard, []
+        for _ in range(1000):
+            right = rng.binomial(16, np.where(rng.random(n) < hard, 0.1, 1.0))
+            low, high = evaluate.confidence_interval([common.pass_at_k(16, int(c), 8) for c in right])
+            held.append(low <= truth <= high)
+        assert 0.93 < np.mean(held), np.mean(held)
+    low, high = evaluate.confidence_interval([0.5] * 8)
+    assert low < 0.5 < high
     low, high = evaluate.confidence_interval([1.0] * 50)
     assert 0.9 < low < 0.95 and high == pytest.approx(1.0)
     assert evaluate.confidence_interval([1.0] * 9 + [0.9])[1] == 1.0

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: end to end, killed and resumed, with bad input."""
 
+import argparse
 import errno
 import json
 import os
@@ -128,6 +129,7 @@ BAD = {
     "unknown flag": (["--learning-rate", "1"], "unrecognized"),
     "abbreviated flag": (["--epoch", "1"], "unrecognized"),
     "no seed": (["--seed", "one"], "whole number"),
+    "huge seed": (["--seed", "1" + "0" * 20], "whole number"),
     "negative": (["--temperature", "-1"], "at least 0"),
     "zero": (["--rows", "0"], "at least 1"),
     "not whole": (["--max-new-tokens", "1.5"], "whole number"),
@@ -189,6 +191,80 @@ def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, n
     assert contents(tmp_path / "run") == before
     assert cli(sft, *argv, "--lr", "1e-3", "--overwrite")[0] == 0
     assert contents(tmp_path / "run")["model/model.safetensors"] != before["model/model.safetensors"]
+
+
+def test_overwriting_leaves_nothing_of_the_other_run(cli, nano, tmp_path):
+    argv = [*SFT, "--model", nano, "--out", tmp_path, "--max-new-tokens", "8"]
+    assert cli(sft, *argv)[0] == 0
+    for name in ("quality.json", "selection.json", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    assert cli(sft, *argv, "--overwrite")[0] == 0
+    assert (tmp_path / "notes.txt").exists()
+    assert not (tmp_path / "quality.json").exists() and not (tmp_path / "selection.json").exists()
+
+
+def test_a_run_does_not_go_on_with_other_problems(cli, nano, tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"#### {i}"}) + "\n" for i in range(20)))
+    argv = [*SFT, "--model", nano, "--dataset", file, "--out", tmp_path / "run", "--max-new-tokens", "8"]
+    assert cli(sft, *argv)[0] == 0 and cli(sft, *argv, "--resume")[0] == 0
+    file.write_text(file.read_text().replace("#### 7", "#### 8"))
+    code, message = cli(sft, *argv, "--resume")
+    assert code == 2 and "other settings (dataset_fingerprint)" in message
+
+
+@pytest.mark.parametrize("script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
+def test_no_script_trains_or_chooses_on_the_test_split(script, cli, nano, tmp_path, monkeypatch):
+    """Trap: the best checkpoint chosen on the problems that it is then tested on."""
+    asked, load = [], common.load_problems
+
+    def spied(dataset, split, limit=None):
+        asked.append(split)
+        return load(dataset, split, limit)
+
+    monkeypatch.setattr(common, "load_problems", spied)
+    argv = ["--model", nano, "--max-new-tokens", "2", "--limit-eval", "2", "--epochs", "1", "--out", tmp_path / "run"]
+    argv += [] if script is sft else ["--limit-train", "4", "--samples", "1"]
+    argv += ["--phases", "1"] if script is ppo else []
+    cli(script, *argv)  # a model that knows nothing gives some of them nothing to train on
+    assert set(asked) == {"train", "dev"}
+
+
+def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
+    measured, states = iter([0.1, 0.5, 0.3, 0.5]), []
+
+    def worse_and_worse(policy, problems, *args):
+        states.append({name: weight.clone() for name, weight in policy.model.state_dict().items()})
+        return {"maj@1": next(measured)}
+
+    monkeypatch.setattr(common, "dev_metrics", worse_and_worse)
+    assert cli(sft, "--model", nano, "--epochs", 3, "--out", tmp_path / "run")[0] == 0
+    saved = common.Policy(str(tmp_path / "run" / "model"), "cpu").model.state_dict()
+    same = [all(torch.equal(saved[name], state[name]) for name in saved) for state in states]
+    assert same == [False, True, False, False]
+
+
+def test_expert_iteration_says_when_it_gained_nothing(cli, tmp_path, monkeypatch):
+    measured = iter([0.9, 0.2, 0.1])
+    monkeypatch.setattr(common, "dev_metrics", lambda *args: {"maj@1": next(measured)})
+    code, message = cli(expert_iteration, *EI, "--limit-train", "24", "--epochs", "1", "--out", tmp_path / "run")
+    assert code == 0 and "no round was better than what it started from" in message
+    code, message = cli(expert_iteration, *EI, "--temperature", "0", "--out", tmp_path / "greedy")
+    assert code == 2 and "--samples 1" in message
+
+
+@pytest.mark.parametrize("script", [sft, expert_iteration, evaluate, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
+def test_no_flag_reads_false_as_true(script, monkeypatch):
+    """Trap: bool("false") is True."""
+    types, add = [], argparse.ArgumentParser.add_argument
+
+    def spied(parser, *names, **options):
+        types.append(options.get("type"))
+        return add(parser, *names, **options)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", spied)
+    script.parse_args([])
+    assert len(types) > 15 and bool not in types
 
 
 def test_a_folder_that_holds_only_metrics_is_not_touched(cli, nano, tmp_path):

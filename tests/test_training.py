@@ -8,9 +8,12 @@ import pytest
 import torch
 import transformers
 from conftest import DEVICES
-from test_generation import ARCHITECTURES, random_policy
+from test_generation import ARCHITECTURES, random_policy, write_model
+from test_scripts import cli, rows_of  # noqa: F401
 
 import common
+import ppo
+import sft
 
 EXAMPLES = [
     ([5, 6, 7], [8, 9, 1]),
@@ -118,6 +121,35 @@ def test_dropout_is_off_in_training(tmp_path_factory):
     policy = random_policy("gpt2", tmp_path_factory)
     assert policy.model.config.resid_pdrop > 0 and not policy.model.training
     assert torch.equal(common.response_logprobs(policy, EXAMPLES), common.response_logprobs(policy, EXAMPLES))
+
+
+@pytest.mark.parametrize("script", [sft, ppo], ids=lambda script: script.__name__)
+def test_dropout_is_off_in_the_scripts(script, cli, tmp_path, monkeypatch):  # noqa: F811
+    write_model(ARCHITECTURES["gpt2"], tmp_path / "gpt2", scale=1.0)
+    modes, logprobs = [], common.response_logprobs
+
+    def spied(policy, *args):
+        modes.append(policy.model.training)
+        return logprobs(policy, *args)
+
+    monkeypatch.setattr(common, "response_logprobs", spied)
+    argv = [
+        "--model",
+        tmp_path / "gpt2",
+        "--out",
+        tmp_path / "run",
+        "--limit-eval",
+        2,
+        "--max-new-tokens",
+        8,
+        "--epochs",
+        1,
+    ]
+    argv += ["--phases", 2, "--questions", 2, "--limit-train", 8] if script is ppo else []
+    assert cli(script, *argv)[0] == 0
+    assert len(modes) > 3 and not any(modes)
+    if script is ppo:
+        assert all(row["first_ratio"] < 1e-4 for row in rows_of(tmp_path / "run" / "metrics.jsonl")[1:])
 
 
 def test_a_head_that_is_not_linear_is_refused(nano, monkeypatch):

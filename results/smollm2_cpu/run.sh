@@ -2,8 +2,8 @@
 # SmolLM2-135M-Instruct on real data, at sizes that two cores allow (an hour and a half): that the scripts work on a
 # pretrained model, not how well the method does. MODEL: its folder or hub name. DATA: where GSM8K and SVAMP load by name.
 # 1. SFT on 320 GSM8K problems, 4 epochs; 2. one round of expert iteration on SVAMP with a two-shot prompt, K = 4; 3. four
-# phases of PPO on SVAMP from 1., adapters of rank 128, and for its memory one phase with all weights; 4. a reward model on
-# samples of 1. for 64 GSM8K problems, K = 4.
+# phases of PPO on SVAMP from 1., adapters of rank 128, with its peak of memory; 4. a reward model on samples of 1. for 64
+# GSM8K problems, K = 4.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)" code="$(cd "$(dirname "$0")/../.." && pwd)"
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} work="$(realpath "${WORK:-$code/runs/smollm2_cpu}")"
@@ -19,18 +19,17 @@ subprocess.run(sys.argv[2:], check=True)
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 json.dump({"peak_resident_GiB": round(peak / 2**20, 2)}, open(sys.argv[1], "w"))' "$@"
 }
-for run in ppo_svamp ppo_svamp_all_weights; do
-    [ -f "$work/$run/memory.json" ] && continue
-    flags="--phases 4 --lr 1e-4" && [ $run = ppo_svamp ] || flags="--phases 1 --lr 1e-5 --lora-rank 0"
-    mkdir -p "$work"
-    peak "$work/$run.memory.json" python "$code/ppo.py" --model "$work/sft_gsm8k/model" --dataset svamp $flags --questions 16 --samples 4 \
-        --epochs 1 --batch-size 16 --lr-warmup 4 --max-new-tokens 96 --rows 64 --limit-eval 48 --token-budget 2048 --out "$work/$run" --resume
-    mv "$work/$run.memory.json" "$work/$run/memory.json" && mkdir -p "$here/$run" && cp "$work/$run/memory.json" "$here/$run/"
-done
+if [ ! -f "$work/ppo_svamp/memory.json" ]; then
+    mkdir -p "$work" "$here/ppo_svamp"
+    peak "$work/memory.json" python "$code/ppo.py" --model "$work/sft_gsm8k/model" --dataset svamp --phases 4 --lr 1e-4 \
+        --questions 16 --samples 4 --epochs 1 --batch-size 16 --lr-warmup 4 --max-new-tokens 96 --rows 64 --limit-eval 48 \
+        --token-budget 2048 --out "$work/ppo_svamp" --resume
+    mv "$work/memory.json" "$work/ppo_svamp/" && cp "$work/ppo_svamp/memory.json" "$here/ppo_svamp/"
+fi
 python "$code/reward_model.py" --model "$work/sft_gsm8k/model" --dataset gsm8k --limit-train 64 --samples 4 --limit-eval 32 \
     --eval-samples 4 --epochs 1 --batch-size 16 --lr 5e-5 --max-new-tokens 160 --rows 64 --token-budget 4096 \
     --out "$work/orm_gsm8k" --resume
-for run in sft_gsm8k ei_svamp ppo_svamp ppo_svamp_all_weights orm_gsm8k; do
+for run in sft_gsm8k ei_svamp ppo_svamp orm_gsm8k; do
     mkdir -p "$here/$run" && cp "$work/$run/metrics.jsonl" "$work/$run/args.json" "$here/$run/"
 done
 cp "$work/orm_gsm8k/quality.json" "$here/orm_gsm8k/"
