@@ -30,6 +30,7 @@ def show(what: str, values: dict[int, float], control: dict[int, float] | None =
 
 METHODS = {  # where its 32 samples were tested, and what was run to train it
     "SFT": ("orm/orm_on_sft", ["arithmetic/sft"]),
+    "expert iteration": ("rerank/ei", ["arithmetic/ei"]),
     "expert iteration, `--deduplicate`": ("rerank/ei_dedup", ["arithmetic/ei_dedup"]),
     "PPO": ("orm/orm_on_ppo", ["arithmetic/ppo"]),
     "RCRL": ("rerank/rcrl_ratio10", ["arithmetic/ei_dedup", "rcrl/ratio10"]),
@@ -142,6 +143,9 @@ for ratio in (1, 10, 100):
     values = test(f"rcrl/ratio{ratio}", "maj@1")
     for name in ("ei_dedup", "ei"):
         show(f"test maj@1, rcrl {ratio}:1 - {name}", values, test(f"arithmetic/{name}", "maj@1"))
+for metric in ("maj@1", "pass@1", "pass@16"):
+    for other in ("hard/ei", "hard_rcrl/control", "hard/sft"):
+        show(f"harder task, test {metric}, rcrl 10:1 - {other}", test("hard_rcrl/ratio10", metric), test(other, metric))
 for ratio in (10, 100):
     show(f"test maj@1, rcrl 1:1 - {ratio}:1", test("rcrl/ratio1", "maj@1"), test(f"rcrl/ratio{ratio}", "maj@1"))
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Outcome reward models on the embedded task, three seeds: trained on the samples of the SFT policy; reranking that policy's
 # test samples (32 each) and those of another policy (PPO), of which it saw none.
-# The policies come from results/arithmetic/run.sh. `run.sh train SEED` only trains the first. Restartable.
+# The policies come from results/arithmetic/run.sh. `run.sh train SEED` only trains the first. orm_again are the records of the
+# same training with a later version of the sampling; results/rerank/ei is scored with it. Restartable.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 
