@@ -30,7 +30,6 @@ One GPU, the paper's setting, after sft.py; and from a pretrained model with a t
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -149,6 +148,7 @@ def main(argv: list[str]) -> None:
     else:
         start = common.dev_metrics(policy, dev, args, args.pass_k, run.out / "samples" / "dev_0.jsonl", args.few_shot)
         run.log(step=0, samples=0, tokens=0, round=0, **start)
+        progress["start"] = start["maj@1"]
     # what a restart builds on must be on the disk in full: earlier rounds, and this one's if it is training already
     for finished in range(1, progress["round"] + (progress["place"] > 0)):
         file = run.out / "samples" / f"round_{finished}.jsonl"
@@ -230,10 +230,8 @@ def main(argv: list[str]) -> None:
         progress |= {"round": round_number + 1, "place": 0, "losses": [], "timing": {}}
         run.checkpoint(now=True, progress=progress, model=policy.model.state_dict())
     run.finish()
-    with open(run.metrics_file) as log:
-        start = json.loads(log.readline())["maj@1"]
-    if progress["best"] < start:
-        common.warn(f"no round was better than what it started from, which has maj@1 {start:.3f} on dev")
+    if progress["best"] < progress["start"]:
+        common.warn(f"no round was better than what it started from, with maj@1 {progress['start']:.3f} on dev")
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")
 
 

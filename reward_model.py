@@ -82,11 +82,8 @@ def training_data(samples: list[common.Sample]) -> tuple[list[common.Sample], li
     distinct: dict[tuple, list] = {}
     for group in common.by_problem(samples):
         for sample, weight in zip(group, balanced_weights([s.correct for s in group]), strict=True):
-            key = (
-                sample.problem.id,
-                common.first_solution(sample.text).strip(),
-                sample.correct,
-            )  # of equal texts one may be cut, and wrong
+            # of two equal texts one may be cut, and wrong
+            key = sample.problem.id, common.first_solution(sample.text).strip(), sample.correct
             entry = distinct.setdefault(key, [sample, 0.0])
             entry[1] += weight
     return [sample for sample, _ in distinct.values()], [weight for _, weight in distinct.values()]
