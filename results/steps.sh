@@ -21,6 +21,18 @@ test_and_record() { # run folder, name of the record, seed[, model]
     keep "$2" "$1"/{args.json,metrics.jsonl,test.json}
 }
 
+test_and_record_labels() { # run folder, name of the record, seed: of rcrl.py, after [BAD], no label and [GOOD]; a control has no labels
+    local on samples file condition
+    for on in bad none good; do
+        samples=4 file=$on && [ $on != good ] || samples=16 file=test
+        condition="--condition $on" && [[ $2 != control* ]] || condition=
+        [ "$condition" ] || [ $on = good ] || continue
+        python evaluate.py --model "$1/model" --dataset $dataset $condition --samples $samples --seed "$3" --resume \
+            --out "$1/$file.json" >"$1/$file.txt"
+    done
+    keep "$2" "$1"/{args.json,metrics.jsonl,bad.json,none.json,test.json}
+}
+
 train_and_test() { # run folder, name of the record, seed, script and its flags
     local run=$1 name=$2 seed=$3 script=$4 && shift 4
     python "$script" --seed "$seed" "$@" --out "$run" --resume

@@ -23,14 +23,7 @@ for seed in ${SEEDS:-0 1 2}; do
         python rcrl.py --seed $seed --model "$work/ei_dedup_$seed/model" --samples 16 --train-size 3200 ${flags[$name]} ${extra:-} \
             --out "$run" --resume
         extra=
-        for on in bad none good; do
-            samples=4 file=$on && [ $on != good ] || samples=16 file=test
-            [[ $name != control* || $on = good ]] || continue
-            condition="--condition $on" && [[ $name != control* ]] || condition=
-            python evaluate.py --model "$run/model" $condition --samples $samples --seed $seed --resume \
-                --out "$run/$file.json" >"$run/$file.txt"
-        done
-        keep ${name}_$seed "$run"/{args.json,metrics.jsonl,bad.json,none.json,test.json}
+        test_and_record_labels "$run" ${name}_$seed $seed
     done
 done
 python results/table.py "$here"
