@@ -103,6 +103,7 @@ HARD = {
     "hard/long_dedup": ("plum", "K = 4, de-duplicated, three times the epochs", True),
     "hard/k16_dedup": ("tab:cyan", "K = 16, de-duplicated", True),
     "hard_rcrl/ratio10": ("tab:green", "RCRL, 10 : 1", False),
+    "hard_rcrl/control": ("limegreen", "its right solutions, no labels", False),
 }
 
 

@@ -279,10 +279,10 @@ def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path
 
 @pytest.mark.parametrize("kind", ["lowest", "floor", "frontier", "random"])
 def test_selected_questions_join_the_first_ones(kind, cli, tmp_path):  # noqa: F811
-    argv = [*PPO, "--limit-train", 2150, "--select", kind, "--select-samples", 2, "--select-fraction", 0.1]
+    argv = [*PPO, "--limit-train", 2250, "--select", kind, "--select-samples", 2, "--select-fraction", 0.1]
     assert cli(ppo, *argv, "--out", tmp_path / "own")[0] == 0
     selection = json.loads((tmp_path / "own" / "selection.json").read_text())
-    assert len(selection["questions"]) == 154 and sum(row["chosen"] for row in selection["questions"]) == 15
+    assert len(selection["questions"]) == 54 and sum(row["chosen"] for row in selection["questions"]) == 5
     written = rows_of(tmp_path / "own" / "samples" / "pool.jsonl")
     passed = {}
     for row in written:

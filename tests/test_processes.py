@@ -52,8 +52,8 @@ def several(script: str, *counts: int, always: bool = False):
 
 
 @pytest.mark.parametrize("script, counts", [
-    several("sft", 2, always=True), several("expert_iteration", 2, always=True), several("ppo", 2, always=True),
-    several("sft", 4), several("expert_iteration", 4), several("ppo", 4), several("rcrl", 2, 4), several("reward_model", 2, 4),
+    several("expert_iteration", 2, always=True), several("ppo", 2, always=True), several("sft", 2, 4),
+    several("expert_iteration", 4), several("ppo", 4), several("rcrl", 2, 4), several("reward_model", 2, 4),
     several("evaluate", 2, 4),
 ])  # fmt: skip
 def test_several_processes_give_the_samples_and_the_weights_of_one(script, counts, tmp_path):
