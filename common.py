@@ -538,12 +538,10 @@ class Policy:
         self.labels = getattr(self.model.config, "return_labels", None)
         self.condition("good" if self.labels else "none")
         config = self.model.config.get_text_config()
-        if self.tokenizer.eos_token_id >= self.model.get_input_embeddings().weight.shape[0]:
-            raise UserError(
-                f"{flag} {name}: its tokenizer is another model's, with an end-of-text token that it has not"
-            )
         self.max_length = getattr(config, "max_position_embeddings", None) or 1 << 30
         self.eos_ids, self.vocabulary = [self.tokenizer.eos_token_id], self.model.get_input_embeddings().weight.shape[0]
+        if self.tokenizer.eos_token_id >= self.vocabulary:
+            raise UserError(f"{flag} {name}: its tokenizer's end-of-text token is beyond the model's vocabulary")
         if self.model.can_generate():
             self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
             stops = self.model.generation_config.eos_token_id
@@ -897,7 +895,7 @@ class Sample:
         if cut and MARKER in self.text:
             self.answer = None
         else:
-            self.answer = extract_answer(self.text.rstrip("0123456789.,/") if cut else self.text, lenient)
+            self.answer = extract_answer(self.text if self.finished else self.text.rstrip("0123456789.,/"), lenient)
         self.correct = self.answer == self.problem.answer
 
     def to_json(self) -> str:
@@ -1755,7 +1753,7 @@ class Run:
         for key in ("train_samples", "selection", "dataset", "pool"):
             names = self.settings.get(key) or []
             paths = [Path(name) for name in (names if isinstance(names, list) else [names])]
-            files = [f for p in paths for f in (sorted(p.glob("*.json*")) if p.is_dir() else [p])]
+            files = [f for p in paths for f in (sorted(p.glob("train.json*")) if p.is_dir() else [p])]
             if key in ("dataset", "pool"):
                 files = [file for file in files if file.exists()]  # not "arithmetic", "gsm8k", ...
             if files:

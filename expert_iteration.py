@@ -141,9 +141,19 @@ def main(argv: list[str]) -> None:
             orm.grade(samples)
         return keep_accepted(samples, kept, args.orm_threshold if orm else None, args.deduplicate)
 
-    progress = {"round": 1, "place": 0, "step": 0, "samples": 0, "tokens": 0, "best": -1.0, "losses": [], "timing": {}}
+    progress = {
+        "round": 1,
+        "place": 0,
+        "step": 0,
+        "samples": 0,
+        "tokens": 0,
+        "best": -1.0,
+        "start": 0.0,
+        "losses": [],
+        "timing": {},
+    }
     if run.state:
-        progress = run.state["progress"]
+        progress |= run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
     else:
         start = common.dev_metrics(policy, dev, args, args.pass_k, run.out / "samples" / "dev_0.jsonl", args.few_shot)

@@ -57,6 +57,9 @@ def test_the_lenient_reader_takes_the_last_number_only_when_asked():
     assert common.extract_answer("no number", lenient=True) is None
     heading = "#### Solution\n10+8=18\n\nThe answer is 18.\nQuestion: 5?"
     assert common.extract_answer(heading, lenient=True) == 18 and common.extract_answer(heading) is None
+    unended = common.Sample(common.Problem("p", "?", Fraction(1)), 0, "#### Solution\n3+5=8 and then 1", finished=False)
+    unended.grade(lenient=True)
+    assert unended.answer == 8  # the last number may have been on its way to 18
     cut = common.Sample(common.Problem("p", "?", Fraction(1)), 0, "half of 2 is 1 and 3 less 2 is 1", finished=False)
     for text, answer in ((cut.text, 2), (cut.text + ",", 2), (cut.text + " pen", 1), ("1", None)):  # "1" of "18"?
         cut.text = text

@@ -233,11 +233,11 @@ def test_no_script_trains_or_chooses_on_the_test_split(script, cli, nano, tmp_pa
 def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
     measured, states = iter([0.1, 0.5, 0.3, 0.5]), []
 
-    def worse_and_worse(policy, problems, *args):
+    def measuring(policy, problems, *args):
         states.append({name: weight.clone() for name, weight in policy.model.state_dict().items()})
         return {"maj@1": next(measured)}
 
-    monkeypatch.setattr(common, "dev_metrics", worse_and_worse)
+    monkeypatch.setattr(common, "dev_metrics", measuring)
     assert cli(sft, "--model", nano, "--epochs", 3, "--out", tmp_path / "run")[0] == 0
     saved = common.Policy(str(tmp_path / "run" / "model"), "cpu").model.state_dict()
     same = [all(torch.equal(saved[name], state[name]) for name in saved) for state in states]

@@ -133,18 +133,8 @@ def test_dropout_is_off_in_the_scripts(script, cli, tmp_path, monkeypatch):  # n
         return logprobs(policy, *args)
 
     monkeypatch.setattr(common, "response_logprobs", spied)
-    argv = [
-        "--model",
-        tmp_path / "gpt2",
-        "--out",
-        tmp_path / "run",
-        "--limit-eval",
-        2,
-        "--max-new-tokens",
-        8,
-        "--epochs",
-        1,
-    ]
+    argv = ["--model", tmp_path / "gpt2", "--out", tmp_path / "run", "--limit-eval", 2]
+    argv += ["--max-new-tokens", 8, "--epochs", 1]
     argv += ["--phases", 2, "--questions", 2, "--limit-train", 8] if script is ppo else []
     assert cli(script, *argv)[0] == 0
     assert len(modes) > 3 and not any(modes)
