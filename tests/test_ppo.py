@@ -187,6 +187,9 @@ def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_fact
         assert (adapted - initial).abs().max() > 1e-3
         with lora.off():
             assert torch.equal(common.response_logprobs(policy, EXAMPLES), initial)
+        with pytest.raises(KeyboardInterrupt), lora.merged():
+            raise KeyboardInterrupt
+        assert torch.equal(common.response_logprobs(policy, EXAMPLES), adapted)
         with lora.merged():
             policy.save(tmp_path / "model")
         assert torch.equal(common.response_logprobs(policy, EXAMPLES), adapted)
@@ -356,6 +359,22 @@ def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(flags, c
     rows = rows_of(tmp_path / "whole" / "metrics.jsonl")
     if "--kl-limit" in flags:
         assert rows[-1]["minibatches"] < 6
+
+
+def test_what_is_measured_on_dev_is_what_is_saved(cli, tmp_path, monkeypatch):  # noqa: F811
+    """With adapters, too: in bfloat16 the weights that hold them are not the policy that was trained."""
+    measured = []
+
+    def dev_metrics(policy, *args):
+        measured.append({name: weight.clone() for name, weight in policy.model.state_dict().items()})
+        return {"maj@1": len(measured) / 10, "unreadable": 0.0, "cut": 0.0}
+
+    monkeypatch.setattr(common, "dev_metrics", dev_metrics)
+    assert cli(ppo, *TINY_RUN, "--phases", 2, "--lora-rank", 4, "--lr", 0.1, "--out", tmp_path / "run")[0] == 0
+    saved = common.Policy(str(tmp_path / "run" / "model"), "cpu").model.state_dict()
+    assert len(measured) == 2
+    assert all(torch.equal(weight, saved[name]) for name, weight in measured[-1].items())
+    assert any(not torch.equal(weight, saved[name]) for name, weight in measured[0].items())
 
 
 def test_bad_combinations_end_in_one_line(cli, tmp_path):  # noqa: F811

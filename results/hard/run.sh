@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The harder variant of the task, problems of 4 to 6 steps, where no method is at its ceiling: SFT, expert iteration, PPO; and
-# expert iteration that trains on from the last policy (continue), or with four times the samples and as many updates
-# (k16_once); three seeds. *_dedup: of the right solutions of a question with the same sequence of operations one is kept;
-# long_dedup is the control with more updates than ei makes, k16_round the first round of K = 16 alone (seed 0
-# was run). Restartable: what is finished is skipped, what was interrupted goes on.
+# The harder variant of the task, problems of 4 to 6 steps, where no method is at its ceiling: SFT, expert iteration, PPO; PPO
+# with as many samples as expert iteration (phases36); and expert iteration that trains on from the last policy (continue), or
+# with four times the samples and as many updates (k16_once), or with a third round (rounds3); three seeds. *_dedup: of the
+# right solutions of a question with the same sequence of operations one is kept; long_dedup is the control with more updates
+# than ei makes, k16_round the first round of K = 16 alone (seed 0 was run). Restartable: what is finished is skipped, what was
+# interrupted goes on.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 dataset=arithmetic-hard
@@ -12,6 +13,8 @@ declare -A flags=(
     [sft]="sft.py"
     [ei]="expert_iteration.py --model SFT"
     [ppo]="ppo.py --model SFT"
+    [phases36]="ppo.py --model SFT --phases 36"
+    [rounds3]="expert_iteration.py --model SFT --rounds 3"
     [continue]="expert_iteration.py --model SFT --continue"
     [k16_once]="expert_iteration.py --model SFT --samples 16 --epochs 1"
     [ei_dedup]="expert_iteration.py --model SFT --deduplicate"
@@ -20,7 +23,7 @@ declare -A flags=(
     [k16_round]="expert_iteration.py --model SFT --samples 16 --rounds 1"
 )
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-sft ei ppo continue k16_once ei_dedup long_dedup k16_dedup k16_round}; do
+    for name in ${VARIANTS:-sft ei ppo phases36 rounds3 continue k16_once ei_dedup long_dedup k16_dedup k16_round}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         train_and_test "$work/hard_${name}_$seed" ${name}_$seed $seed ${flags[$name]//SFT/$work/hard_sft_$seed/model} --dataset $dataset
     done
