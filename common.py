@@ -508,6 +508,8 @@ class Policy:
 
     def __init__(self, name: str, device: str = "auto", dtype: str = "auto", flag: str = "--model"):
         self.device = torch_device(device)
+        # tokens per micro-batch where nothing is said: on a CPU few, which pad less and stay in its cache
+        self.token_budget = 1024 if self.device.type == "cpu" else 16384
         autocast = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
         folder = model_folder(name, flag)
@@ -713,7 +715,7 @@ class RewardModel(Policy):
         return self.head(hidden.float())[:, 0]
 
     @torch.no_grad()
-    def scores(self, samples: Sequence["Sample"], token_budget: int = 16384) -> list[np.ndarray]:
+    def scores(self, samples: Sequence["Sample"], token_budget: int | None = None) -> list[np.ndarray]:
         """For every sample the probability after each of its solution's tokens; the last one is its score. Equal texts are
         run once, and no more than `token_budget` tokens at a time."""
         keys = [(sample.problem.question, sample.text) for sample in samples]
@@ -721,7 +723,7 @@ class RewardModel(Policy):
         found = in_batches(
             lambda batch: by_example(self.log_odds(batch).sigmoid(), batch),
             [self.encode(sample) for sample in distinct.values()],
-            token_budget,
+            token_budget or self.token_budget,
         )
         by_key = dict(zip(distinct, found, strict=True))
         return [by_key[key] for key in keys]
@@ -782,7 +784,7 @@ class GenerativeRewardModel(Policy):
         return logits[:, self.verdict_ids[0]] - logits[:, self.verdict_ids[1]]
 
     @torch.no_grad()
-    def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int = 16384) -> np.ndarray:
+    def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int | None = None) -> np.ndarray:
         """P(candidate is better) for every (problem, candidate, reference), with the candidate as A and as B:
         [comparisons, 2]. Equal ones are run once, and no more than `token_budget` tokens at a time."""
         keys = [(problem.question, candidate, reference) for problem, candidate, reference in comparisons]
@@ -790,13 +792,17 @@ class GenerativeRewardModel(Policy):
         for problem, candidate, reference in distinct.values():
             examples += [self.encode(problem, candidate, reference), self.encode(problem, reference, candidate)]
         found = np.array(
-            in_batches(lambda batch: self.log_odds(batch).sigmoid().tolist(), examples, token_budget)
+            in_batches(
+                lambda batch: self.log_odds(batch).sigmoid().tolist(), examples, token_budget or self.token_budget
+            )
         ).reshape(-1, 2)
         found[:, 1] = 1 - found[:, 1]
         by_key = dict(zip(distinct, found, strict=True))
         return np.array([by_key[key] for key in keys]).reshape(-1, 2)
 
-    def scores(self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int = 16384) -> list[float]:
+    def scores(
+        self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int | None = None
+    ) -> list[float]:
         """The score of every sample beside its problem's reference, a text by problem id."""
         comparisons = [(s.problem, first_solution(s.text).strip(), references[s.problem.id]) for s in samples]
         return self.verdicts(comparisons, token_budget).mean(1).round(6).tolist()  # beside itself exactly 0.5
@@ -1999,7 +2005,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def number(kind: type, low: float, high: float = math.inf):
@@ -2043,7 +2050,10 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
             type=number(int, 1), help="passes over the training data; in PPO over the samples of a phase (paper: 4)"
         ),
         "batch_size": dict(type=number(int, 1), help="solutions per optimizer step (paper: 128; PPO: 256)"),
-        "token_budget": dict(type=number(int, 1), help="tokens per micro-batch, padding included; bounded by memory"),
+        "token_budget": dict(
+            type=number(int, 1),
+            help="tokens per micro-batch, padding included; bounded by memory (default: 1024 on a CPU, 16384 on a GPU)",
+        ),
         "limit_train": dict(type=number(int, 1), help="use only the first so many training problems"),
         "limit_eval": dict(type=number(int, 1), help="use only the first so many dev or test problems"),
         "checkpoint_every": dict(type=number(float, 0), help="seconds between checkpoints"),

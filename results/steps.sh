@@ -5,6 +5,7 @@ here=results/${PWD##*/}
 cd ../..
 work=${WORK:-runs/results}
 dataset=arithmetic # what policies are tested on
+budget=${TOKEN_BUDGET:-16384} # tokens per micro-batch, as in the records; 1024, the default on a CPU, is quicker and rounds otherwise
 
 keep() { # name of the record, files ...: those that exist, with the paths of runs as they are by default
     local to=$here/$1 file text && shift
@@ -35,6 +36,6 @@ test_and_record_labels() { # run folder, name of the record, seed: of rcrl.py, a
 
 train_and_test() { # run folder, name of the record, seed, script and its flags
     local run=$1 name=$2 seed=$3 script=$4 && shift 4
-    python "$script" --seed "$seed" "$@" --out "$run" --resume
+    python "$script" --seed "$seed" --token-budget $budget "$@" --out "$run" --resume
     test_and_record "$run" "$name" "$seed"
 }

@@ -230,6 +230,42 @@ def test_no_script_trains_or_chooses_on_the_test_split(script, cli, nano, tmp_pa
     assert set(asked) == {"train", "dev"}
 
 
+@pytest.mark.parametrize("flags, expected", [([], 1024), (["--token-budget", "300"], 300)])
+@pytest.mark.parametrize("script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
+def test_micro_batches_are_small_on_a_cpu_unless_told_otherwise(script, flags, expected, cli, tmp_path, monkeypatch):
+    budgets, split = set(), common.token_batches
+
+    def spied(lengths, budget, share=False):
+        budgets.add(budget)
+        return split(lengths, budget, share)
+
+    monkeypatch.setattr(common, "token_batches", spied)
+    argv = [
+        "--device",
+        "cpu",
+        "--model",
+        "tiny",
+        "--limit-eval",
+        "4",
+        "--epochs",
+        "1",
+        "--max-new-tokens",
+        "60",
+        *flags,
+    ]
+    argv += ["--limit-train", "8"] + ([] if script is sft else ["--samples", "4"])
+    argv += (
+        ["--phases", "1", "--questions", "4"]
+        if script is ppo
+        else ["--eval-samples", "2"]
+        if script is reward_model
+        else []
+    )
+    argv += ["--rounds", "1"] if script is expert_iteration else ["--completions", "2"] if script is rcrl else []
+    assert cli(script, *argv, "--out", tmp_path / "run")[0] == 0
+    assert budgets == {expected}
+
+
 def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
     measured, states = iter([0.1, 0.5, 0.3, 0.5]), []
 

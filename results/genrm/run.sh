@@ -17,7 +17,7 @@ for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-gold best hybrid hybrid_first}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         bash results/orm/run.sh train $seed # returns at once where it is done, as the next line does
-        python reward_model.py --kind genrm --seed $seed --model "$work/sft_$seed/model" --out "$genrm" --resume \
+        python reward_model.py --kind genrm --seed $seed --token-budget $budget --model "$work/sft_$seed/model" --out "$genrm" --resume \
             --train-samples "$orm/samples/train.jsonl"
         keep genrm_$seed "$genrm"/{args.json,metrics.jsonl,quality.json}
         train_and_test "$work/genrm_ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" \

@@ -12,8 +12,8 @@ for seed in ${SEEDS:-0 1 2}; do
         [ -f "$to/test.json" ] && continue
         flags="--ratio 10" && [ $name = ratio10 ] ||
             flags="--ratio 1e9 --labels none --train-samples $work/hard_rcrl_ratio10_$seed/samples/train.jsonl"
-        python rcrl.py --dataset $dataset --seed $seed --model "$work/hard_ei_$seed/model" --samples 16 --train-size 3200 $flags \
-            --out "$run" --resume
+        python rcrl.py --dataset $dataset --seed $seed --token-budget $budget --model "$work/hard_ei_$seed/model" --samples 16 \
+            --train-size 3200 $flags --out "$run" --resume
         test_and_record_labels "$run" ${name}_$seed $seed
     done
 done

@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 
 train() { # name, student, seed
-    python reward_model.py --seed "$3" --model "$work/$2_$3/model" --out "$work/$1_$3" --resume
+    python reward_model.py --seed "$3" --token-budget $budget --model "$work/$2_$3/model" --out "$work/$1_$3" --resume
     keep $1_$3 "$work/$1_$3"/{args.json,metrics.jsonl,quality.json}
 }
 

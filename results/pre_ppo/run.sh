@@ -21,9 +21,9 @@ declare -A flags=(
 
 score_with_small() { # seed; the phase of PPO that follows the scoring does not matter
     [ -f "$work/small/config.json" ] || python tiny/make.py --hidden-size 64 --layers 2 --out "$work/small"
-    python sft.py --seed "$1" --model "$work/small" --out "$work/small_sft_$1" --resume
-    python ppo.py --seed "$1" --model "$work/small_sft_$1/model" --limit-train 230 --select lowest --phases 1 \
-        --out "$work/small_scores_$1" --resume
+    python sft.py --seed "$1" --token-budget $budget --model "$work/small" --out "$work/small_sft_$1" --resume
+    python ppo.py --seed "$1" --token-budget $budget --model "$work/small_sft_$1/model" --limit-train 230 \
+        --select lowest --phases 1 --out "$work/small_scores_$1" --resume
     keep small_scores_$1 "$work/small_scores_$1/selection.json" "$work/small_sft_$1/metrics.jsonl"
 }
 

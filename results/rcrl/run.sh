@@ -20,8 +20,8 @@ for seed in ${SEEDS:-0 1 2}; do
         run=$work/rcrl_${name}_$seed to=$here/${name}_$seed samples=$work/rcrl_ratio1_$seed/samples/train.jsonl
         [ -f "$to/test.json" ] && continue
         [ $name = ratio1 ] || extra="--train-samples $samples"
-        python rcrl.py --seed $seed --model "$work/ei_dedup_$seed/model" --samples 16 --train-size 3200 ${flags[$name]} ${extra:-} \
-            --out "$run" --resume
+        python rcrl.py --seed $seed --token-budget $budget --model "$work/ei_dedup_$seed/model" --samples 16 \
+            --train-size 3200 ${flags[$name]} ${extra:-} --out "$run" --resume
         extra=
         test_and_record_labels "$run" ${name}_$seed $seed
     done

@@ -7,7 +7,7 @@ for epochs in ${EPOCHS:-2 4 16}; do
     for seed in ${SEEDS:-0 1 2}; do
         name=epochs${epochs}_$seed
         [ -f "$here/$name/metrics.jsonl" ] && continue
-        python sft.py --seed $seed --epochs $epochs --samples 8 --out "$work/sft_$name" --resume
+        python sft.py --seed $seed --token-budget $budget --epochs $epochs --samples 8 --out "$work/sft_$name" --resume
         keep $name "$work/sft_$name"/{args.json,metrics.jsonl}
     done
 done
