@@ -56,14 +56,13 @@ print("C1 expert iteration reaches at least PPO's maj@1")
 for task in TASKS:
     ei, ppo = (test(f"{task}/{method}", "maj@1") for method in ("ei", "ppo"))
     show(f"{task}, test maj@1, ei (18,432 samples) - ppo (10,240)", ei, ppo)
-show(
-    "test maj@1, ei - ppo of 36 phases (both 18,432 samples)",
-    test("arithmetic/ei", "maj@1"),
-    test("ppo_longer/phases36", "maj@1"),
-)
-show("test maj@1, ppo of 36 phases - of 20", test("ppo_longer/phases36", "maj@1"), test("arithmetic/ppo", "maj@1"))
-for phase in (20, 24, 28, 32, 36):
-    show(f"dev maj@1 of 36 phases at phase {phase}", dev("ppo_longer/phases36", "maj@1", phase=phase))
+for task, longer in (("arithmetic", "ppo_longer/phases36"), ("hard", "hard/phases36")):
+    for metric in ("maj@1", "pass@1", "pass@16"):
+        ei, ppo, ppo36 = (test(name, metric) for name in (f"{task}/ei", f"{task}/ppo", longer))
+        show(f"{task}, test {metric}, ei - ppo of 36 phases (both 18,432 samples)", ei, ppo36)
+        show(f"{task}, test {metric}, ppo of 36 phases - of 20", ppo36, ppo)
+    for phase in (20, 24, 28, 32, 36):
+        show(f"{task}, dev maj@1 of 36 phases at phase {phase}", dev(longer, "maj@1", phase=phase))
 for task in TASKS:
     show(
         f"{task}, dev maj@1, ei after 9,216 samples - ppo after 10,240",
@@ -92,7 +91,7 @@ show("maj@1 after 840 updates of one solution each (sft_more)", dev("arithmetic/
 
 print("C3 RL raises maj@1 without losing pass@n, but does not pass SFT's pass@n")
 for task in TASKS:
-    for method in ("ppo", "ei"):
+    for method in ("ppo", "ei", *(["phases36", "rounds3"] if task == "hard" else [])):
         for metric in ("maj@1", "pass@16"):
             rl, sft = (test(f"{task}/{name}", metric) for name in (method, "sft"))
             show(f"{task}, test {metric}, {method} - sft", rl, sft)
@@ -144,8 +143,14 @@ for ratio in (1, 10, 100):
     for name in ("ei_dedup", "ei"):
         show(f"test maj@1, rcrl {ratio}:1 - {name}", values, test(f"arithmetic/{name}", "maj@1"))
 for metric in ("maj@1", "pass@1", "pass@16"):
-    for other in ("hard/ei", "hard_rcrl/control", "hard/sft"):
+    for other in ("hard/ei", "hard/rounds3", "hard_rcrl/control", "hard/sft"):
         show(f"harder task, test {metric}, rcrl 10:1 - {other}", test("hard_rcrl/ratio10", metric), test(other, metric))
+for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+    show(
+        f"harder task, test {metric}, ei of three rounds - of two",
+        test("hard/rounds3", metric),
+        test("hard/ei", metric),
+    )
 for ratio in (10, 100):
     show(f"test maj@1, rcrl 1:1 - {ratio}:1", test("rcrl/ratio1", "maj@1"), test(f"rcrl/ratio{ratio}", "maj@1"))
 

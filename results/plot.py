@@ -96,7 +96,9 @@ METHODS = {  # folder/method: colour, name, whether its log is drawn over rollou
 HARD = {
     "hard/sft": ("tab:olive", "SFT", False),
     "hard/ppo": ("tab:blue", "PPO", True),
+    "hard/phases36": ("navy", "PPO, 36 phases", True),
     "hard/ei": ("tab:purple", "expert iteration, K = 4", True),
+    "hard/rounds3": ("tab:pink", "K = 4, a third round", True),
     "hard/continue": ("tab:red", "K = 4, continued", True),
     "hard/k16_once": ("tab:orange", "K = 16, a quarter of the epochs", True),
     "hard/ei_dedup": ("orchid", "K = 4, de-duplicated", True),
