@@ -102,7 +102,7 @@ HARD = {
     "hard/continue": ("tab:red", "K = 4, continued", True),
     "hard/k16_once": ("tab:orange", "K = 16, a quarter of the epochs", True),
     "hard/ei_dedup": ("orchid", "K = 4, de-duplicated", True),
-    "hard/long_dedup": ("plum", "K = 4, de-duplicated, three times the epochs", True),
+    "hard/long_dedup": ("plum", "K = 4, de-duplicated, 12 epochs", True),
     "hard/k16_dedup": ("tab:cyan", "K = 16, de-duplicated", True),
     "hard_rcrl/ratio10": ("tab:green", "RCRL, 10 : 1", False),
     "hard_rcrl/control": ("limegreen", "its right solutions, no labels", False),
