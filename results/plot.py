@@ -98,7 +98,7 @@ HARD = {
     "hard/ppo": ("tab:blue", "PPO", True),
     "hard/phases36": ("navy", "PPO, 36 phases", True),
     "hard/ei": ("tab:purple", "expert iteration, K = 4", True),
-    "hard/rounds3": ("tab:pink", "K = 4, a third round", True),
+    "hard/rounds3": ("black", "K = 4, a third round", True),
     "hard/continue": ("tab:red", "K = 4, continued", True),
     "hard/k16_once": ("tab:orange", "K = 16, a quarter of the epochs", True),
     "hard/ei_dedup": ("orchid", "K = 4, de-duplicated", True),
