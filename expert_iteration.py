@@ -142,17 +142,8 @@ def main(argv: list[str]) -> None:
             orm.grade(samples)
         return keep_accepted(samples, kept, args.orm_threshold if orm else None, args.deduplicate)
 
-    progress = {
-        "round": 1,
-        "place": 0,
-        "step": 0,
-        "samples": 0,
-        "tokens": 0,
-        "best": -1.0,
-        "start": 0.0,
-        "losses": [],
-        "timing": {},
-    }
+    progress = {"round": 1, "place": 0, "step": 0, "samples": 0, "tokens": 0}
+    progress |= {"best": -1.0, "start": 0.0, "losses": [], "timing": {}}
     if run.state:
         progress |= run.state["progress"]
         policy.model.load_state_dict(run.state["model"])

@@ -240,28 +240,10 @@ def test_micro_batches_are_small_on_a_cpu_unless_told_otherwise(script, flags, e
         return split(lengths, budget, share)
 
     monkeypatch.setattr(common, "token_batches", spied)
-    argv = [
-        "--device",
-        "cpu",
-        "--model",
-        "tiny",
-        "--limit-eval",
-        "4",
-        "--epochs",
-        "1",
-        "--max-new-tokens",
-        "60",
-        *flags,
-    ]
-    argv += ["--limit-train", "8"] + ([] if script is sft else ["--samples", "4"])
-    argv += (
-        ["--phases", "1", "--questions", "4"]
-        if script is ppo
-        else ["--eval-samples", "2"]
-        if script is reward_model
-        else []
-    )
-    argv += ["--rounds", "1"] if script is expert_iteration else ["--completions", "2"] if script is rcrl else []
+    argv = ["--device", "cpu", "--model", "tiny", "--limit-train", "8", "--limit-eval", "4", "--epochs", "1"]
+    argv += ["--max-new-tokens", "60", *flags] + ([] if script is sft else ["--samples", "4"])
+    few = {expert_iteration: "--rounds 1", ppo: "--phases 1 --questions 4", rcrl: "--completions 2"}
+    argv += (few | {reward_model: "--eval-samples 2", sft: ""})[script].split()
     assert cli(script, *argv, "--out", tmp_path / "run")[0] == 0
     assert budgets == {expected}
 
