@@ -496,6 +496,10 @@ def prompt_text(problem: Problem, few_shot: bool = False) -> str:
     return f"{FEW_SHOT if few_shot else ''}Question: {problem.question}\nAnswer:\n"
 
 
+# Tokens per micro-batch where nothing is said. On a CPU few: they pad less, and stay in its cache.
+TOKEN_BUDGET = 16384 if torch.cuda.is_available() else 1024
+
+
 class Policy:
     """A Hugging Face causal language model and its tokenizer.
 
@@ -508,8 +512,6 @@ class Policy:
 
     def __init__(self, name: str, device: str = "auto", dtype: str = "auto", flag: str = "--model"):
         self.device = torch_device(device)
-        # tokens per micro-batch where nothing is said: on a CPU few, which pad less and stay in its cache
-        self.token_budget = 1024 if self.device.type == "cpu" else 16384
         autocast = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
         folder = model_folder(name, flag)
@@ -517,9 +519,7 @@ class Policy:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = self._load(folder).to(self.device).eval()
             ids = torch.tensor([[0, 1], [0, 2]], device=self.device)
-            with (
-                torch.no_grad()
-            ):  # `response_logprobs` makes the logits itself, a few rows at a time: is that right here?
+            with torch.no_grad():  # `response_logprobs` makes the logits itself, a few at a time: is that right here?
                 logits = self.model(ids).logits
                 looks_ahead = (logits[0, 0] - logits[1, 0]).abs().max()
                 difference = (logits - self.head(self.hidden_states(ids))).abs().max()
@@ -715,7 +715,7 @@ class RewardModel(Policy):
         return self.head(hidden.float())[:, 0]
 
     @torch.no_grad()
-    def scores(self, samples: Sequence["Sample"], token_budget: int | None = None) -> list[np.ndarray]:
+    def scores(self, samples: Sequence["Sample"], token_budget: int = TOKEN_BUDGET) -> list[np.ndarray]:
         """For every sample the probability after each of its solution's tokens; the last one is its score. Equal texts are
         run once, and no more than `token_budget` tokens at a time."""
         keys = [(sample.problem.question, sample.text) for sample in samples]
@@ -723,7 +723,7 @@ class RewardModel(Policy):
         found = in_batches(
             lambda batch: by_example(self.log_odds(batch).sigmoid(), batch),
             [self.encode(sample) for sample in distinct.values()],
-            token_budget or self.token_budget,
+            token_budget,
         )
         by_key = dict(zip(distinct, found, strict=True))
         return [by_key[key] for key in keys]
@@ -784,7 +784,7 @@ class GenerativeRewardModel(Policy):
         return logits[:, self.verdict_ids[0]] - logits[:, self.verdict_ids[1]]
 
     @torch.no_grad()
-    def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int | None = None) -> np.ndarray:
+    def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int = TOKEN_BUDGET) -> np.ndarray:
         """P(candidate is better) for every (problem, candidate, reference), with the candidate as A and as B:
         [comparisons, 2]. Equal ones are run once, and no more than `token_budget` tokens at a time."""
         keys = [(problem.question, candidate, reference) for problem, candidate, reference in comparisons]
@@ -792,16 +792,14 @@ class GenerativeRewardModel(Policy):
         for problem, candidate, reference in distinct.values():
             examples += [self.encode(problem, candidate, reference), self.encode(problem, reference, candidate)]
         found = np.array(
-            in_batches(
-                lambda batch: self.log_odds(batch).sigmoid().tolist(), examples, token_budget or self.token_budget
-            )
+            in_batches(lambda batch: self.log_odds(batch).sigmoid().tolist(), examples, token_budget)
         ).reshape(-1, 2)
         found[:, 1] = 1 - found[:, 1]
         by_key = dict(zip(distinct, found, strict=True))
         return np.array([by_key[key] for key in keys]).reshape(-1, 2)
 
     def scores(
-        self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int | None = None
+        self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int = TOKEN_BUDGET
     ) -> list[float]:
         """The score of every sample beside its problem's reference, a text by problem id."""
         comparisons = [(s.problem, first_solution(s.text).strip(), references[s.problem.id]) for s in samples]
@@ -1770,8 +1768,9 @@ class Run:
         state = None
         if occupied and resume:
             before = read_json(self.settings_file)
-            changed = sorted(k for k in self.settings.keys() | before.keys() if before.get(k) != self.settings.get(k))
-            if changed:
+            both = self.settings.keys() | before.keys()
+            changed = sorted(k for k in both if before.get(k) != self.settings.get(k))
+            if changed not in ([], ["token_budget"]):  # which fits the machine, and changes nothing but rounding
                 raise UserError(f"--resume: {self.out} was started with other settings ({', '.join(changed)})")
             if self.state_file.exists():
                 try:
@@ -2052,7 +2051,7 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
         "batch_size": dict(type=number(int, 1), help="solutions per optimizer step (paper: 128; PPO: 256)"),
         "token_budget": dict(
             type=number(int, 1),
-            help="tokens per micro-batch, padding included; bounded by memory (default: 1024 on a CPU, 16384 on a GPU)",
+            help="tokens per micro-batch, padding included; bounded by memory (1024 suits a CPU, 16384 a GPU)",
         ),
         "limit_train": dict(type=number(int, 1), help="use only the first so many training problems"),
         "limit_eval": dict(type=number(int, 1), help="use only the first so many dev or test problems"),

@@ -59,7 +59,7 @@ import common
 def parse_args(argv: list[str]):
     parser = common.common_parser(
         __doc__, model="runs/sft/model", out="runs/ppo", samples=4, temperature=0.7, lr=2e-4, epochs=2, batch_size=128,
-        token_budget=None, limit_train=None, checkpoint_every=120,
+        token_budget=common.TOKEN_BUDGET, limit_train=None, checkpoint_every=120,
     )  # fmt: skip
     whole, positive, share = common.number(int, 1), common.number(float, 0), common.number(float, 0, 1)
     add = parser.add_argument
@@ -583,7 +583,6 @@ def main(argv: list[str]) -> None:
     if args.phases <= args.value_warmup:
         common.warn(f"only the value function trains in {args.phases} phases with --value-warmup {args.value_warmup}")
     policy = common.Policy(args.model, args.device, args.dtype)
-    args.token_budget = args.token_budget or policy.token_budget
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
     judges = Judges(
         common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None,

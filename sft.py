@@ -31,7 +31,7 @@ import common
 
 def parse_args(argv: list[str]):
     parser = common.common_parser(
-        __doc__, model="tiny", out="runs/sft", lr=2e-4, epochs=4, batch_size=8, token_budget=None,
+        __doc__, model="tiny", out="runs/sft", lr=2e-4, epochs=4, batch_size=8, token_budget=common.TOKEN_BUDGET,
         temperature=0.7, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     parser.add_argument(
@@ -56,7 +56,6 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.model, args.device, args.dtype)
-    args.token_budget = args.token_budget or policy.token_budget
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
     examples, dev_examples = (
         [(policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(p.solution)) for p in problems]
