@@ -302,9 +302,14 @@ def _file_problems(path: Path) -> list[Problem]:
             raise UserError(f"{path}: not a list of problems")
         rows = [(f"{path} entry {i}", row) for i, row in enumerate(rows, 1)]
     else:
-        lines = [(f"{path} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [(place, _parse_json(line, place)) for place, line in lines]
+        rows = json_lines(text, path)
     return [_read_problem(row, f"{path.name}/{i}", place) for i, (place, row) in enumerate(rows)]
+
+
+def json_lines(text: str, path: Path) -> list[tuple[str, object]]:
+    """What every line holds that is not blank, each with its place ("train.jsonl line 3") for error messages."""
+    places = [(f"{path} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(place, _parse_json(line, place)) for place, line in places]
 
 
 def _parse_json(text: str, place: str):
@@ -332,6 +337,7 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
         question, written = str(row["question"]).strip(), str(row["answer"]).strip()
     else:
         raise UserError(f'{place}: needs "question" and "answer" (GSM8K) or "Body", "Question" and "Answer" (SVAMP)')
+    written = written.encode(errors="replace").decode()
     solution = written if MARKER in written else None
     answer = extract_answer(written if solution else f"{MARKER} {written}")
     if solution is None and "\n" in written:
@@ -359,7 +365,7 @@ _SIGNS = ("-", "\u2212", "+", *_DASHES)
 def first_solution(text: str) -> str:
     """The text up to the first end of its solution: the end of the answer line, or the next question that a prompted
     model makes up. "6/2=3\n#### 3\n\nQuestion: ..." -> "6/2=3\n#### 3"."""
-    text = text[: (text + "\nQuestion:").index("\nQuestion:")]
+    text = ("\n" + text).partition("\nQuestion:")[0][1:]
     marker = text.find(MARKER)
     if marker >= 0:
         text = text[: (text + "\n").index("\n", marker)]
@@ -728,9 +734,9 @@ class RewardModel(Policy):
         by_key = dict(zip(distinct, found, strict=True))
         return [by_key[key] for key in keys]
 
-    def grade(self, samples: Sequence["Sample"]) -> None:
+    def grade(self, samples: Sequence["Sample"], token_budget: int = TOKEN_BUDGET) -> None:
         """Fill in `score` of every sample: the probability after its last token."""
-        for sample, probabilities in zip(samples, self.scores(samples), strict=True):
+        for sample, probabilities in zip(samples, self.scores(samples, token_budget), strict=True):
             sample.score = float(probabilities[-1])
 
 
@@ -1481,7 +1487,7 @@ def generate(
         bar.update()
 
     def is_complete(ids: np.ndarray) -> bool:
-        lines = policy.decode(ids).rpartition("\n")[0]
+        lines = "\n" + policy.decode(ids).rpartition("\n")[0]
         return MARKER in lines or "\nQuestion:" in lines
 
     fast, interrupted = not mine or policy.decodes_fast, False
@@ -1573,22 +1579,39 @@ def token_batches(lengths: Sequence[int], budget: int, share: bool = False) -> l
     return groups
 
 
+_halvings = collections.Counter()  # token budget -> how many times it had to be halved
+
+
+def within_memory(run: Callable[[list[list[int]]], list], lengths: Sequence[int], token_budget: int) -> list:
+    """run(batches), with this process's share of the sequences in batches of at most `token_budget` tokens. When memory
+    runs out, it is begun again with half the budget, for good and with a warning."""
+    while True:
+        budget = token_budget >> _halvings[token_budget]
+        try:
+            return run(token_batches(lengths, budget, share=True))
+        except (RuntimeError, MemoryError) as error:
+            if budget <= max(lengths) or not is_out_of_memory(error):
+                raise
+            warn(
+                f"out of memory with {budget} tokens per micro-batch: going on with {budget // 2} (see --token-budget)"
+            )
+            _halvings[token_budget] += 1
+
+
 def in_batches(run: Callable[[list[Example]], Iterable], examples: Sequence[Example], token_budget: int) -> list:
     """run(batch), which returns something for each example of the batch, over all examples, `token_budget` tokens at a
     time -> what it returned, in the order of the examples. Of several processes each runs a share, and all get all."""
-    found = []
-    for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget, share=True):
-        found += zip(indices, run([examples[i] for i in indices]), strict=True)
-    by_index = dict(gather(found))
-    return [by_index[i] for i in range(len(examples))]
+
+    def run_all(batches: list[list[int]]) -> list:
+        return [pair for batch in batches for pair in zip(batch, run([examples[i] for i in batch]), strict=True)]
+
+    found = dict(gather(within_memory(run_all, [len(p) + len(r) for p, r in examples], token_budget)))
+    return [found[i] for i in range(len(examples))]
 
 
 def by_example(flat: torch.Tensor, examples: Sequence[Example]) -> list[np.ndarray]:
     """[response tokens of all examples, one after the other] -> an array for each example."""
     return np.split(flat.cpu().numpy(), np.cumsum([len(response) for _, response in examples])[:-1])
-
-
-_halvings = collections.Counter()  # token budget -> how many times it had to be halved
 
 
 def backward_in_parts(
@@ -1598,23 +1621,15 @@ def backward_in_parts(
 
     backward(indices) adds the gradient of these sequences' part of the loss and returns sums to report, which are added up
     over the micro-batches. The loss must be a sum over sequences, so that the gradient does not depend on how the batch was
-    split: over micro-batches, or over processes, each of which takes its share and ends with the gradient of all. When
-    memory runs out, the batch is begun again with half the budget, for good and with a warning."""
+    split: over micro-batches, or over processes, each of which takes its share and ends with the gradient of all."""
     parameters = [p for p in parameters if p.requires_grad]
-    while True:
-        budget = token_budget >> _halvings[token_budget]
-        try:
-            parts = [backward(indices) for indices in token_batches(lengths, budget, share=True)]
-            break
-        except (RuntimeError, MemoryError) as error:
-            if budget <= max(lengths) or not is_out_of_memory(error):
-                raise
-            warn(
-                f"out of memory with {budget} tokens per micro-batch: going on with {budget // 2} (see --token-budget)"
-            )
-            _halvings[token_budget] += 1
-            for p in parameters:
-                p.grad = None
+
+    def backward_all(batches: list[list[int]]) -> list[list[float]]:
+        for p in parameters:  # what was added before memory ran out
+            p.grad = None
+        return [backward(batch) for batch in batches]
+
+    parts = within_memory(backward_all, lengths, token_budget)
     if this_process()[1] > 1:
         # a process without a share has no gradient; what has none anywhere must stay so, or the optimizer would move it
         has_gradient = np.any(gather([[p.grad is not None for p in parameters]]), axis=0)
@@ -1813,7 +1828,11 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+        print(
+            "\nstopping as soon as everything can be saved; press Ctrl-C again to stop at once",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def log(self, **metrics) -> None:
         """Append one object to metrics.jsonl and show it."""
@@ -1921,10 +1940,7 @@ def load_samples(path: Path, problems: Sequence[Problem]) -> list[Sample]:
     if not path.is_file():
         raise UserError(f"{path}: no such file of samples")
     known, samples = {p.id: (i, p) for i, p in enumerate(problems)}, []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        row = _parse_json(line, f"{path} line {number}")
+    for line, row in json_lines(path.read_text(encoding="utf-8", errors="replace"), path):
         try:
             place, problem = known[row["problem"]]
             fits = row["question"] == problem.question
@@ -1932,7 +1948,7 @@ def load_samples(path: Path, problems: Sequence[Problem]) -> list[Sample]:
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
-            raise UserError(f"{path} line {number}: not a sample of one of the {len(problems)} problems of this run")
+            raise UserError(f"{line}: not a sample of one of the {len(problems)} problems of this run")
         samples.append((place, sample))
     if not samples:
         raise UserError(f"{path}: holds no samples")
@@ -2016,7 +2032,7 @@ def number(kind: type, low: float, high: float = math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or value >= 2**63:
             span = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {span}")
         return value

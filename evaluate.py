@@ -56,7 +56,10 @@ def parse_args(argv: list[str]):
         help="for a model of rcrl.py, the label that is put before every line (default: good if the model has labels)",
     )
     parser.add_argument("--orm", help="folder of a reward model, for rerank@n and weighted@n")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.temperature == 0 and args.samples > 1:
+        parser.error("--temperature 0: all samples of a problem are the same; the greedy one is maj@1")
+    return args
 
 
 def distinct_correct(samples: list[common.Sample]) -> int:
@@ -91,7 +94,7 @@ def paired_test(values: list[float], others: list[float]) -> dict:
     p = min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
     centre = (better - worse) / (total + 2)  # half a problem added to each of the four cases, or it has no width at 0
     half = 1.96 * math.sqrt(n + 1 - (better - worse) ** 2 / (total + 2)) / (total + 2)
-    found = {"difference": float(differences.mean()), "ci95": [centre - half, centre + half]}
+    found = {"difference": float(differences.mean()), "ci95": [max(-1.0, centre - half), min(1.0, centre + half)]}
     return found | {"better": better, "worse": worse, "p": p}
 
 

@@ -1,4 +1,4 @@
-"""Expert iteration: sample solutions, keep the correct ones, train the base on them, repeat.
+r"""Expert iteration: sample solutions, keep the correct ones, train the base on them, repeat.
 
 Objective of round i, with R_i the correct samples of pi_{i-1} and D_i = R_i u D_{i-1} (D_0: the SFT data):
 
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
 
     def accept(samples: list[common.Sample]) -> list[common.Sample]:
         if orm:
-            orm.grade(samples)
+            orm.grade(samples, args.token_budget)
         return keep_accepted(samples, kept, args.orm_threshold if orm else None, args.deduplicate)
 
     progress = {"round": 1, "place": 0, "step": 0, "samples": 0, "tokens": 0}
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> None:
         examples = [(policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(s)) for p, s in data]
         steps_per_epoch = -(-len(examples) // args.batch_size)
         n_steps = args.epochs * steps_per_epoch
-        started = time.monotonic()
+        started = time.monotonic() - progress["timing"].get("seconds_training", 0.0)
         for step in tqdm(range(progress["place"], n_steps), desc=f"round {round_number} training", disable=None):
             epoch, place = divmod(step, steps_per_epoch)
             order = common.shuffled(len(examples), args.seed, round_number, epoch)
@@ -211,17 +211,16 @@ def main(argv: list[str]) -> None:
             loss, progress["grad_norm"] = common.cross_entropy_step(policy, optimizer, batch, lr, args.token_budget)
             progress["losses"].append(loss)
             progress["tokens"] += sum(len(solution) for _, solution in batch)
-            progress["place"] = step + 1
+            progress["place"], progress["timing"]["seconds_training"] = step + 1, time.monotonic() - started
             run.checkpoint(progress=progress, model=policy.model.state_dict(), optimizer=optimizer.state_dict())
 
         # 4. the best round by dev accuracy becomes model/
-        progress["timing"]["seconds_training"] = time.monotonic() - started
         metrics = common.dev_metrics(policy, dev, args, args.pass_k, run.out / "samples" / f"dev_{round_number}.jsonl")
         progress |= {"step": progress["step"] + n_steps, "samples": progress["samples"] + len(samples)}
         run.log(
             step=progress["step"], samples=progress["samples"], tokens=progress["tokens"], round=round_number,
             **filtering, loss=float(np.mean(progress["losses"][-steps_per_epoch:])), grad_norm=progress["grad_norm"],
-            **metrics, **progress["timing"],
+            lr=lr, **metrics, **progress["timing"],
         )  # fmt: skip
         if metrics["maj@1"] <= progress["best"]:
             print(f"round {round_number} did not improve dev accuracy: stopping")

@@ -1,4 +1,4 @@
-"""PPO on reasoning problems: a KL-penalised policy gradient with a learned value function.
+r"""PPO on reasoning problems: a KL-penalised policy gradient with a learned value function.
 
 Objective, for question q and sampled solution s with tokens s_1 ... s_T:
 
@@ -50,6 +50,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -80,8 +81,8 @@ def parse_args(argv: list[str]):
     add("--kl-coef", type=positive, default=0.05, help="weight of the KL penalty (paper: 0.05)")
     add("--kl-limit", type=positive, default=0, help="end a phase when a minibatch is this far (nats) from the policy "
         "that sampled; 0: never")  # fmt: skip
-    add("--clip", type=positive, default=0.2, help="how far the ratio may leave 1 (paper: 0.2)")
-    add("--value-clip", type=positive, default=0.2, help="how far a value may move in a phase (paper: 0.2)")
+    add("--clip", type=positive, default=0.2, help="how far the ratio may leave 1")
+    add("--value-clip", type=positive, default=0.2, help="how far a value may move in a phase")
     add("--lam", type=share, default=1.0, help="lambda of GAE; below 1 the value function must be good")
     add("--lr-warmup", type=whole, default=20, help="steps over which the policy's learning rate rises to --lr")
     add("--value-lr", type=positive, default=1e-3, help="learning rate of the value function")
@@ -113,8 +114,12 @@ def parse_args(argv: list[str]):
     compares = args.reward in ("genrm", "hybrid")
     picks = compares and args.hide_solutions > 0
     needs_orm = args.reward.startswith("orm") or picks
-    args.orm = args.orm or "runs/reward_model/model" if needs_orm else args.orm if compares else None
-    args.genrm = (args.genrm or "runs/genrm/model") if compares else None
+    if args.orm and not (needs_orm or compares) or args.genrm and not compares:
+        parser.error(f"--reward {args.reward} asks no such model; --orm and --genrm are for the rewards that do")
+    if needs_orm:
+        args.orm = args.orm or "runs/reward_model/model"
+    if compares:
+        args.genrm = args.genrm or "runs/genrm/model"
     if args.add_outcome and not args.reward.startswith("orm"):
         parser.error("--add-outcome is for --reward orm and orm_dense; the others are made of outcomes")
     if args.select in ("floor", "frontier") and compares:
@@ -191,16 +196,17 @@ class Judges:
     # problem id -> text that the generative reward model compares with; the answers of all other problems are checked
     references: dict[str, str] = dataclasses.field(default_factory=dict)
     golden: set[str] = dataclasses.field(default_factory=set)  # the ids whose reference is a gold solution
+    token_budget: int = common.TOKEN_BUDGET
 
     def scores(self, kind: str, samples: list[common.Sample]) -> list[float]:
         """What each solution as a whole is worth. One that was cut is worth nothing, even if its answer is right."""
         if kind.startswith("orm"):
-            scores = [float(probabilities[-1]) for probabilities in self.orm.scores(samples)]
+            scores = [float(probabilities[-1]) for probabilities in self.orm.scores(samples, self.token_budget)]
         else:
             scores = [float(sample.correct) for sample in samples]
             compared = [i for i, sample in enumerate(samples) if sample.problem.id in self.references]
             if compared:
-                found = self.genrm.scores([samples[i] for i in compared], self.references)
+                found = self.genrm.scores([samples[i] for i in compared], self.references, self.token_budget)
                 for i, score in zip(compared, found, strict=True):
                     scores[i] = score
         return [score * sample.finished for score, sample in zip(scores, samples, strict=True)]
@@ -211,7 +217,7 @@ def task_rewards(
 ) -> list[np.ndarray]:
     """The reward of every token of every sample."""
     rewards = [np.zeros(len(sample.tokens), np.float32) for sample in samples]
-    along = judges.orm.scores(samples) if kind == "orm_dense" else None
+    along = judges.orm.scores(samples, judges.token_budget) if kind == "orm_dense" else None
     scores = judges.scores(kind, samples) if along is None else None
     for i, (reward, sample) in enumerate(zip(rewards, samples, strict=True)):
         if not sample.finished:
@@ -248,7 +254,7 @@ def best_of_n(
         temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0, 1],
         few_shot=args.few_shot, progress="references",
     )  # fmt: skip
-    orm.grade(samples)
+    orm.grade(samples, args.token_budget)
     best = [max(group, key=lambda sample: sample.score) for group in common.by_problem(samples)]
     return {sample.problem.id: common.first_solution(sample.text).strip() for sample in best}
 
@@ -437,22 +443,29 @@ def choose(
 def score_pool(
     policy: common.Policy, pool: list[common.Problem], judges: Judges, run: common.Run, args
 ) -> tuple[list[float], list[float]]:
-    """Mean reward of every question's samples, and the share of them with a reward of at least half."""
+    """Mean score of every question's samples by whoever judges whole solutions, and the share of them that is right (with
+    a generative reward model: scored at least half)."""
     if args.selection:
-        rows = {row["id"]: row for row in common.read_json(Path(args.selection)).get("questions", [])}
+        try:
+            questions = common.read_json(Path(args.selection))["questions"]
+            rows = {row["id"]: (row["score"], row["passed"]) for row in questions}
+        except (KeyError, TypeError):
+            raise common.UserError(f"--selection {args.selection}: not a selection.json of this program") from None
         missing = [problem.id for problem in pool if problem.id not in rows]
         if missing:
             raise common.UserError(
                 f"--selection {args.selection}: has no score for {missing[0]} ({len(missing)} missing)"
             )
-        return [rows[p.id]["score"] for p in pool], [rows[p.id]["passed"] for p in pool]
+        return [rows[p.id][0] for p in pool], [rows[p.id][1] for p in pool]
     samples = common.sample_to_file(
         policy, pool, run.out / "samples" / "pool.jsonl", run, samples=args.select_samples, few_shot=args.few_shot,
         temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows,
         seed=[args.seed, 0] + [2] * bool(judges.orm or judges.genrm), progress="pool",
     )  # fmt: skip
-    rewards = np.array(judges.scores(args.reward, samples)).reshape(len(pool), args.select_samples)
-    return rewards.mean(1).tolist(), (rewards >= 0.5).mean(1).tolist()
+    scores = np.array(judges.scores(args.reward, samples))
+    passed = scores >= 0.5 if judges.genrm else np.array([sample.correct and sample.finished for sample in samples])
+    by_question = len(pool), args.select_samples
+    return scores.reshape(by_question).mean(1).tolist(), passed.reshape(by_question).mean(1).tolist()
 
 
 # ---- curricula -------------------------------------------------------------------------------------------------------
@@ -707,25 +720,20 @@ def main(argv: list[str]) -> None:
         # 3. log-probabilities and values of the policy that sampled, as training computes them; of the reference
         examples = [(list(sample.prompt), sample.tokens.tolist()) for sample in samples]
         lengths = [len(response) for _, response in examples]
-        old_logprobs, ref_logprobs, old_values = (torch.zeros(len(samples), max(lengths)) for _ in range(3))
         with torch.no_grad():
             found = common.in_batches(look_back, examples, args.token_budget)
-        for i, parts in enumerate(found):
-            for table, row in zip((old_logprobs, old_values, ref_logprobs), parts, strict=True):
-                table[i, : lengths[i]] = torch.from_numpy(row)
+        old_logprobs, old_values, ref_logprobs, task = (  # [samples, longest]
+            pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+            for rows in (*zip(*found, strict=True), rewards)
+        )
         sampled = torch.from_numpy(np.concatenate([sample.logprobs for sample in samples]))
-        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [samples, longest]
-        task = torch.zeros(len(samples), max(lengths))
-        for i, reward in enumerate(rewards):
-            task[i, : lengths[i]] = torch.from_numpy(reward)
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
         # 4. advantages; gamma is 1, and a cut solution is over like any other
         token_rewards = penalised_rewards(task, old_logprobs, ref_logprobs, args.kl_coef)
         advantages, returns = gae(token_rewards, old_values, 1.0, args.lam)
-        raw_advantages = advantages
-        advantages = torch.zeros_like(advantages)
-        advantages[real] = whiten(raw_advantages[real])
-        errors = [float(raw_advantages[i, : lengths[i]].abs().mean()) for i in range(len(samples))]
+        errors = [float(advantages[i, : lengths[i]].abs().mean()) for i in range(len(samples))]
+        advantages[real] = whiten(advantages[real])
         by_question = np.arange(len(samples)).reshape(len(chosen), args.samples)
         correct = np.array([float(s.correct and s.finished) for s in samples])
         curriculum.update(chosen, correct[by_question].mean(1).tolist(), np.array(errors)[by_question].mean(1).tolist())
@@ -781,6 +789,7 @@ def main(argv: list[str]) -> None:
             "sampling_error": ((old_logprobs[real] - sampled).exp() - 1).abs().max().item(),
             "first_ratio": first_ratio,
             **{key: float(np.mean([s[key] for s in stats])) for key in (stats[0] if stats else ())},
+            "lr": optimizer.param_groups[0]["lr"],
             "explained_variance": explained_variance(returns[real], old_values[real]),
             "minibatches": len(stats),
             "mixed": common.share(0 < c < 1 for c in correct[by_question].mean(1)),

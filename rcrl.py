@@ -1,4 +1,4 @@
-"""Return-conditioned RL: label every line of a solution as good or bad, learn what follows either label, ask for good.
+r"""Return-conditioned RL: label every line of a solution as good or bad, learn what follows either label, ask for good.
 
 Objective, for question q and solution s with lines l_1 ... l_n and labels z_i:
 
@@ -19,13 +19,13 @@ The saved model knows its labels: `evaluate.py` forces [GOOD] by itself, and [BA
 
 Where this differs from the paper, or the paper is silent: M is 8, at --temperature; the ratio is that of distinct
 solutions, and those with the same sequence of arithmetic operations are the same; solutions that were cut are left out;
-the default ratio is 10. The last line needs no completion: its Q is 1 or 0. A blank line is a line: at inference a label follows every line break. The embeddings of the two labels begin as random vectors of the
-spread of the others.
+the default ratio is 10. The last line needs no completion: its Q is 1 or 0. A blank line is a line: at inference a label
+follows every line break. The embeddings of the two labels begin as random vectors of the spread of the others.
 
 CPU, after `python expert_iteration.py` (README.md has the measured numbers):
     python rcrl.py
 One GPU:
-    python rcrl.py --model runs/expert_iteration/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 32 \\
+    python rcrl.py --model runs/expert_iteration/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 32 \
         --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024
 """
 
@@ -113,9 +113,9 @@ def estimate_q(
 def label_solution(sample: common.Sample, q: dict[tuple[str, str], float], by: str) -> dict:
     """A solution with the label of every line, as it is written to labelled.jsonl. Q is the outcome but with "step"."""
     texts = lines_of(sample)
-    starts = itertools.accumulate(texts)
-    values = [q[sample.problem.id, start] for start in itertools.islice(starts, len(texts) - 1)] if by == "step" else []
-    values = [*values, float(sample.correct)] if by == "step" else [float(sample.correct)] * len(texts)
+    values = [float(sample.correct)] * len(texts)
+    if by == "step":
+        values[:-1] = [q[sample.problem.id, start] for start in itertools.accumulate(texts[:-1])]
     lines = [
         {"label": "good" if value >= 0.5 else "bad", "q": value, "text": text}
         for value, text in zip(values, texts, strict=True)
@@ -132,7 +132,7 @@ def mix(right: list, wrong: list, ratio: float, size: int | None, seed: int) -> 
     """The largest part of both, but no more than `size`, that has `ratio` right ones for every wrong one; at random. Where
     right ones are too few for another wrong one, all of them."""
     n_wrong = min(len(wrong), int(len(right) / ratio))
-    n_right = round(ratio * n_wrong) if n_wrong and n_wrong == len(wrong) else len(right)
+    n_right = max(1, round(ratio * n_wrong)) if n_wrong and n_wrong == len(wrong) else len(right)
     if size and n_right + n_wrong > size:
         n_wrong = min(n_wrong, round(size / (1 + ratio)))
         n_right = min(n_right, size - n_wrong)
@@ -254,7 +254,7 @@ def main(argv: list[str]) -> None:
         with common.write_aside(file) as out:
             out.write("".join(lines).encode())
     facts = common.on_first(lambda: common.read_json(run.out / "samples" / "labelled.facts.json"))
-    rows = common.on_first(lambda: [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line])
+    rows = common.on_first(lambda: [row for _, row in common.json_lines(file.read_text(encoding="utf-8"), file)])
     facts["good_lines"] = common.share(line["label"] == "good" for row in rows for line in row["lines"])
     facts["good_if_wrong"] = common.share(  # a wrong solution may begin well
         line["label"] == "good" for row in rows if not row["correct"] for line in row["lines"]

@@ -1,4 +1,4 @@
-"""Outcome reward model (ORM): how likely is the final answer to be right, judged from the solution so far.
+r"""Outcome reward model (ORM): how likely is the final answer to be right, judged from the solution so far.
 
 Objective, for question q, solution s = s_1 ... s_T (the last token is the end-of-text token) and label y, 1 if its final
 answer is right and 0 if not:
@@ -32,11 +32,12 @@ CPU, after `python sft.py` (README.md has the measured numbers):
     python reward_model.py
     python reward_model.py --kind genrm
 One GPU:
-    python reward_model.py --model runs/sft/model --dataset gsm8k --samples 96 --epochs 2 --lr 1e-5 --batch-size 128 \\
+    python reward_model.py --model runs/sft/model --dataset gsm8k --samples 96 --epochs 2 --lr 1e-5 --batch-size 128 \
         --max-new-tokens 512 --rows 1024
 """
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,10 @@ def parse_args(argv: list[str]):
     add("--eval-samples", type=common.number(int, 2), default=16, help="samples per dev question")
     if parser.parse_args(argv).kind == "genrm":
         parser.set_defaults(**GENRM_DEFAULTS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.temperature == 0:
+        parser.error("--temperature 0: all samples of a question are the same, and right or wrong together")
+    return args
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------
@@ -181,8 +185,8 @@ def quality(samples: list[common.Sample], probabilities: list[np.ndarray]) -> di
     scores = np.array([p[-1] for p in probabilities], np.float64)
     table = reliability(scores, labels)
     at = {
-        place: np.array([p[min(len(p) - 1, int(place * len(p)))] for p in probabilities])
-        for place in (0.0, 0.25, 0.5, 0.75, 1.0)
+        place: np.array([p[max(0, math.ceil(place * len(p)) - 1)] for p in probabilities])
+        for place in (0.0, 0.25, 0.5, 0.75, 1.0)  # 0: after the first token
     }
     return {
         "base_rate": float(labels.mean()),

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on written solutions, the starting point of every other method.
+r"""Supervised fine-tuning on written solutions, the starting point of every other method.
 
 Objective, for question q and solution s = s_1 ... s_T (the last token is the end-of-text token):
 
@@ -38,7 +38,10 @@ def parse_args(argv: list[str]):
         "--samples", type=common.number(int, 0), default=0,
         help="after every epoch also draw so many samples per dev problem at --temperature, for pass@k",
     )  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.temperature == 0 and args.samples > 1:
+        parser.error("--temperature 0: all samples of a problem are the same; the greedy one is maj@1")
+    return args
 
 
 def main(argv: list[str]) -> None:

@@ -37,6 +37,8 @@ def test_only_the_first_solution_of_a_run_on_text_counts():
     assert common.extract_answer("#### 3\n\nQuestion: and now?\nAnswer:\n#### 4") == 3
     assert common.extract_answer("#### 3\n#### 4") == 3
     assert common.extract_answer("I do not know.\nQuestion: and now?\nAnswer:\n#### 4") is None
+    assert common.extract_answer("Question: another one?\nAnswer:\n#### 4") is None
+    assert common.first_solution("\n2+2=4\nQuestion: x") == "\n2+2=4" and common.first_solution("2+2") == "2+2"
     assert common.extract_answer("so it is 4") is None
     assert common.extract_answer("####\n4") is None
 

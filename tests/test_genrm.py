@@ -327,6 +327,8 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa
         ["--add-outcome"],
         ["--curriculum", "verifiable_first", "--reward", "hybrid", "--hide-answers", "1"],
         ["--reward", "genrm", "--genrm", "nowhere/at/all"],
+        ["--orm", "tiny"],  # a reward model that no reward asks would be left out without a word
+        ["--reward", "orm", "--genrm", "tiny"],
     ):
         code, message = cli(ppo, *PPO, *flags, "--out", tmp_path / "run")
         assert code == 2 and message.count("\n") == 1, message
@@ -335,6 +337,9 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa
     argv = [*PPO, "--limit-train", 2300, "--select", "lowest", "--selection", wrong_file, "--out", tmp_path / "run"]
     code, message = cli(ppo, *argv)
     assert code == 2 and "no score for" in message
+    wrong_file.write_text(json.dumps({"questions": [{"id": "other"}]}))
+    code, message = cli(ppo, *argv)
+    assert code == 2 and "not a selection.json" in message and message.count("\n") == 1
 
 
 def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):  # noqa: F811

@@ -127,6 +127,14 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_half_a_character_does_not_reach_the_tokenizer(tiny, tmp_path):
+    row = '{"question": "a \\ud83d pen", "answer": "\\ud83d 2+2=4\\n#### 4"}\n'
+    (tmp_path / "p.jsonl").write_text(row * 3)
+    problem = common.load_problems(str(tmp_path / "p.jsonl"), "train")[0]
+    assert problem.question == "a ? pen" and problem.answer == 4
+    assert tiny.encode_solution(problem.solution)
+
+
 @pytest.mark.parametrize("content", ["5", "null", '{"a": []}'])
 def test_a_json_file_that_is_no_list_is_an_error(tmp_path, content):
     (tmp_path / "SVAMP.json").write_text(content)

@@ -157,6 +157,21 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_gradient_stays(nano, 
     common._halvings.clear()
 
 
+def test_scoring_goes_on_when_memory_runs_out(capsys):
+    examples, largest = [([0] * 4, [i] * (1 + i % 7)) for i in range(30)], []
+
+    def run(batch):
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        largest.append(len(batch))
+        return [response[0] for _, response in batch]
+
+    common._halvings.clear()
+    assert common.in_batches(run, examples, 100) == list(range(30))
+    assert "going on with 50" in capsys.readouterr().err and max(largest) == 3
+    common._halvings.clear()
+
+
 def test_training_goes_on_when_memory_runs_out(cli, nano, tmp_path, monkeypatch, capsys):  # noqa: F811
     argv = ["--model", nano, "--epochs", "1", "--batch-size", "8", "--limit-eval", "4", "--max-new-tokens", "8"]
     assert cli(sft, *argv, "--out", tmp_path / "whole")[0] == 0

@@ -114,6 +114,22 @@ def test_best_of_n_by_hand():
     assert table[4] == {"n": 4, "orm": 1 / 2, "majority": 1 / 2, "oracle": 2 / 2}
 
 
+def test_positions_are_shares_of_the_tokens_read():
+    """A solution of four tokens, whose probability after n tokens is n / 10; one of a single token."""
+    labels = [common.Problem("a", "?", Fraction(1)), common.Problem("b", "?", Fraction(2))]
+    samples = [common.Sample(problem, 0, "#### 1", finished=True) for problem in labels]
+    found = reward_model.quality(samples, [np.array([0.1, 0.2, 0.6, 0.7]), np.array([0.55])])["by_position"]
+    right = [{0.0: 0.1, 0.25: 0.1, 0.5: 0.2, 0.75: 0.6, 1.0: 0.7}[row["position"]] >= 0.5 for row in found]
+    assert [row["accuracy"] for row in found] == [
+        right_one / 2 for right_one in right
+    ]  # the wrong one is always above 0.5
+
+
+def test_the_paired_interval_stays_within_its_range():
+    low, high = evaluate.paired_test([1.0] * 2000, [0.0] * 2000)["ci95"]
+    assert 0.99 < low < high == 1.0
+
+
 def test_mcnemar_against_enumeration():
     """All 2^n ways in which the n problems that differ could have gone: how many are at least this uneven."""
     for better, worse in ((5, 1), (3, 3), (0, 4), (0, 0), (7, 2)):

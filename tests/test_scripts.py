@@ -129,6 +129,7 @@ BAD = {
     "unknown flag": (["--learning-rate", "1"], "unrecognized"),
     "abbreviated flag": (["--epoch", "1"], "unrecognized"),
     "no seed": (["--seed", "one"], "whole number"),
+    "huge": (["--rows", "1" + "0" * 400], "whole number"),
     "huge seed": (["--seed", "1" + "0" * 20], "whole number"),
     "negative": (["--temperature", "-1"], "at least 0"),
     "zero": (["--rows", "0"], "at least 1"),
@@ -284,6 +285,12 @@ def test_no_flag_reads_false_as_true(script, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "add_argument", spied)
     script.parse_args([])
     assert len(types) > 15 and bool not in types
+
+
+def test_greedy_samples_are_not_drawn_more_than_once(cli, tmp_path):
+    for script, flags in ((evaluate, []), (reward_model, []), (rcrl, []), (ppo, []), (sft, ["--samples", "2"])):
+        code, message = cli(script, "--temperature", "0", *flags, "--out", tmp_path / "run")
+        assert code == 2 and "--temperature 0: all samples" in message or "greedy samples" in message, message
 
 
 def test_a_folder_that_holds_only_metrics_is_not_touched(cli, nano, tmp_path):

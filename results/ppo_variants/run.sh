@@ -8,16 +8,15 @@ declare -A flags=(
     [kl0]="--kl-coef 0"
     [attached]="--no-detach-value"
     [dense]="--reward dense"
-    [orm]="--reward orm"
-    [orm_dense]="--reward orm_dense"
+    [orm]="--reward orm --orm ORM"
+    [orm_dense]="--reward orm_dense --orm ORM"
 )
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-kl0 attached dense orm orm_dense}; do
-        orm=$work/orm_$seed/model
         [ -f "$here/${name}_$seed/test.json" ] && continue
         [[ $name != orm* ]] || bash results/orm/run.sh train $seed
-        train_and_test "$work/ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" --orm "$orm" \
-            ${flags[$name]}
+        train_and_test "$work/ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" \
+            ${flags[$name]//ORM/$work/orm_$seed/model}
     done
 done
 python results/table.py "$here"
