@@ -115,7 +115,7 @@ for large, small, what in (
     for n in (1, 2):
         k16, k4 = (dev(name, "maj@1", round=n) for name in (large, small))
         show(f"{small}, dev maj@1 after round {n}, K = 16 ({what}) - K = 4", k16, k4)
-    for metric in ("maj@1", "pass@1", "pass@16"):
+    for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
         show(f"{small}, test {metric}, K = 16 ({what}) - K = 4", test(large, metric), test(small, metric))
 print("   all right solutions against de-duplicated, and against de-duplicated for longer (long_dedup)")
 for all_of_them, one_of_each in (
@@ -142,9 +142,10 @@ for ratio in (1, 10, 100):
     values = test(f"rcrl/ratio{ratio}", "maj@1")
     for name in ("ei_dedup", "ei"):
         show(f"test maj@1, rcrl {ratio}:1 - {name}", values, test(f"arithmetic/{name}", "maj@1"))
-for metric in ("maj@1", "pass@1", "pass@16"):
+for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
     for other in ("hard/ei", "hard/rounds3", "hard_rcrl/control", "hard/sft"):
         show(f"harder task, test {metric}, rcrl 10:1 - {other}", test("hard_rcrl/ratio10", metric), test(other, metric))
+    show(f"harder task, test {metric}, control - hard/ei", test("hard_rcrl/control", metric), test("hard/ei", metric))
 for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
     show(
         f"harder task, test {metric}, ei of three rounds - of two",

@@ -131,7 +131,8 @@ def all_methods(compared: dict[str, tuple[str, str, bool]], file: str) -> None:
     distinct.invert_yaxis()
     for axis in (rollouts, quality, distinct):
         axis.grid(alpha=0.3)
-    rollouts.set_title("mean and range of the seeds; names beside the bars at the right", fontsize=9)
+    rollouts.set_title("mean and range of the seeds; colours as at the right", fontsize=9)
+    rollouts.legend(fontsize=7)
     shown.savefig(RESULTS / file, dpi=100)
 
 

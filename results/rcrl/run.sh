@@ -3,7 +3,8 @@
 # iteration (de-duplicated), and from them mixtures that differ in the ratio of right to wrong solutions and in the labels, each evaluated
 # with [GOOD], [BAD] and no label forced. A mixture has 3,200 solutions, or as many as there are distinct right ones for. The
 # controls have no labels: all right solutions (up to 3,200), which is what de-duplicated expert iteration would train on; the 1,600 that
-# are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/arithmetic/run.sh. Restartable.
+# are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/arithmetic/run.sh; seeds 3 to
+# 5, of the ratios alone, draw other samples from the policy of seed 0. Restartable.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 declare -A flags=(
@@ -15,12 +16,14 @@ declare -A flags=(
     [control_1600]="--ratio 1e9 --labels none --train-size 1600"
     [control_mixed]="--ratio 1 --labels none"
 )
-for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-ratio1 ratio10 ratio100 outcome1 control control_1600 control_mixed}; do
+for seed in ${SEEDS:-0 1 2 3 4 5}; do
+    names="ratio1 ratio10 ratio100" policy=ei_dedup_0
+    [ $seed -gt 2 ] || names="$names outcome1 control control_1600 control_mixed" policy=ei_dedup_$seed
+    for name in ${VARIANTS:-$names}; do
         run=$work/rcrl_${name}_$seed to=$here/${name}_$seed samples=$work/rcrl_ratio1_$seed/samples/train.jsonl
         [ -f "$to/test.json" ] && continue
         [ $name = ratio1 ] || extra="--train-samples $samples"
-        python rcrl.py --seed $seed --token-budget $budget --model "$work/ei_dedup_$seed/model" --samples 16 \
+        python rcrl.py --seed $seed --token-budget $budget --model "$work/$policy/model" --samples 16 \
             --train-size 3200 ${flags[$name]} ${extra:-} --out "$run" --resume
         extra=
         test_and_record_labels "$run" ${name}_$seed $seed
