@@ -2032,7 +2032,7 @@ def number(kind: type, low: float, high: float = math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or value >= 2**63:
+        if not low <= value <= high or value == math.inf or (kind is int and value >= 2**63):
             span = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {span}")
         return value

@@ -220,7 +220,7 @@ def main(argv: list[str]) -> None:
         run.log(
             step=progress["step"], samples=progress["samples"], tokens=progress["tokens"], round=round_number,
             **filtering, loss=float(np.mean(progress["losses"][-steps_per_epoch:])), grad_norm=progress["grad_norm"],
-            lr=lr, **metrics, **progress["timing"],
+            lr=common.cosine_lr(n_steps - 1, n_steps, args.lr), **metrics, **progress["timing"],
         )  # fmt: skip
         if metrics["maj@1"] <= progress["best"]:
             print(f"round {round_number} did not improve dev accuracy: stopping")
