@@ -19,7 +19,7 @@ worse: a lucky solution that is sampled once then weighs as much as a faithful o
 the numbers). Where this differs from the paper: the SFT data stays in the mix (--no-sft-data leaves it out; it is out by
 default when --model is the base itself).
 
-CPU, 17 to 21 minutes on one core after `python sft.py`, 5 of them for the first round (README.md has the measured numbers):
+CPU, eleven minutes on two cores after `python sft.py`, three of them for the first round (README.md has the numbers):
     python expert_iteration.py
 From the base, without any written solution:
     python expert_iteration.py --model tiny --samples 8 --epochs 3 --deduplicate --out runs/expert_iteration_base
