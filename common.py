@@ -325,10 +325,11 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
     """GSM8K ("question", "answer" with the solution) or SVAMP ("Body", "Question", "Answer")."""
     if not isinstance(row, dict):
         raise UserError(f"{place}: not a JSON object")
+    # a lone half of a surrogate pair breaks tokenizers
+    row = {key: v.encode(errors="replace").decode() if isinstance(v, str) else v for key, v in row.items()}
     for key in row.keys() & {"question", "Question", "Body"}:
-        if not isinstance(row[key], str) or not row[key].encode(errors="replace").strip(b" \t\r\n?"):
+        if not isinstance(row[key], str) or not row[key].strip(" \t\r\n?"):
             raise UserError(f"{place}: {key!r} is not a text")
-        row[key] = row[key].encode(errors="replace").decode()  # a lone half of a surrogate pair breaks tokenizers
     if "Body" in row and "Question" in row:
         body = str(row["Body"]).strip()
         question = f"{body if body.endswith(('.', '?', '!', ',')) else body + '.'} {str(row['Question']).strip()}"
@@ -337,7 +338,6 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
         question, written = str(row["question"]).strip(), str(row["answer"]).strip()
     else:
         raise UserError(f'{place}: needs "question" and "answer" (GSM8K) or "Body", "Question" and "Answer" (SVAMP)')
-    written = written.encode(errors="replace").decode()
     solution = written if MARKER in written else None
     answer = extract_answer(written if solution else f"{MARKER} {written}")
     if solution is None and "\n" in written:
@@ -502,8 +502,10 @@ def prompt_text(problem: Problem, few_shot: bool = False) -> str:
     return f"{FEW_SHOT if few_shot else ''}Question: {problem.question}\nAnswer:\n"
 
 
-# Tokens per micro-batch where nothing is said. On a CPU few: they pad less, and stay in its cache.
-TOKEN_BUDGET = 16384 if torch.cuda.is_available() else 1024
+def usual_token_budget(device: str) -> int:
+    """Tokens per micro-batch on a device where nothing is said. On a CPU few: they pad less, and stay in its cache."""
+    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    return 16384 if on_gpu else 1024
 
 
 class Policy:
@@ -721,7 +723,7 @@ class RewardModel(Policy):
         return self.head(hidden.float())[:, 0]
 
     @torch.no_grad()
-    def scores(self, samples: Sequence["Sample"], token_budget: int = TOKEN_BUDGET) -> list[np.ndarray]:
+    def scores(self, samples: Sequence["Sample"], token_budget: int | None = None) -> list[np.ndarray]:
         """For every sample the probability after each of its solution's tokens; the last one is its score. Equal texts are
         run once, and no more than `token_budget` tokens at a time."""
         keys = [(sample.problem.question, sample.text) for sample in samples]
@@ -729,12 +731,12 @@ class RewardModel(Policy):
         found = in_batches(
             lambda batch: by_example(self.log_odds(batch).sigmoid(), batch),
             [self.encode(sample) for sample in distinct.values()],
-            token_budget,
+            token_budget or usual_token_budget(self.device.type),
         )
         by_key = dict(zip(distinct, found, strict=True))
         return [by_key[key] for key in keys]
 
-    def grade(self, samples: Sequence["Sample"], token_budget: int = TOKEN_BUDGET) -> None:
+    def grade(self, samples: Sequence["Sample"], token_budget: int | None = None) -> None:
         """Fill in `score` of every sample: the probability after its last token."""
         for sample, probabilities in zip(samples, self.scores(samples, token_budget), strict=True):
             sample.score = float(probabilities[-1])
@@ -790,22 +792,22 @@ class GenerativeRewardModel(Policy):
         return logits[:, self.verdict_ids[0]] - logits[:, self.verdict_ids[1]]
 
     @torch.no_grad()
-    def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int = TOKEN_BUDGET) -> np.ndarray:
+    def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int | None = None) -> np.ndarray:
         """P(candidate is better) for every (problem, candidate, reference), with the candidate as A and as B:
         [comparisons, 2]. Equal ones are run once, and no more than `token_budget` tokens at a time."""
         keys = [(problem.question, candidate, reference) for problem, candidate, reference in comparisons]
         distinct, examples = dict(zip(keys, comparisons, strict=True)), []
         for problem, candidate, reference in distinct.values():
             examples += [self.encode(problem, candidate, reference), self.encode(problem, reference, candidate)]
-        found = np.array(
-            in_batches(lambda batch: self.log_odds(batch).sigmoid().tolist(), examples, token_budget)
-        ).reshape(-1, 2)
+        budget = token_budget or usual_token_budget(self.device.type)
+        found = np.array(in_batches(lambda batch: self.log_odds(batch).sigmoid().tolist(), examples, budget))
+        found = found.reshape(-1, 2)
         found[:, 1] = 1 - found[:, 1]
         by_key = dict(zip(distinct, found, strict=True))
         return np.array([by_key[key] for key in keys]).reshape(-1, 2)
 
     def scores(
-        self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int = TOKEN_BUDGET
+        self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int | None = None
     ) -> list[float]:
         """The score of every sample beside its problem's reference, a text by problem id."""
         comparisons = [(s.problem, first_solution(s.text).strip(), references[s.problem.id]) for s in samples]
@@ -1828,11 +1830,7 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        print(
-            "\nstopping as soon as everything can be saved; press Ctrl-C again to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        print("\nstopping once everything is saved; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
     def log(self, **metrics) -> None:
         """Append one object to metrics.jsonl and show it."""
@@ -2015,6 +2013,12 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
+    def parse_args(self, *argv):
+        args = super().parse_args(*argv)
+        if "token_budget" in args and args.token_budget is None:
+            args.token_budget = usual_token_budget(args.device)
+        return args
+
     def error(self, message: str):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
@@ -2067,7 +2071,7 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
         "batch_size": dict(type=number(int, 1), help="solutions per optimizer step (paper: 128; PPO: 256)"),
         "token_budget": dict(
             type=number(int, 1),
-            help="tokens per micro-batch, padding included; bounded by memory (1024 suits a CPU, 16384 a GPU)",
+            help="tokens per micro-batch, padding included; bounded by memory (default: 1024 on a CPU, 16384 on a GPU)",
         ),
         "limit_train": dict(type=number(int, 1), help="use only the first so many training problems"),
         "limit_eval": dict(type=number(int, 1), help="use only the first so many dev or test problems"),

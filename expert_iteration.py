@@ -43,7 +43,7 @@ import common
 def parse_args(argv: list[str]):
     parser = common.common_parser(
         __doc__, model="runs/sft/model", out="runs/expert_iteration", samples=4, temperature=1.0, lr=1e-3, epochs=4,
-        batch_size=16, token_budget=common.TOKEN_BUDGET, limit_train=None, checkpoint_every=300,
+        batch_size=16, token_budget=None, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     parser.add_argument("--base", default="tiny", help="pretrained model that every round trains from")
     parser.add_argument(

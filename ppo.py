@@ -60,7 +60,7 @@ import common
 def parse_args(argv: list[str]):
     parser = common.common_parser(
         __doc__, model="runs/sft/model", out="runs/ppo", samples=4, temperature=0.7, lr=2e-4, epochs=2, batch_size=128,
-        token_budget=common.TOKEN_BUDGET, limit_train=None, checkpoint_every=120,
+        token_budget=None, limit_train=None, checkpoint_every=120,
     )  # fmt: skip
     whole, positive, share = common.number(int, 1), common.number(float, 0), common.number(float, 0, 1)
     add = parser.add_argument
@@ -196,7 +196,7 @@ class Judges:
     # problem id -> text that the generative reward model compares with; the answers of all other problems are checked
     references: dict[str, str] = dataclasses.field(default_factory=dict)
     golden: set[str] = dataclasses.field(default_factory=set)  # the ids whose reference is a gold solution
-    token_budget: int = common.TOKEN_BUDGET
+    token_budget: int | None = None
 
     def scores(self, kind: str, samples: list[common.Sample]) -> list[float]:
         """What each solution as a whole is worth. One that was cut is worth nothing, even if its answer is right."""
@@ -600,6 +600,7 @@ def main(argv: list[str]) -> None:
     judges = Judges(
         common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None,
         common.GenerativeRewardModel(args.genrm, args.device, args.dtype) if args.genrm else None,
+        token_budget=args.token_budget,
     )
     torch.manual_seed(args.seed)  # of the adapters; nothing else draws from it
     is_tiny = sum(weight.numel() for weight in policy.model.parameters()) <= 10**7

@@ -51,7 +51,7 @@ GENRM_DEFAULTS = {"out": "runs/genrm", "lr": 5e-4, "epochs": 3, "batch_size": 8}
 def parse_args(argv: list[str]):
     parser = common.common_parser(
         __doc__, model="runs/sft/model", out="runs/reward_model", samples=16, temperature=0.7, lr=1e-3, epochs=5,
-        batch_size=32, token_budget=common.TOKEN_BUDGET, limit_train=None, checkpoint_every=300,
+        batch_size=32, token_budget=None, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add = parser.add_argument
     add("--kind", choices=["orm", "genrm"], default="orm", help="outcome reward model, or generative: a language model that "

@@ -31,7 +31,7 @@ import common
 
 def parse_args(argv: list[str]):
     parser = common.common_parser(
-        __doc__, model="tiny", out="runs/sft", lr=2e-4, epochs=4, batch_size=8, token_budget=common.TOKEN_BUDGET,
+        __doc__, model="tiny", out="runs/sft", lr=2e-4, epochs=4, batch_size=8, token_budget=None,
         temperature=0.7, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     parser.add_argument(

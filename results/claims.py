@@ -44,10 +44,9 @@ for method, (tested, trained) in METHODS.items():
     drawn = [dev(name, "samples") for name in trained]
     if method == "RCRL":  # its samples were drawn by the run of another ratio; and the completions that label its lines
         drawn += [dev("rcrl/ratio1", "samples"), dev("rcrl/ratio10", "completions")]
-    seeds = test(tested, "maj@1")
-    rollouts = sum(np.mean([values[seed] for seed in seeds]) for values in drawn)
-    minutes = sum(np.mean([dev(name, "seconds")[seed] for seed in seeds]) for name in trained) / 60
-    print(f"| {' | '.join(cells)} | {rollouts:,.0f} | {minutes:.1f} |")
+    spent, seeds = [dev(name, "seconds") for name in trained], test(tested, "maj@1")
+    rollouts, seconds = (sum(np.mean([v[seed] for seed in seeds]) for v in values) for values in (drawn, spent))
+    print(f"| {' | '.join(cells)} | {rollouts:,.0f} | {seconds / 60:.1f} |")
 for method, (tested, _) in METHODS.items():
     for metric in ("rerank@32", "weighted@32"):
         show(f"{metric} - maj@32, {method}", test(tested, metric), test(tested, "maj@32"))

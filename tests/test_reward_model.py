@@ -120,9 +120,8 @@ def test_positions_are_shares_of_the_tokens_read():
     samples = [common.Sample(problem, 0, "#### 1", finished=True) for problem in labels]
     found = reward_model.quality(samples, [np.array([0.1, 0.2, 0.6, 0.7]), np.array([0.55])])["by_position"]
     right = [{0.0: 0.1, 0.25: 0.1, 0.5: 0.2, 0.75: 0.6, 1.0: 0.7}[row["position"]] >= 0.5 for row in found]
-    assert [row["accuracy"] for row in found] == [
-        right_one / 2 for right_one in right
-    ]  # the wrong one is always above 0.5
+    # the wrong one is always above 0.5
+    assert [row["accuracy"] for row in found] == [right_one / 2 for right_one in right]
 
 
 def test_the_paired_interval_stays_within_its_range():
@@ -227,6 +226,33 @@ def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, na
 
 
 # ---- rewards
+
+
+def test_the_reward_model_of_ppo_keeps_to_the_token_budget(cli, orm_folder, tmp_path, monkeypatch):  # noqa: F811
+    budgets, split = set(), common.token_batches
+
+    def spied(lengths, budget, share=False):
+        budgets.add(budget)
+        return split(lengths, budget, share)
+
+    monkeypatch.setattr(common, "token_batches", spied)
+    argv = [
+        "--model",
+        "tiny",
+        "--reward",
+        "orm",
+        "--orm",
+        orm_folder,
+        "--phases",
+        "1",
+        "--questions",
+        "2",
+        "--epochs",
+        "1",
+    ]
+    argv += ["--limit-eval", "2", "--max-new-tokens", "30", "--token-budget", "300", "--out", tmp_path / "run"]
+    assert cli(ppo, *argv)[0] == 0
+    assert budgets == {300}
 
 
 def sampled(policy, problem, text, finished=True, prefix="") -> common.Sample:
