@@ -1,4 +1,4 @@
-"""The paper's table for the embedded task and the numbers behind README.md's table of claims: `python results/claims.py`.
+"""The numbers behind README.md's table of claims: `python results/claims.py`.
 
 Differences are between runs of the same seed, with the 95 % interval of their mean over the seeds (Student's t). A test
 metric is that of the epoch, round or phase with the best maj@1 on dev, and so says nothing of what came after it."""
@@ -28,28 +28,10 @@ def show(what: str, values: dict[int, float], control: dict[int, float] | None =
         print(f"  {what}: {apart}; by seed {', '.join(f'{p:+.3f}' for p in pairs)}")
 
 
-METHODS = {  # where its 32 samples were tested, and what was run to train it
-    "SFT": ("orm/orm_on_sft", ["arithmetic/sft"]),
-    "expert iteration": ("rerank/ei", ["arithmetic/ei"]),
-    "expert iteration, `--deduplicate`": ("rerank/ei_dedup", ["arithmetic/ei_dedup"]),
-    "PPO": ("orm/orm_on_ppo", ["arithmetic/ppo"]),
-    "RCRL": ("rerank/rcrl_ratio10", ["arithmetic/ei_dedup", "rcrl/ratio10"]),
-}
-print("| method | maj@1 | maj@32 | rerank@32 | weighted@32 | pass@32 | rollouts | minutes |\n" + "|---" * 8 + "|")
-for method, (tested, trained) in METHODS.items():
-    cells = [method]
-    for metric in ("maj@1", "maj@32", "rerank@32", "weighted@32", "pass@32"):
-        values = list(test(tested, metric).values())
-        cells.append(f"{np.mean(values):.3f} ({min(values):.3f} - {max(values):.3f})")
-    drawn = [dev(name, "samples") for name in trained]
-    if method == "RCRL":  # its samples were drawn by the run of another ratio; and the completions that label its lines
-        drawn += [dev("rcrl/ratio1", "samples"), dev("rcrl/ratio10", "completions")]
-    spent, seeds = [dev(name, "seconds") for name in trained], test(tested, "maj@1")
-    rollouts, seconds = (sum(np.mean([v[seed] for seed in seeds]) for v in values) for values in (drawn, spent))
-    print(f"| {' | '.join(cells)} | {rollouts:,.0f} | {seconds / 60:.1f} |")
-for method, (tested, _) in METHODS.items():
+print("Reranking by the reward model of results/orm")
+for tested in ("orm/orm_on_sft", "orm/orm_on_ppo", "rerank/ei", "rerank/ei_dedup", "rerank/rcrl_ratio10"):
     for metric in ("rerank@32", "weighted@32"):
-        show(f"{metric} - maj@32, {method}", test(tested, metric), test(tested, "maj@32"))
+        show(f"{metric} - maj@32, {tested}", test(tested, metric), test(tested, "maj@32"))
 
 TASKS = ("arithmetic", "hard")
 print("C1 expert iteration reaches at least PPO's maj@1")
@@ -138,10 +120,15 @@ for restart, other in (("arithmetic/ei_dedup", "ei_continue/continue_dedup"), ("
         show(f"{restart}, test {metric}, restart - continue", test(restart, metric), test(other, metric))
 
 print("C7 RCRL stays below expert iteration; 1:1 is the worst ratio")
-for ratio in (1, 10, 100):
-    values = test(f"rcrl/ratio{ratio}", "maj@1")
-    for name in ("ei_dedup", "ei"):
-        show(f"test maj@1, rcrl {ratio}:1 - {name}", values, test(f"arithmetic/{name}", "maj@1"))
+for metric in ("maj@1", "pass@1"):
+    for ratio in (1, 10, 100):
+        for name in ("arithmetic/ei_dedup", "arithmetic/ei", "rcrl/control"):
+            show(f"test {metric}, rcrl {ratio}:1 - {name}", test(f"rcrl/ratio{ratio}", metric), test(name, metric))
+    for name in ("rcrl/ratio1", "rcrl/control_mixed"):
+        show(f"test {metric}, {name} - rcrl/control_1600", test(name, metric), test("rcrl/control_1600", metric))
+    for ratio in (10, 100):
+        both = (test(f"rcrl/ratio{n}", metric) for n in (1, ratio))
+        show(f"test {metric}, rcrl 1:1 - {ratio}:1", *both)
 for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
     for other in ("hard/ei", "hard/rounds3", "hard_rcrl/control", "hard/sft"):
         show(f"harder task, test {metric}, rcrl 10:1 - {other}", test("hard_rcrl/ratio10", metric), test(other, metric))
@@ -152,8 +139,6 @@ for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
         test("hard/rounds3", metric),
         test("hard/ei", metric),
     )
-for ratio in (10, 100):
-    show(f"test maj@1, rcrl 1:1 - {ratio}:1", test("rcrl/ratio1", "maj@1"), test(f"rcrl/ratio{ratio}", "maj@1"))
 
 print("C8 the KL penalty and the detached value branch keep PPO stable")
 for variant in ("kl0", "attached"):
