@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import time
+import typing
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -70,7 +71,7 @@ def this_process() -> tuple[int, int]:
 
 
 def start_processes() -> None:
-    """Meet the others, if torchrun started some. Of all but the first nothing is shown but errors."""
+    """Join the process group, if torchrun started several processes. All but the first print only errors."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "LOCAL_RANK" not in os.environ:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -97,7 +98,7 @@ def gather(part: list) -> list:
 
 
 def on_first(action: Callable):
-    """What `action` returns in the first process, or the UserError that it raises, in all of them: for what is on a disk."""
+    """Run `action`, which reads or writes files, in the first process alone; all get what it returns or its UserError."""
     if this_process()[1] == 1:
         return action()
     said = [None, None]
@@ -125,7 +126,7 @@ class Problem:
     question: str
     answer: Fraction
     solution: str | None = None  # a written solution that ends in "#### answer"; None where only the answer is known
-    reference: str | None = None  # a solution for metrics, dense rewards and curricula; not for training on
+    reference: str | None = None  # a solution for metrics, rewards and reward models; no policy is trained on it
 
     @functools.cached_property
     def steps(self) -> tuple[str, ...] | None:
@@ -331,11 +332,11 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
         if not isinstance(row[key], str) or not row[key].strip(" \t\r\n?"):
             raise UserError(f"{place}: {key!r} is not a text")
     if "Body" in row and "Question" in row:
-        body = str(row["Body"]).strip()
-        question = f"{body if body.endswith(('.', '?', '!', ',')) else body + '.'} {str(row['Question']).strip()}"
+        body = row["Body"].strip()
+        question = f"{body if body.endswith(('.', '?', '!', ',')) else body + '.'} {row['Question'].strip()}"
         written = str(row.get("Answer"))
     elif "question" in row and "answer" in row:
-        question, written = str(row["question"]).strip(), str(row["answer"]).strip()
+        question, written = row["question"].strip(), str(row["answer"]).strip()
     else:
         raise UserError(f'{place}: needs "question" and "answer" (GSM8K) or "Body", "Question" and "Answer" (SVAMP)')
     solution = written if MARKER in written else None
@@ -388,9 +389,9 @@ def extract_answer(text: str, lenient: bool = False) -> Fraction | None:
     return found.pop() if len(found) == 1 else None
 
 
-def is_correct(text: str, answer: Fraction, lenient: bool = False) -> bool:
+def is_correct(text: str, answer: Fraction) -> bool:
     """Whether the answer of a solution is exactly `answer`."""
-    return extract_answer(text, lenient) == answer
+    return extract_answer(text) == answer
 
 
 def _numbers(line: str) -> Iterable[Fraction | None]:
@@ -403,8 +404,7 @@ def _numbers(line: str) -> Iterable[Fraction | None]:
             digits = digits[:-1]  # "18/hour"
         digits = digits.rstrip(".,")
         if not digits or digits == "/":  # "18 / 3": a fraction with spaces is not worth guessing at
-            beside = [line[j] for j in (start - 2, end + 1) if digits == "/" and 0 <= j < len(line)]
-            if any(c.isdigit() for c in beside):
+            if digits == "/" and any(c.isdigit() for c in line[max(0, start - 2) : end + 2]):
                 yield None
             continue
         before = line[max(0, start - 64) : start]
@@ -468,9 +468,7 @@ def vote(answers: Sequence[Fraction | None], weights: Sequence[float] | None = N
     """The answer with the most votes, or with the largest sum of weights; of equal ones the first to appear. Those that
     are None do not vote; None where nothing was answered."""
     votes: dict[Fraction, float] = {}  # keeps the order of insertion
-    for answer, weight in zip(
-        answers, weights if weights is not None else itertools.repeat(1), strict=weights is not None
-    ):
+    for answer, weight in zip(answers, [1] * len(answers) if weights is None else weights, strict=True):
         if answer is not None:
             votes[answer] = votes.get(answer, 0) + weight
     return max(votes, key=votes.get) if votes else None
@@ -527,24 +525,20 @@ class Policy:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = self._load(folder).to(self.device).eval()
             ids = torch.tensor([[0, 1], [0, 2]], device=self.device)
-            with torch.no_grad():  # `response_logprobs` makes the logits itself, a few at a time: is that right here?
+            with torch.no_grad():
                 logits = self.model(ids).logits
-                looks_ahead = (logits[0, 0] - logits[1, 0]).abs().max()
-                difference = (logits - self.head(self.hidden_states(ids))).abs().max()
+                if not (logits[0, 0] - logits[1, 0]).abs().max() < 1e-3:
+                    raise UserError("not a causal language model, what it says of a token depends on later ones")
+                # `response_logprobs` makes the logits itself, a few at a time
+                if not (logits - self.head(self.hidden_states(ids))).abs().max() < 1e-3:
+                    raise UserError("its logits are not a plain linear head on its hidden states")
+            if self.tokenizer.eos_token_id is None:
+                raise UserError("its tokenizer has no end-of-text token")
         except UserError as error:
             raise UserError(f"{flag} {name}: {error}") from None
         except Exception as error:
-            raise UserError(
-                f"{flag} {name}: could not be loaded ({type(error).__name__}: {first_line(error)})"
-            ) from None
-        if not looks_ahead < 1e-3:
-            raise UserError(
-                f"{flag} {name}: not a causal language model, what it says of a token depends on later ones"
-            )
-        if not difference < 1e-3:
-            raise UserError(f"{flag} {name}: its logits are not a plain linear head on its hidden states")
-        if self.tokenizer.eos_token_id is None:
-            raise UserError(f"{flag} {name}: its tokenizer has no end-of-text token")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{flag} {name}: could not be loaded ({reason})") from None
         self.labels = getattr(self.model.config, "return_labels", None)
         self.condition("good" if self.labels else "none")
         config = self.model.config.get_text_config()
@@ -708,15 +702,11 @@ class RewardModel(Policy):
     def encode(self, sample: "Sample") -> "Example":
         """Prompt and solution with the end-of-text token, which a solution that was cut gets, too. From the text, so it
         does not matter whose tokens the sample was made of."""
-        return self.encode_prompt(prompt_text(sample.problem)), self.encode_solution(
-            first_solution(sample.text).strip()
-        )
+        return self.encode_prompt(prompt_text(sample.problem)), self.encode_solution(sample.solution)
 
     def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
         """After every response token, that token included: [response tokens of all examples, one after the other]."""
-        width = max(len(prompt) + len(response) for prompt, response in examples)
-        check_length(self, width, "the longest solution with its prompt")
-        ids = torch.tensor([(p + r + [0] * width)[:width] for p, r in examples], device=self.device)  # [batch, width]
+        ids = right_padded(self, [prompt + response for prompt, response in examples])
         rows, columns = response_places(examples, self.device)
         with self.autocast():
             hidden = self.hidden_states(ids)[rows, columns]  # [response tokens, width]
@@ -782,9 +772,7 @@ class GenerativeRewardModel(Policy):
 
     def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
         """Of verdict A over verdict B, for every comparison that `encode` made: [comparisons]."""
-        width = max(len(prompt) for prompt, _ in examples)
-        check_length(self, width, "the longest question with its two solutions")
-        ids = torch.tensor([(prompt + [0] * width)[:width] for prompt, _ in examples], device=self.device)
+        ids = right_padded(self, [prompt for prompt, _ in examples])
         last = torch.tensor([len(prompt) - 1 for prompt, _ in examples], device=self.device)
         with self.autocast():
             hidden = self.hidden_states(ids)[torch.arange(len(examples), device=self.device), last]
@@ -810,7 +798,7 @@ class GenerativeRewardModel(Policy):
         self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int | None = None
     ) -> list[float]:
         """The score of every sample beside its problem's reference, a text by problem id."""
-        comparisons = [(s.problem, first_solution(s.text).strip(), references[s.problem.id]) for s in samples]
+        comparisons = [(s.problem, s.solution, references[s.problem.id]) for s in samples]
         return self.verdicts(comparisons, token_budget).mean(1).round(6).tolist()  # beside itself exactly 0.5
 
 
@@ -858,13 +846,14 @@ def torch_device(name: str) -> torch.device:
     cannot be used."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        if device.type == "cuda" and this_process()[1] > 1:
-            if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            elif int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
                 raise UserError(f"--device {name}: several processes need a GPU each; leave it at auto or cuda")
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # where CUDA graphs are recorded
+            torch.cuda.set_device(device)  # where CUDA graphs are recorded; refuses a device without a number
             # cuDNN's attention, the first choice on Hopper, is planned anew for every shape, and each of our batches has its own
             torch.backends.cuda.enable_cudnn_sdp(False)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -886,7 +875,7 @@ class Sample:
     """One sampled solution. `finished`: ended by itself (end-of-text token or complete answer line), not cut."""
 
     problem: Problem
-    number: int  # the how-manieth sample of its problem
+    number: int  # which sample of its problem, from 0
     text: str
     finished: bool
     # Filled by `generate`, empty when read from a file: the ids (int32), with the end-of-text token if that ended the
@@ -909,6 +898,11 @@ class Sample:
         else:
             self.answer = extract_answer(self.text if self.finished else self.text.rstrip("0123456789.,/"), lenient)
         self.correct = self.answer == self.problem.answer
+
+    @property
+    def solution(self) -> str:
+        """The text up to the end of its solution."""
+        return first_solution(self.text).strip()
 
     def to_json(self) -> str:
         row = {"problem": self.problem.id, "sample": self.number, "correct": self.correct, "finished": self.finished}
@@ -973,9 +967,9 @@ class PagedCache:
             heapq.heappush(self.free[pool], number)
 
     def compact(self, pool: str, used: np.ndarray, first: int) -> np.ndarray | None:
-        """Where a quarter of the slots or pages up to the highest of `used` is free, as when the last samples are running:
-        move those that are used together, to `first` and on, since a step computes all up to the highest. -> the new
-        numbers of the old, None if nothing was moved."""
+        """If a quarter of the slots or pages up to the highest of `used` is free, as when the last samples are running,
+        move the used ones together, from `first` on: a step computes all up to the highest. -> the new numbers by the
+        old, None if nothing was moved."""
         if used.max() + 1 <= 1.25 * (len(used) + first) + 4:
             return None
         size, target = len(getattr(self, pool)[0][0]), np.arange(first, first + len(used))
@@ -1036,9 +1030,8 @@ class PagedCache:
 _CachedLayer = collections.namedtuple("_CachedLayer", "cache layer")
 
 
-@dataclasses.dataclass
-class View:
-    """Where a step finds what it reads. Slots and pages that nobody needs are computed too, and not used."""
+class View(typing.NamedTuple):
+    """Where a step finds what it reads. Unused slots and pages are computed as well, and the results ignored."""
 
     grid: torch.Tensor  # the rows that read a slot, padded with row 0 [slots, readers]
     slot: torch.Tensor  # where a row stands in the grid [rows]
@@ -1046,9 +1039,6 @@ class View:
     own_row: torch.Tensor  # whose page it is [pages]
     own_first: torch.Tensor  # which of the row's own tokens is the first of the page [pages]
     table: torch.Tensor  # the pages of a row, 0 for none [rows, pages of a row]
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor):
@@ -1064,7 +1054,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: 
 
 
 def paged_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """The attention function of every model here; transformers calls it in each layer. In decoding, a prompt is read
+    """The attention function of every model whose attention can be replaced; transformers calls it in each layer. In decoding, a prompt is read
     once for all the rows that sample from it, and the parts of a row, its prompt and its own pages, are merged by the
     weight that each has in the softmax over all of them. Everything else is the usual attention."""
     if not isinstance(key, _CachedLayer):
@@ -1110,6 +1100,13 @@ def attention_masks(config, positions: torch.Tensor, length: int):
     return {"full_attention": full, "sliding_attention": sliding} if len(kinds) > 1 else sliding
 
 
+def right_padded(policy: Policy, sequences: Sequence[list[int]]) -> torch.Tensor:
+    """Token ids [sequences, longest]."""
+    width = max(map(len, sequences))
+    check_length(policy, width, "the longest prompt with its solution")
+    return torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences], device=policy.device)
+
+
 def check_length(policy: Policy, length: int, what: str) -> None:
     if length > policy.max_length:
         raise UserError(f"{what} is {length} tokens long; the model has {policy.max_length} positions")
@@ -1128,8 +1125,8 @@ BLOCK = 256  # of the vocabulary
 
 
 def search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In which of the stretches of the lengths `weights` [rows, stretches], laid end to end, `target` [rows, 1] falls, and
-    how far behind its beginning. Never one of length 0, nor beyond the last one, whatever the rounding."""
+    """Inverse CDF: the index of the interval of the cumulated `weights` [rows, intervals] that holds `target` [rows, 1], and
+    how far into it. Never an interval of length 0, nor one beyond the last, whatever the rounding."""
     ends = weights.cumsum(-1)
     total = ends[:, -1:]
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
@@ -1183,11 +1180,8 @@ def decode(
     The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
     step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
     for each of the few sizes that rounding leaves."""
-    device, config, on_gpu = (
-        policy.device,
-        policy.model.config.get_text_config(),
-        fast and policy.device.type in GRAPH_DEVICES,
-    )
+    device, config = policy.device, policy.model.config.get_text_config()
+    on_gpu = fast and device.type in GRAPH_DEVICES
     stride, records = 16 if on_gpu else 1, True
     width = max_new_tokens + stride - 1  # a row may run on until the host looks
     uniforms, tokens, logprobs = (torch.zeros(rows, width, device=device, dtype=t) for t in (torch.float, torch.long, torch.float))  # fmt: skip
@@ -1330,11 +1324,11 @@ def decode(
         view = look(n, n_run)
         if not on_gpu:
             return step(n, view)
-        sizes = tuple(t.shape for t in view.tensors())
+        sizes = tuple(t.shape for t in view)
         first = sizes not in graphs
         if not first:
             replay, static = graphs[sizes]
-            for t, new in zip(static.tensors(), view.tensors(), strict=True):
+            for t, new in zip(static, view, strict=True):
                 t.copy_(new)
         else:
             step(n_run, view)  # the first step of a size runs as it is, which warms up what the graph needs
@@ -1378,9 +1372,7 @@ def decode(
         n -= len(vacant)
         gaps, last = [r for r in vacant if r < n], [r for r in range(n, n + len(vacant)) if r not in vacant]
         if gaps:
-            for state in (uniforms, tokens, logprobs, ages, starts, inputs, owed):
-                state[gaps] = state[last]
-            for state in (lengths, table, row_slot):
+            for state in (uniforms, tokens, logprobs, ages, starts, inputs, owed, lengths, table, row_slot):
                 state[gaps] = state[last]
             table[last] = 0
             for gap, row in zip(gaps, last, strict=True):
@@ -1393,23 +1385,18 @@ def packed_weights(policy: Policy):
     the layout that training needs, the weights are rearranged in every product: 1.2 to 2 times slower for SmolLM2,
     and 5 times at the 4 rows that are left at the end. Costs a second copy of the weights. Without gradients only."""
     usable = policy.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    usable = usable and not torch.is_autocast_enabled("cpu")  # whose products are bfloat16
     pack, linear = (getattr(torch.ops.mkldnn, name, None) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     layers = [m for m in policy.model.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= 1 << 15]
     layers = layers if usable and pack and linear else []
     for layer in layers:
-        weights = pack(layer.weight.detach())
-        layer.forward = functools.partial(_packed_forward, linear, layer, weights)
+        packed = pack(layer.weight.detach())
+        layer.forward = lambda x, w=packed, bias=layer.bias: linear(x, w, bias, "none", [], "")
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _packed_forward(linear, layer: torch.nn.Linear, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        return torch.nn.functional.linear(x, layer.weight, layer.bias)
-    return linear(x, weights, layer.bias, "none", [], "")
 
 
 GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
@@ -1508,16 +1495,13 @@ def generate(
             warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)")
             rows //= 2
         except KeyboardInterrupt:
-            if n_processes == 1:
-                raise
             interrupted = True  # the others must hear of it before this one leaves
             break
     bar.close()
     if any(gather([interrupted])):
         raise KeyboardInterrupt
-    if n_processes > 1:
-        for i, group in gather([(i, done[i]) for i in mine]):
-            done[i] = group
+    for i, group in gather([(i, done[i]) for i in mine]):
+        done[i] = group
     return [sample for group in done for sample in group]
 
 
@@ -1551,16 +1535,14 @@ def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: 
 
     The logits of a few rows at a time are made, used and made again in the backward pass, so that float32 logits of
     shape (batch, length, vocabulary) never exist."""
-    width = max(len(prompt) + len(response) for prompt, response in examples)
-    check_length(policy, width, "the longest solution with its prompt")
-    ids = torch.tensor([(p + r + [0] * width)[:width] for p, r in examples], device=policy.device)  # [batch, width]
+    ids = right_padded(policy, [prompt + response for prompt, response in examples])
     rows, columns = response_places(examples, policy.device)
     with policy.autocast():
         hidden = policy.hidden_states(ids)[rows, columns - 1]  # [response tokens, width]
 
         def chunk_logprobs(hidden_chunk, targets):
             logits = policy.head(hidden_chunk).float() / temperature
-            return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
+            return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
         chunks = zip(hidden.split(2048), ids[rows, columns].split(2048), strict=True)
         if not torch.is_grad_enabled():
@@ -1568,10 +1550,10 @@ def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: 
         return torch.cat([recompute_in_backward(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def token_batches(lengths: Sequence[int], budget: int, share: bool = False) -> list[list[int]]:
-    """Indices grouped by length so that no group has more than `budget` tokens after padding to its longest (a single
-    sequence longer than that is a group of its own). share: only this process's share of the sequences."""
-    rank, n_processes = this_process() if share else (0, 1)
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of this process's share of the sequences, grouped by length so that no group has more than `budget` tokens
+    after padding to its longest (a single sequence longer than that is a group of its own)."""
+    rank, n_processes = this_process()
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[rank::n_processes]:
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
@@ -1590,7 +1572,7 @@ def within_memory(run: Callable[[list[list[int]]], list], lengths: Sequence[int]
     while True:
         budget = token_budget >> _halvings[token_budget]
         try:
-            return run(token_batches(lengths, budget, share=True))
+            return run(token_batches(lengths, budget))
         except (RuntimeError, MemoryError) as error:
             if budget <= max(lengths) or not is_out_of_memory(error):
                 raise
@@ -1669,29 +1651,26 @@ def cross_entropy_step(
 
     lengths, weights = [len(p) + len(r) for p, r in examples], list(policy.model.parameters())
     (loss,) = backward_in_parts(lengths, token_budget, backward, weights)
-    return loss, clipped_step(optimizer, weights, loss, lr)
+    optimizer.param_groups[0]["lr"] = lr
+    return loss, *clipped_step(optimizer, loss)
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, parameters: Iterable, loss: float, lr: float) -> float:
-    """Update with the accumulated gradients, clipped to norm 1 -> their norm before. Raises UserError, before anything is
-    updated, if the loss or the gradient is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(f"the loss ({loss}) or its gradient ({norm}) is not finite; try a smaller --lr")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def clipped_step(optimizer: torch.optim.Optimizer, loss: float) -> list[float]:
+    """Update with the accumulated gradients, those of every parameter group clipped to norm 1 -> their norms before. Raises
+    UserError, before anything is updated, if the loss or a gradient is not finite."""
+    norms = [torch.nn.utils.clip_grad_norm_(group["params"], 1.0).item() for group in optimizer.param_groups]
+    if not all(map(math.isfinite, [loss, *norms])):
+        raise UserError(f"the loss ({loss}) or its gradient ({norms}) is not finite; try a smaller --lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norms
 
 
 @torch.no_grad()
 def cross_entropy(policy: Policy, examples: Sequence[Example], token_budget: int) -> float:
     """Mean cross-entropy of the response tokens, in nats per token."""
-    total = 0.0
-    for indices in token_batches([len(p) + len(r) for p, r in examples], token_budget, share=True):
-        total -= response_logprobs(policy, [examples[i] for i in indices]).sum().item()
-    return sum(gather([total])) / sum(len(response) for _, response in examples)
+    logprobs = in_batches(lambda batch: by_example(response_logprobs(policy, batch), batch), examples, token_budget)
+    return -float(np.concatenate(logprobs).mean(dtype=np.float64))
 
 
 def cosine_lr(step: int, n_steps: int, lr: float) -> float:
@@ -1729,6 +1708,11 @@ def write_aside(path: Path):
     os.replace(aside, path)
 
 
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    with write_aside(path) as file:
+        file.write("".join(sample.to_json() + "\n" for sample in samples).encode())
+
+
 def append(path: Path, lines: str) -> None:
     """Add to a file; of several processes only the first one does."""
     if this_process()[0] == 0:
@@ -1746,7 +1730,7 @@ def read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: missing or broken, so there is nothing to resume ({error})") from None
+        raise UserError(f"{path}: missing or broken ({error})") from None
 
 
 class Run:
@@ -1807,11 +1791,8 @@ class Run:
     def begin(self) -> None:
         """Make the folder ready. Called when everything the run needs has been loaded: until then nothing is touched."""
         on_first(self._prepare)
-        self.lines, self.started, self.saved = (
-            self.kept["lines"],
-            time.monotonic() - self.kept["seconds"],
-            time.monotonic(),
-        )
+        self.lines, self.saved = self.kept["lines"], time.monotonic()
+        self.started = self.saved - self.kept["seconds"]
         signal.signal(signal.SIGINT, self._interrupt)
 
     def _prepare(self) -> None:
@@ -1891,8 +1872,7 @@ def sample_to_file(
     samples = on_first(lambda: read_samples(path, problems, per_problem, prefixes) if path.exists() else [])
     if len(samples) < len(problems) * per_problem:
         samples = samples[: len(samples) // (group * per_problem) * (group * per_problem)]
-        with write_aside(path) as file:
-            file.write("".join(sample.to_json() + "\n" for sample in samples).encode())
+        write_samples(path, samples)
     for first in range(len(samples) // per_problem, len(problems), group):
         label = f"{how['progress']}, problem {first} of {len(problems)}"
         new = generate(
@@ -1972,14 +1952,10 @@ def powers_of_two(n: int) -> list[int]:
     return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
-def share(flags: Iterable[bool]) -> float:
-    """The share of true ones."""
-    return float(np.mean(list(flags)))
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """The mean, None of nothing."""
-    return float(np.mean(values)) if len(values) else None
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, of yes and no the share of yes; None where there are no values."""
+    values = list(values)
+    return float(np.mean(values)) if values else None
 
 
 def dev_metrics(
@@ -1994,12 +1970,11 @@ def dev_metrics(
     The greedy solutions are written to `file` for reading."""
     how = dict(max_new_tokens=args.max_new_tokens, rows=args.rows, seed=args.seed, few_shot=few_shot)
     greedy = generate(policy, problems, temperature=0, progress="dev", **how)
-    with write_aside(file) as out:
-        out.write("".join(sample.to_json() + "\n" for sample in greedy).encode())
+    write_samples(file, greedy)
     metrics = {
-        "maj@1": share(s.correct for s in greedy),
-        "unreadable": share(s.answer is None for s in greedy),
-        "cut": share(not s.finished for s in greedy),
+        "maj@1": mean(s.correct for s in greedy),
+        "unreadable": mean(s.answer is None for s in greedy),
+        "cut": mean(not s.finished for s in greedy),
     }
     if samples:
         drawn = generate(policy, problems, samples=samples, temperature=args.temperature, progress="dev pass@k", **how)

@@ -33,29 +33,15 @@ import common
 
 
 def parse_args(argv: list[str]):
-    parser = common.common_parser(__doc__, model="runs/sft/model", samples=16, temperature=0.7)
-    parser.add_argument(
-        "--out",
-        default=None,
-        help="JSON file; the samples go beside it (default: runs/evaluate/, named after model and dataset)",
-    )
-    parser.add_argument(
-        "--split", choices=["train", "dev", "test", "all"], default="test", help="all: the whole of a single file"
-    )
-    parser.add_argument(
-        "--few-shot",
-        action="store_true",
-        help="two worked examples in the prompt, for a base that never saw the format",
-    )
-    parser.add_argument(
-        "--lenient", action="store_true", help="without an answer line, take the last number of the text as the answer"
-    )
-    parser.add_argument(
-        "--condition",
-        choices=["good", "bad", "none"],
-        help="for a model of rcrl.py, the label that is put before every line (default: good if the model has labels)",
-    )
-    parser.add_argument("--orm", help="folder of a reward model, for rerank@n and weighted@n")
+    parser = common.common_parser(__doc__, model="runs/sft/model", samples=16, temperature=0.7, token_budget=None)
+    add = parser.add_argument
+    add("--out", help="JSON file; the samples go beside it (default: runs/evaluate/, named after model and dataset)")
+    add("--split", choices=["train", "dev", "test", "all"], default="test", help="all: the whole of a single file")
+    add("--few-shot", action="store_true", help="two worked examples in the prompt, for a base that never saw the format")  # fmt: skip
+    add("--lenient", action="store_true", help="without an answer line, take the last number of the text as the answer")
+    add("--condition", choices=["good", "bad", "none"],
+        help="for a model of rcrl.py, the label that is put before every line (default: good if it has labels)")  # fmt: skip
+    add("--orm", help="folder of a reward model, for rerank@n and weighted@n")
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0: all samples of a problem are the same; the greedy one is maj@1")
@@ -71,7 +57,7 @@ def confidence_interval(values: list[float], highest: float = 1.0) -> list[float
     """95 % interval of the mean of one value per problem, each between 0 and `highest`; of a single value between them
     everything. Wilson (1927) for shares of yes and no. Of shares between them, as pass@k is, mean +- 1.96 standard errors
     after two problems with 0 and two with 1 were added, as Agresti and Coull (1998) do for yes and no: where all problems
-    but a few agree, the plain standard error is too small. Of counts (`highest` above 1) the plain one."""
+    but a few agree, the plain standard error is too small. Of counts (`highest` above 1), unless all are 0 or 1, the plain one."""
     mean, n, z = float(np.mean(values)), len(values), 1.96
     if set(values) <= {0.0, 1.0}:
         centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
@@ -127,7 +113,8 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     name = args.model.strip("./").replace("/", "-")
     out = Path(args.out or f"runs/evaluate/{name}-{Path(args.dataset).stem}-{args.split}.json")
-    settings = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite", "device", "out")}
+    ignored = ("resume", "overwrite", "device", "out", "token_budget")
+    settings = {key: value for key, value in vars(args).items() if key not in ignored}
     settings["model_fingerprint"] = common.fingerprint(args.model)
     if args.orm:
         settings["orm_fingerprint"] = common.fingerprint(args.orm, "--orm")
@@ -174,9 +161,8 @@ def main(argv: list[str]) -> None:
     # 3. scores of the reward model; they, and what was read leniently, then stand in the files of samples, too
     for file, group in zip(files, (greedy, samples), strict=True) if orm or args.lenient else ():
         if orm:
-            orm.grade(group)
-        with common.write_aside(file) as out_file:
-            out_file.write("".join(sample.to_json() + "\n" for sample in group).encode())
+            orm.grade(group, args.token_budget)
+        common.write_samples(file, group)
 
     # 4. every metric is a mean over problems
     columns = metrics_per_problem(greedy, samples)

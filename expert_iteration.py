@@ -9,10 +9,10 @@ paper. A round is
 
     1. sample K solutions per training question from pi_{i-1} at temperature 1
     2. keep the correct ones (--orm: those that a reward model scores at 0.5 or more), each as often as it was sampled
-       (--deduplicate: of a question's with the same sequence of arithmetic operations one); add them to the data
+       (--deduplicate: once per question and sequence of arithmetic operations); add them to the data
     3. train from the pretrained base again (--continue: from pi_{i-1}), as in sft.py
-    4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve on the one before (what
-       the first starts from is measured, too, but is not one of the rounds: a warning says when none was better)
+    4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve on the one before (the
+       policy it begins with is measured, too, but never chosen: a warning says so if no round was better)
 
 The paper de-duplicates solutions only to count them. To train on de-duplicated ones is quicker, and where luck is common
 worse: a lucky solution that is sampled once then weighs as much as a faithful one that is sampled often (README.md has
@@ -45,46 +45,18 @@ def parse_args(argv: list[str]):
         __doc__, model="runs/sft/model", out="runs/expert_iteration", samples=4, temperature=1.0, lr=1e-3, epochs=4,
         batch_size=16, token_budget=None, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
-    parser.add_argument("--base", default="tiny", help="pretrained model that every round trains from")
-    parser.add_argument(
-        "--rounds", type=common.number(int, 1), default=2, help="at most (paper: 2 from SFT, 5 without)"
-    )
-    parser.add_argument(
-        "--continue",
-        dest="from_previous",
-        action="store_true",
-        help="train on from the last round's policy instead of the base",
-    )
-    parser.add_argument(
-        "--sft-data",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="mix in the written solutions (default: unless --model is the base)",
-    )
-    parser.add_argument(
-        "--deduplicate",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="of a question's solutions with the same sequence of operations keep one, not all that are sampled",
-    )
-    parser.add_argument(
-        "--few-shot",
-        action="store_true",
-        help="two worked examples in the prompt of round 1, for a base that never saw the format",
-    )
-    parser.add_argument(
-        "--pass-k",
-        type=common.number(int, 0),
-        default=8,
-        help="samples per dev problem for pass@k after every round; 0: none",
-    )
-    parser.add_argument("--orm", help="folder of a reward model that decides in place of the answer check what is kept")
-    parser.add_argument(
-        "--orm-threshold",
-        type=common.number(float, 0, 1),
-        default=0.5,
-        help="with --orm: the lowest score that is kept",
-    )
+    add, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
+    add("--base", default="tiny", help="pretrained model that every round trains from")
+    add("--rounds", type=common.number(int, 1), default=2, help="at most (paper: 2 from SFT, 5 without)")
+    add("--continue", dest="from_previous", action="store_true", help="train on from the last round's policy, not the base")  # fmt: skip
+    add("--sft-data", action=yes_or_no, help="mix in the written solutions (default: unless --model is the base)")
+    add("--deduplicate", action=yes_or_no, default=False,
+        help="of a question's solutions with the same sequence of operations keep one, not all that are sampled")  # fmt: skip
+    add("--few-shot", action="store_true",
+        help="two worked examples in the prompt of round 1, for a base that never saw the format")  # fmt: skip
+    add("--pass-k", type=common.number(int, 0), default=8, help="samples per dev problem for pass@k after a round; 0: none")  # fmt: skip
+    add("--orm", help="folder of a reward model that decides in place of the answer check what is kept")
+    add("--orm-threshold", type=common.number(float, 0, 1), default=0.5, help="with --orm: the lowest score that is kept")  # fmt: skip
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0: greedy samples of a question are all the same; use --samples 1")
@@ -108,7 +80,7 @@ def keep_accepted(
         solutions = kept.setdefault(sample.problem.id, {})
         key = common.equations(sample.text) if deduplicate else (len(solutions),)
         if key not in solutions:
-            solutions[key] = common.first_solution(sample.text).strip()
+            solutions[key] = sample.solution
             new.append(sample)
     return new
 
@@ -177,13 +149,13 @@ def main(argv: list[str]) -> None:
         data = [(p, solution) for p in train for solution in kept.get(p.id, {}).values()]
         follows = [common.equations(s.text) == s.problem.steps for s in new if s.problem.steps]
         filtering = {
-            "correct": common.share(s.correct for s in samples),
+            "correct": common.mean(s.correct for s in samples),
             "kept": len(new),
-            "kept_correct": common.share(s.correct for s in new) if new else None,
-            "solved": common.share(any(s.correct for s in group) for group in common.by_problem(samples)),
-            "follows_reference": common.share(follows) if follows else None,
-            "sampled_unreadable": common.share(s.answer is None for s in samples),
-            "sampled_cut": common.share(not s.finished for s in samples),
+            "kept_correct": common.mean(s.correct for s in new),
+            "solved": common.mean(any(s.correct for s in group) for group in common.by_problem(samples)),
+            "follows_reference": common.mean(follows),
+            "sampled_unreadable": common.mean(s.answer is None for s in samples),
+            "sampled_cut": common.mean(not s.finished for s in samples),
             "train_size": len(data),
         }
         if not data:

@@ -17,7 +17,7 @@ Transformer" (Chen et al. 2021).
 
 The saved model knows its labels: `evaluate.py` forces [GOOD] by itself, and [BAD] or nothing with --condition.
 
-Where this differs from the paper, or the paper is silent: M is 8, at --temperature; the ratio is that of distinct
+Where this differs from the paper, and choices where it is silent: M is 8, at --temperature; the ratio is that of distinct
 solutions, and those with the same sequence of arithmetic operations are the same; solutions that were cut are left out;
 the default ratio is 10. The last line needs no completion: its Q is 1 or 0. A blank line is a line: at inference a label
 follows every line break. The embeddings of the two labels begin as random vectors of the spread of the others.
@@ -74,7 +74,7 @@ def parse_args(argv: list[str]):
 
 def lines_of(sample: common.Sample) -> list[str]:
     """The lines of a solution with their line breaks: "14+6=20\\n#### 20" -> ["14+6=20\\n", "#### 20"]."""
-    *lines, last = common.first_solution(sample.text).strip().split("\n")
+    *lines, last = sample.solution.split("\n")
     return [line + "\n" for line in lines] + [last] * bool(last)
 
 
@@ -111,7 +111,7 @@ def estimate_q(
 
 
 def label_solution(sample: common.Sample, q: dict[tuple[str, str], float], by: str) -> dict:
-    """A solution with the label of every line, as it is written to labelled.jsonl. Q is the outcome but with "step"."""
+    """A solution with the label of every line, as it is written to labelled.jsonl. Except by "step", Q is the outcome."""
     texts = lines_of(sample)
     values = [float(sample.correct)] * len(texts)
     if by == "step":
@@ -232,33 +232,29 @@ def main(argv: list[str]) -> None:
         starts = beginnings(chosen) if args.labels == "step" else {}
         folder = run.out / "samples"
         q = estimate_q(sampler, starts, args.completions, folder / "completions.jsonl", run, args, 1)
-        agreement = None
+        facts = {
+            "correct": common.mean(s.correct for s in samples), "right": sum(s.correct for s in chosen),
+            "wrong": sum(not s.correct for s in chosen), "beginnings": len(starts),
+            "completions": len(starts) * args.completions,
+        }  # fmt: skip
         if args.check_labels and starts:
             some = [list(starts)[i] for i in common.shuffled(len(starts), args.seed, 2)[: args.check_labels]]
             again = {key: starts[key] for key in some}
             again = estimate_q(sampler, again, 64, folder / "completions_64.jsonl", run, args, 2)
-            agreement = {
-                "label_agreement": common.share((q[key] >= 0.5) == (again[key] >= 0.5) for key in some),
-                "q_difference": float(np.mean([abs(q[key] - again[key]) for key in some])),
-            }
-        facts = {
-            "correct": common.share(s.correct for s in samples), "right": sum(s.correct for s in chosen),
-            "wrong": sum(not s.correct for s in chosen), "beginnings": len(starts),
-            "completions": len(starts) * args.completions + 64 * len(some if agreement else ()),
-            **(agreement or {}),
-            "seconds_sampling": time.monotonic() - started,
-        }  # fmt: skip
+            facts["completions"] += 64 * len(some)
+            facts["label_agreement"] = common.mean((q[key] >= 0.5) == (again[key] >= 0.5) for key in some)
+            facts["q_difference"] = common.mean(abs(q[key] - again[key]) for key in some)
+        facts["seconds_sampling"] = time.monotonic() - started
         lines = [json.dumps(label_solution(s, q, args.labels), ensure_ascii=False) + "\n" for s in chosen]
-        with common.write_aside(run.out / "samples" / "labelled.facts.json") as out:
-            out.write(json.dumps(facts).encode())
+        common.write_json(folder / "labelled.facts.json", facts)
         with common.write_aside(file) as out:
             out.write("".join(lines).encode())
     facts = common.on_first(lambda: common.read_json(run.out / "samples" / "labelled.facts.json"))
     rows = common.on_first(lambda: [row for _, row in common.json_lines(file.read_text(encoding="utf-8"), file)])
-    facts["good_lines"] = common.share(line["label"] == "good" for row in rows for line in row["lines"])
-    facts["good_if_wrong"] = common.share(  # a wrong solution may begin well
+    facts["good_lines"] = common.mean(line["label"] == "good" for row in rows for line in row["lines"])
+    facts["good_if_wrong"] = common.mean(  # a wrong solution may begin well
         line["label"] == "good" for row in rows if not row["correct"] for line in row["lines"]
-    ) if any(not row["correct"] for row in rows) else None  # fmt: skip
+    )
     del sampler
 
     # 3. train from the base; as in sft.py, the order of the data depends on the seed and the epoch alone

@@ -42,6 +42,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 
@@ -87,7 +88,7 @@ def training_data(samples: list[common.Sample]) -> tuple[list[common.Sample], li
     for group in common.by_problem(samples):
         for sample, weight in zip(group, balanced_weights([s.correct for s in group]), strict=True):
             # of two equal texts one may be cut, and wrong
-            key = sample.problem.id, common.first_solution(sample.text).strip(), sample.correct
+            key = sample.problem.id, sample.solution, sample.correct
             entry = distinct.setdefault(key, [sample, 0.0])
             entry[1] += weight
     return [sample for sample, _ in distinct.values()], [weight for _, weight in distinct.values()]
@@ -101,10 +102,7 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
     asked, targets, rng, previous = [], [], np.random.default_rng([seed, 2]), ""
     for group in common.by_problem(samples):
         problem, reference = group[0].problem, group[0].problem.gold
-        right, wrong = (
-            list(dict.fromkeys(common.first_solution(s.text).strip() for s in group if s.correct == kind))
-            for kind in (True, False)
-        )
+        right, wrong = (list(dict.fromkeys(s.solution for s in group if s.correct == kind)) for kind in (True, False))
         right, wrong = ([texts[i] for i in rng.permutation(len(texts))] for texts in (right, wrong))
         pairs = [(w, reference, 0.0) for w in wrong[:n_pairs] if reference]
         pairs += [(r, reference, 0.5) for r in right[:n_pairs] if reference]
@@ -115,7 +113,7 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
             pairs += [(text, reference, 0.0) for text in (*others, beginning)]
             previous = reference
         n_mixed = min(n_pairs, len(right) * len(wrong))
-        pairs += [(right[i % len(right)], wrong[i // len(right) % len(wrong)], 1.0) for i in range(n_mixed)]
+        pairs += [(right[i % len(right)], wrong[i // len(right)], 1.0) for i in range(n_mixed)]
         for candidate, other, target in pairs:
             turned = rng.random() < 0.5
             asked.append((problem, other, candidate) if turned else (problem, candidate, other))
@@ -124,11 +122,6 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
-
-
-def orm_loss(log_odds: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted binary cross-entropy, per token. All of the same shape."""
-    return weights * torch.nn.functional.binary_cross_entropy_with_logits(log_odds, labels, reduction="none")
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
@@ -170,11 +163,11 @@ def best_of_n(samples: list[common.Sample], scores: list[float]) -> list[dict]:
         blocks = [group[i : i + n] for group in numbered for i in range(0, len(group) - n + 1, n)]
         rows.append({
             "n": n,
-            "orm": common.share(max(block, key=lambda pair: pair[1])[0].correct for block in blocks),
-            "majority": common.share(
+            "orm": common.mean(max(block, key=lambda pair: pair[1])[0].correct for block in blocks),
+            "majority": common.mean(
                 common.vote([s.answer for s, _ in block]) == block[0][0].problem.answer for block in blocks
             ),
-            "oracle": common.share(any(s.correct for s, _ in block) for block in blocks),
+            "oracle": common.mean(any(s.correct for s, _ in block) for block in blocks),
         })  # fmt: skip
     return rows
 
@@ -190,12 +183,12 @@ def quality(samples: list[common.Sample], probabilities: list[np.ndarray]) -> di
     }
     return {
         "base_rate": float(labels.mean()),
-        "accuracy": common.share((scores >= 0.5) == labels),
+        "accuracy": common.mean((scores >= 0.5) == labels),
         "auc": auc(scores, labels),
         "auc_within": auc_within(samples, scores, labels),
         "calibration_error": calibration_error(table),
         "by_position": [
-            {"position": place, "accuracy": common.share((p >= 0.5) == labels), "auc": auc(p, labels)}
+            {"position": place, "accuracy": common.mean((p >= 0.5) == labels), "auc": auc(p, labels)}
             for place, p in at.items()
         ],
         "reliability": table,
@@ -212,12 +205,12 @@ def genrm_quality(samples: list[common.Sample], genrm: common.GenerativeRewardMo
     references = {group[0].problem.id: group[0].problem.gold for group in common.by_problem(samples)}
     for sample in samples:
         if references[sample.problem.id] is None and sample.correct:
-            references[sample.problem.id] = common.first_solution(sample.text).strip()
+            references[sample.problem.id] = sample.solution
     samples = [sample for sample in samples if references[sample.problem.id] is not None]
     if not samples:
         raise common.UserError("no dev question has a gold solution or a right sample to compare with")
     problems = {sample.problem.id: sample.problem for sample in samples}
-    candidates = [(s.problem, common.first_solution(s.text).strip(), references[s.problem.id]) for s in samples]
+    candidates = [(s.problem, s.solution, references[s.problem.id]) for s in samples]
     asked = genrm.verdicts(candidates, token_budget)
     scores, labels = asked.mean(1).round(6), np.array([sample.correct for sample in samples])
     nonsense = {
@@ -240,6 +233,30 @@ def genrm_quality(samples: list[common.Sample], genrm: common.GenerativeRewardMo
         "nonsense_worst": max(mean(s) for s in nonsense.values()),
         "nonsense": [{"candidate": n, "score": mean(s), "highest": float(s.max())} for n, s in nonsense.items()],
     }
+
+
+def orm_step(
+    orm: common.RewardModel, optimizer: torch.optim.Optimizer, examples: list, labels: list[float], weights: list[float],
+    lr: float, token_budget: int,
+) -> tuple[float, float]:  # fmt: skip
+    """One optimizer step on the weighted mean over the solutions of the mean over their tokens -> (loss in nats per token,
+    gradient norm). As in `common.cross_entropy_step` the gradient does not depend on how the batch is split."""
+
+    def backward(indices: list[int]) -> list[float]:
+        lengths = torch.tensor([len(examples[i][1]) for i in indices])
+        y = torch.tensor([labels[i] for i in indices]).repeat_interleave(lengths)
+        w = (torch.tensor([weights[i] for i in indices]) / lengths).repeat_interleave(lengths) / sum(weights)
+        log_odds = orm.log_odds([examples[i] for i in indices])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            log_odds, y.to(orm.device), w.to(orm.device), reduction="sum"
+        )
+        loss.backward()
+        return [loss.item()]
+
+    parameters = list(orm.model.parameters())
+    (loss,) = common.backward_in_parts([len(p) + len(r) for p, r in examples], token_budget, backward, parameters)
+    optimizer.param_groups[0]["lr"] = lr
+    return loss, *common.clipped_step(optimizer, loss)
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
@@ -282,8 +299,8 @@ def main(argv: list[str]) -> None:
     else:
         data, weights = training_data(samples)
         examples, labels = [orm.encode(sample) for sample in data], [float(sample.correct) for sample in data]
-    mixed = common.share(0 < sum(s.correct for s in group) < len(group) for group in common.by_problem(samples))
-    right = common.share(sample.correct for sample in samples)
+    mixed = common.mean(0 < sum(s.correct for s in group) < len(group) for group in common.by_problem(samples))
+    right = common.mean(sample.correct for sample in samples)
     print(f"{len(samples)} samples, {right:.1%} right; {mixed:.1%} of the questions have both kinds; "
           f"{len(data)} {'comparisons' if generative else 'distinct solutions'} to train on")  # fmt: skip
     if right in (0, 1):
@@ -304,23 +321,22 @@ def main(argv: list[str]) -> None:
         optimizer.load_state_dict(run.state["optimizer"])
         run.state = None  # as large as the model and its optimizer
 
-    bar = common.tqdm(total=n_steps, initial=progress["step"], desc="training", unit="step", disable=None)
-    while progress["step"] < n_steps:
-        epoch, place = divmod(progress["step"], steps_per_epoch)
+    first = progress["step"]
+    for step in tqdm(range(first, n_steps), desc="training", initial=first, total=n_steps, disable=None):
+        epoch, place = divmod(step, steps_per_epoch)
         order = common.shuffled(len(examples), args.seed, epoch)
         batch = order[place * args.batch_size : (place + 1) * args.batch_size]
-        lr = common.cosine_lr(progress["step"], n_steps, args.lr)
+        lr = common.cosine_lr(step, n_steps, args.lr)
         loss, norm = orm_step(
             orm, optimizer, [examples[i] for i in batch], [labels[i] for i in batch], [weights[i] for i in batch], lr,
             args.token_budget,
         )  # fmt: skip
         progress["losses"].append(loss)
         progress["tokens"] += sum(len(examples[i][1]) for i in batch)
-        progress["step"] += 1
-        bar.update()
+        progress["step"] = step + 1
 
         # 4. after every epoch, and the best by dev AUC becomes model/
-        if progress["step"] % steps_per_epoch == 0:
+        if (step + 1) % steps_per_epoch == 0:
             if generative:
                 report, ranked = genrm_quality(dev_samples, orm, args.token_budget), {}
             else:
@@ -329,7 +345,7 @@ def main(argv: list[str]) -> None:
                 names = {"orm": "rerank", "majority": "maj", "oracle": "pass"}
                 ranked = {f"{names[key]}@{last['n']}": last[key] for key in names}
             run.log(
-                step=progress["step"], samples=len(samples), tokens=progress["tokens"], epoch=epoch + 1,
+                step=step + 1, samples=len(samples), tokens=progress["tokens"], epoch=epoch + 1,
                 loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr, train_size=len(data), mixed=mixed,
                 **{key: value for key, value in report.items() if not isinstance(value, list)},
                 **ranked,
@@ -340,31 +356,10 @@ def main(argv: list[str]) -> None:
                 common.write_json(run.out / "quality.json", report | {"epoch": epoch + 1})
                 orm.save(run.out / "model")
         run.checkpoint(progress=progress, model=orm.model.state_dict(), optimizer=optimizer.state_dict())
-    bar.close()
     run.finish()
     print(
         f"best AUC on dev {progress['best']:.3f}; model in {run.out / 'model'}, details in {run.out / 'quality.json'}"
     )
-
-
-def orm_step(
-    orm: common.RewardModel, optimizer: torch.optim.Optimizer, examples: list, labels: list[float], weights: list[float],
-    lr: float, token_budget: int,
-) -> tuple[float, float]:  # fmt: skip
-    """One optimizer step on the weighted mean over the solutions of the mean over their tokens -> (loss in nats per token,
-    gradient norm). As in `common.cross_entropy_step` the gradient does not depend on how the batch is split."""
-
-    def backward(indices: list[int]) -> list[float]:
-        lengths = torch.tensor([len(examples[i][1]) for i in indices])
-        y = torch.tensor([labels[i] for i in indices]).repeat_interleave(lengths)
-        w = (torch.tensor([weights[i] for i in indices]) / lengths).repeat_interleave(lengths) / sum(weights)
-        loss = orm_loss(orm.log_odds([examples[i] for i in indices]), y.to(orm.device), w.to(orm.device)).sum()
-        loss.backward()
-        return [loss.item()]
-
-    parameters = list(orm.model.parameters())
-    (loss,) = common.backward_in_parts([len(p) + len(r) for p, r in examples], token_budget, backward, parameters)
-    return loss, common.clipped_step(optimizer, parameters, loss, lr)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 
@@ -87,7 +88,8 @@ def main(argv: list[str]) -> None:
     else:
         run.log(step=0, samples=0, tokens=0, epoch=0, **evaluate(0))
 
-    for step in range(progress["step"], n_steps):
+    first = progress["step"]
+    for step in tqdm(range(first, n_steps), desc="training", initial=first, total=n_steps, disable=None):
         # 1. one optimizer step; the order of an epoch depends on the seed alone, so a restart needs only `step`
         epoch, place = divmod(step, steps_per_epoch)
         order = common.shuffled(len(examples), args.seed, epoch)

@@ -52,7 +52,6 @@ ENGINES = ["generate", "model.generate", "generate_batch", "plain"]
 
 def parse_args(argv: list[str]):
     parser = common.common_parser(__doc__, model="tiny", temperature=1.0)
-    parser.formatter_class = common._HelpFormatter
     parser.set_defaults(rows=[256])
     whole = common.number(int, 1)
     parser.add_argument("--problems", type=whole, default=32, help="so many prompts; fewer with more --samples")

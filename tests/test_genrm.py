@@ -294,6 +294,11 @@ def test_selected_questions_join_the_first_ones(kind, cli, tmp_path):  # noqa: F
     assert cli(ppo, *argv, *given)[0] == 0
     assert without_time(tmp_path / "own" / "metrics.jsonl") == without_time(tmp_path / "given" / "metrics.jsonl")
     assert not (tmp_path / "given" / "samples" / "pool.jsonl").exists()
+    itself = ["--selection", tmp_path / "own" / "selection.json", "--out", tmp_path / "own", "--overwrite"]
+    code, message = cli(ppo, *argv, *itself, "--limit-train", 2200)
+    assert code == 2 and "has no score for" in message and (tmp_path / "own" / "metrics.jsonl").exists()
+    assert cli(ppo, *argv, *itself)[0] == 0  # the file is read before the run that it belongs to is replaced
+    assert without_time(tmp_path / "own" / "metrics.jsonl") == without_time(tmp_path / "given" / "metrics.jsonl")
 
 
 def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):  # noqa: F811

@@ -143,7 +143,7 @@ def test_the_value_branch_is_the_top_of_the_policy_and_starts_at_zero(name, tmp_
     with torch.no_grad():
         assert (run(EXAMPLES) == 0).all()
         last = {}
-        top = ppo.top_layers(policy.model)[-1]
+        top = ppo.decoder_layers(policy.model)[-1]
         hook = top.register_forward_hook(lambda m, i, out: last.update(out=out[0] if isinstance(out, tuple) else out))
         torch.nn.init.normal_(critic.head.weight)
         together = run(EXAMPLES)

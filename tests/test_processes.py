@@ -172,6 +172,38 @@ def test_scoring_goes_on_when_memory_runs_out(capsys):
     common._halvings.clear()
 
 
+def test_the_loss_is_measured_when_memory_runs_out(tiny, monkeypatch, capsys):
+    prompt, solution = tiny.encode_prompt("Question: ..."), tiny.encode_solution("1+2=<<1+2=3>>3")
+    examples = [(prompt, solution[i:]) for i in range(len(solution))]
+    logprobs, expected = common.response_logprobs, common.cross_entropy(tiny, examples, 1000)
+
+    def small_memory(policy, examples):
+        if len(examples) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logprobs(policy, examples)
+
+    monkeypatch.setattr(common, "response_logprobs", small_memory)
+    assert common.cross_entropy(tiny, examples, 1000) == pytest.approx(expected, rel=1e-5)
+    assert "going on with" in capsys.readouterr().err
+    common._halvings.clear()
+
+
+@pytest.mark.parametrize(
+    "name, rank, number", [("auto", None, 0), ("cuda", None, 0), ("cuda:1", None, 1), ("auto", "3", 3)]
+)
+def test_a_gpu_is_chosen_by_its_number(name, rank, number, monkeypatch):
+    """`torch.cuda.set_device` refuses a device without one. Imitated, so that it is tested without a GPU, too."""
+    chosen, zero = [], torch.zeros(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: zero)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: chosen.append(torch.cuda._utils._get_device_index(d)))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert common.torch_device(name) == torch.device("cuda", number) and chosen == [number]
+
+
 def test_training_goes_on_when_memory_runs_out(cli, nano, tmp_path, monkeypatch, capsys):  # noqa: F811
     argv = ["--model", nano, "--epochs", "1", "--batch-size", "8", "--limit-eval", "4", "--max-new-tokens", "8"]
     assert cli(sft, *argv, "--out", tmp_path / "whole")[0] == 0

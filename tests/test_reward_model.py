@@ -228,12 +228,12 @@ def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, na
 # ---- rewards
 
 
-def test_the_reward_model_of_ppo_keeps_to_the_token_budget(cli, orm_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_the_reward_model_keeps_to_the_token_budget(cli, orm_folder, tmp_path, monkeypatch):  # noqa: F811
     budgets, split = set(), common.token_batches
 
-    def spied(lengths, budget, share=False):
+    def spied(lengths, budget):
         budgets.add(budget)
-        return split(lengths, budget, share)
+        return split(lengths, budget)
 
     monkeypatch.setattr(common, "token_batches", spied)
     argv = [
@@ -253,6 +253,10 @@ def test_the_reward_model_of_ppo_keeps_to_the_token_budget(cli, orm_folder, tmp_
     argv += ["--limit-eval", "2", "--max-new-tokens", "30", "--token-budget", "300", "--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
     assert budgets == {300}
+    budgets.clear()
+    argv = ["--model", "tiny", "--orm", orm_folder, "--samples", "2", "--limit-eval", "2", "--max-new-tokens", "30"]
+    assert cli(evaluate, *argv, "--token-budget", "200", "--out", tmp_path / "test.json")[0] == 0
+    assert budgets == {200}
 
 
 def sampled(policy, problem, text, finished=True, prefix="") -> common.Sample:

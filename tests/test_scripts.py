@@ -237,9 +237,9 @@ def test_no_script_trains_or_chooses_on_the_test_split(script, cli, nano, tmp_pa
 def test_micro_batches_are_small_on_a_cpu_unless_told_otherwise(script, flags, expected, cli, tmp_path, monkeypatch):
     budgets, split = set(), common.token_batches
 
-    def spied(lengths, budget, share=False):
+    def spied(lengths, budget):
         budgets.add(budget)
-        return split(lengths, budget, share)
+        return split(lengths, budget)
 
     monkeypatch.setattr(common, "token_batches", spied)
     argv = ["--device", "cpu", "--model", "tiny", "--limit-train", "8", "--limit-eval", "4", "--epochs", "1"]
