@@ -65,9 +65,13 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def this_process() -> tuple[int, int]:
-    """Which process this is, from 0, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def process_rank() -> int:
+    """Which process this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def start_processes() -> None:
@@ -90,7 +94,7 @@ class _NoTerminal(io.TextIOWrapper):
 
 def gather(part: list) -> list:
     """The lists of all processes, one after the other."""
-    parts: list = [None] * this_process()[1]
+    parts: list = [None] * process_count()
     if len(parts) == 1:
         return part
     dist.all_gather_object(parts, part)
@@ -99,10 +103,10 @@ def gather(part: list) -> list:
 
 def on_first(action: Callable):
     """Run `action`, which reads or writes files, in the first process alone; all get what it returns or its UserError."""
-    if this_process()[1] == 1:
+    if process_count() == 1:
         return action()
     said = [None, None]
-    if this_process()[0] == 0:
+    if process_rank() == 0:
         try:
             said = [action(), None]
         except (UserError, OSError) as error:
@@ -650,7 +654,7 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder. It appears complete or not at all."""
-        if this_process()[0]:
+        if process_rank() > 0:
             return
         aside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
         shutil.rmtree(aside, ignore_errors=True)
@@ -1456,7 +1460,7 @@ def generate(
     goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
     asked before every step; when true, KeyboardInterrupt. Of several processes each samples for every n-th problem, and all
     get all samples. Raises UserError if a prompt does not fit into the model's positions."""
-    rank, n_processes = this_process()
+    rank, n_processes = process_rank(), process_count()
     prefixes = prefixes or [""] * len(problems)
     prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
     prompts = [ids + policy.encode_prefix(prefix) + policy.label for ids, prefix in zip(prompts, prefixes, strict=True)]
@@ -1553,7 +1557,7 @@ def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of this process's share of the sequences, grouped by length so that no group has more than `budget` tokens
     after padding to its longest (a single sequence longer than that is a group of its own)."""
-    rank, n_processes = this_process()
+    rank, n_processes = process_rank(), process_count()
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])[rank::n_processes]:
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
@@ -1614,7 +1618,7 @@ def backward_in_parts(
         return [backward(batch) for batch in batches]
 
     parts = within_memory(backward_all, lengths, token_budget)
-    if this_process()[1] > 1:
+    if process_count() > 1:
         # a process without a share has no gradient; what has none anywhere must stay so, or the optimizer would move it
         has_gradient = np.any(gather([[p.grad is not None for p in parameters]]), axis=0)
         parameters = [p for p, has in zip(parameters, has_gradient, strict=True) if has]
@@ -1697,7 +1701,7 @@ def shuffled(n: int, *seed: int) -> list[int]:
 def write_aside(path: Path):
     """A file opened for writing that appears under its name only when it is complete and on the disk. Of several processes
     only the first one writes."""
-    if this_process()[0]:
+    if process_rank() > 0:
         yield io.BytesIO()
         return
     aside = path.with_name(path.name + ".part")
@@ -1715,7 +1719,7 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> None:
 
 def append(path: Path, lines: str) -> None:
     """Add to a file; of several processes only the first one does."""
-    if this_process()[0] == 0:
+    if process_rank() == 0:
         with open(path, "a", encoding="utf-8") as file:
             file.write(lines)
 
@@ -1829,7 +1833,7 @@ class Run:
         """Save `state` if `now`, or if --checkpoint-every seconds have passed, or if Ctrl-C was pressed; then stop."""
         self.interrupted = any(gather([self.interrupted]))
         due = now or self.interrupted or time.monotonic() - self.saved >= self.checkpoint_every
-        if due and this_process()[0] == 0:
+        if due and process_rank() == 0:
             state["run"] = {"lines": self.lines, "seconds": time.monotonic() - self.started}
             with write_aside(self.state_file) as file:
                 try:
@@ -1865,7 +1869,7 @@ def sample_to_file(
     `generate`, `samples` and `rows` among them. Token ids and log-probabilities are not kept: a round of K = 96 would fill
     gigabytes."""
     per_problem = how["samples"]
-    rows = how["rows"] * this_process()[1]
+    rows = how["rows"] * process_count()
     group = max(1, 32 * rows // per_problem)  # long enough that the emptying of the rows at its end is rare
     prefixes = prefixes or [""] * len(problems)
     check_prompts(policy, problems, how["max_new_tokens"], prefixes, how.get("few_shot", False))
@@ -2077,11 +2081,11 @@ def run_main(main) -> None:
         start_processes()
         main(sys.argv[1:])
     except (UserError, OSError) as error:
-        rank = this_process()[0]
+        rank = process_rank()
         print(f"error: {error}" if rank == 0 else f"error in process {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if this_process()[0] == 0:
+        if process_rank() == 0:
             print("stopped; the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():

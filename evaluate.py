@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
         print(
             f"{name:>24}  {test['difference']:+.3f}  [{test['ci95'][0]:+.3f}, {test['ci95'][1]:+.3f}]  p {test['p']:.2g}"
         )
-    if common.this_process()[0] == 0:
+    if common.process_rank() == 0:
         print(f"written to {out}; samples in {files[1]}", file=sys.stderr)
 
 

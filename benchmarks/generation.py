@@ -303,7 +303,7 @@ def main(argv: list[str]) -> None:
     report = {
         "model": args.model, "dataset": args.dataset, "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature, "repeats": args.repeats, "device": device,
-        "threads": torch.get_num_threads(), "processes": common.this_process()[1], "dtype": args.dtype, "graphs": policy.device.type in common.GRAPH_DEVICES,
+        "threads": torch.get_num_threads(), "processes": common.process_count(), "dtype": args.dtype, "graphs": policy.device.type in common.GRAPH_DEVICES,
         "torch": torch.__version__, "transformers": transformers.__version__, "table": [],
     }  # fmt: skip
     shown = ["rows", "K", "problems", "tokens/s", "speedup", "of limit", "wasted", "peak MB", "model.generate", "wasted", "peak MB"]  # fmt: skip
