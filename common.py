@@ -523,7 +523,8 @@ class Policy:
     def __init__(self, name: str, device: str = "auto", dtype: str = "auto", flag: str = "--model"):
         self.device = torch_device(device)
         autocast = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=autocast)
+        self.records_steps = True  # on a GPU; until it fails once
         folder = model_folder(name, flag)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -562,6 +563,15 @@ class Policy:
                 bos_token_id=self.tokenizer.bos_token_id,
                 pad_token_id=self.eos_ids[0] if pad is None else pad,
             )
+
+    @contextlib.contextmanager
+    def in_float32(self):
+        """Arithmetic in float32, whatever --dtype says."""
+        autocast, self.autocast = self.autocast, contextlib.nullcontext
+        try:
+            yield
+        finally:
+            self.autocast = autocast
 
     def condition(self, on: str = "good") -> None:
         """For a model of rcrl.py: from now on `generate` puts the label [GOOD] or [BAD] before every line of a solution, or
@@ -624,9 +634,9 @@ class Policy:
         prompts, must have the log-probabilities that the plain forward pass gives. If not, `generate` runs whole
         sequences again for every token, which is right for any causal model, and slow."""
         prompts = [[i % self.vocabulary for i in ids] for ids in (range(10, 22), range(5, 8), range(1))]
-        decoded, autocast, self.autocast = [], self.autocast, contextlib.nullcontext
+        decoded = []
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.in_float32():
                 decode(
                     self, prompts, {i: range(2) for i in range(3)}, lambda *_: np.zeros(4, np.float32),
                     lambda i, _, ids, logprobs, finished: decoded.append((prompts[i], ids.tolist(), logprobs)),
@@ -640,8 +650,6 @@ class Policy:
             if is_out_of_memory(error):
                 raise
             fits, reason = False, f"{type(error).__name__}: {first_line(error)}"
-        finally:
-            self.autocast = autocast
         if not fits:
             warn(f"sampling is slow, because this model does not work with the shared key cache ({reason})")
         return fits
@@ -1186,7 +1194,7 @@ def decode(
     for each of the few sizes that rounding leaves."""
     device, config = policy.device, policy.model.config.get_text_config()
     on_gpu = fast and device.type in GRAPH_DEVICES
-    stride, records = 16 if on_gpu else 1, True
+    stride = 16 if on_gpu else 1
     width = max_new_tokens + stride - 1  # a row may run on until the host looks
     uniforms, tokens, logprobs = (torch.zeros(rows, width, device=device, dtype=t) for t in (torch.float, torch.long, torch.float))  # fmt: skip
     ages, starts, inputs, owed = torch.zeros(4, rows, device=device, dtype=torch.long)  # owed: ids of the label to come
@@ -1311,14 +1319,13 @@ def decode(
         return View(*(torch.from_numpy(t).to(device) for t in (grid, wide_slot, reader, own_row, own_first, used)))
 
     def recorded(run: Callable[[], None]) -> Callable[[], None]:
-        nonlocal records
         try:
-            return record(run, device, pool) if records else run
+            return record(run, device, pool) if policy.records_steps else run
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             warn(f"sampling is slower than it could be, because a step cannot be recorded ({first_line(error)})")
-            records = False  # nor will steps of other sizes
+            policy.records_steps = False  # nor will steps of other sizes
             return run
 
     def advance(n: int) -> None:
@@ -1414,9 +1421,9 @@ def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[],
     try:
         with torch.cuda.graph(graph, pool=pool):
             step()
-    except RuntimeError:
+    except RuntimeError as error:
         torch.cuda.set_stream(stream)  # a recording that fails does not come back from its own
-        raise
+        raise (error.__context__ or error) from None  # the end of a failed recording fails, too, and hides why
     return graph.replay
 
 
@@ -1528,8 +1535,9 @@ Example = tuple[list[int], list[int]]  # prompt ids, response ids
 
 def response_places(examples: Sequence[Example], device: torch.device) -> torch.Tensor:
     """Row and column of every response token in the right-padded batch: [2, response tokens of all examples]."""
-    where = [(row, len(p) + i) for row, (p, r) in enumerate(examples) for i in range(len(r))]
-    return torch.tensor(where, device=device).T
+    rows = np.repeat(np.arange(len(examples)), [len(response) for _, response in examples])
+    columns = np.concatenate([len(prompt) + np.arange(len(response)) for prompt, response in examples])
+    return torch.from_numpy(np.stack([rows, columns])).to(device)
 
 
 def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: float = 1.0) -> torch.Tensor:
@@ -1687,6 +1695,7 @@ def cosine_lr(step: int, n_steps: int, lr: float) -> float:
     return lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+@functools.lru_cache(1)  # every step of an epoch asks for the same
 def shuffled(n: int, *seed: int) -> list[int]:
     """A permutation of range(n) that depends on the seed alone, so that a resumed run needs no generator state."""
     return np.random.default_rng(seed).permutation(n).tolist()

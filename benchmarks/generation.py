@@ -32,6 +32,7 @@ machine's rates are the sums of what the processes measure at the same time. The
 """
 
 import contextlib
+import copy
 import platform
 import statistics
 import sys
@@ -95,6 +96,17 @@ def bandwidth(device: torch.device) -> float:
         synchronize(device)
         best = max(best, 2 * source.numel() / (time.perf_counter() - started))
     return best
+
+
+def as_usual(policy: common.Policy) -> common.Policy:
+    """With weights of bfloat16 where `generate` works in it under autocast: under autocast the caches of the other engines
+    would be float32, and generate_batch, which decodes in a thread of its own, would not be under it."""
+    with policy.autocast():
+        if not torch.is_autocast_enabled(policy.device.type):
+            return policy
+    policy = copy.copy(policy)
+    policy.model = copy.deepcopy(policy.model).to(torch.bfloat16)
+    return policy
 
 
 def of_all_processes(measured: float) -> float:
@@ -196,7 +208,7 @@ def sampling_config(policy, args, samples: int) -> GenerationConfig:
     )  # fmt: skip
 
 
-@torch.no_grad()  # not inference_mode, under which autocast would cast the weights anew in every step
+@torch.no_grad()
 def run_model_generate(policy, problems, samples, rows, args, seed) -> list[int]:
     """Batches of rows // K problems, or of `rows` samples of one problem where K is larger; left padding."""
     torch.manual_seed(seed)
@@ -210,8 +222,7 @@ def run_model_generate(policy, problems, samples, rows, args, seed) -> list[int]
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=policy.device)
         for drawn in range(0, samples, rows):
             config = sampling_config(policy, args, min(rows, samples - drawn))
-            with policy.autocast():
-                said = policy.model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].cpu()
+            said = policy.model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].cpu()
             ended = torch.isin(said, torch.tensor(policy.eos_ids))
             lengths += torch.where(ended.any(1), ended.int().argmax(1) + 1, said.shape[1]).tolist()
     return lengths
@@ -224,8 +235,7 @@ def run_generate_batch(policy, problems, samples, rows, args, seed) -> list[int]
     ours = policy.model.config._attn_implementation
     policy.model.set_attn_implementation("sdpa")  # it has its own cache, which ours does not know
     try:
-        with policy.autocast():
-            said = policy.model.generate_batch(inputs=prompts, generation_config=sampling_config(policy, args, 1))
+        said = policy.model.generate_batch(inputs=prompts, generation_config=sampling_config(policy, args, 1))
     finally:
         policy.model.set_attn_implementation(ours)
     came = sum(len(output.generated_tokens) > 0 for output in said.values())
@@ -239,6 +249,7 @@ RUNNERS = dict(zip(ENGINES, (run_generate, run_model_generate, run_generate_batc
 
 def measure(policy, problems, samples: int, rows: int, args) -> dict:
     """All engines on the same problems, in turn."""
+    usual = as_usual(policy)
     row = {"rows": rows, "samples": samples, "problems": len(problems)}
     seconds, tokens, broken = {}, {}, {}
     lengths: list[int] = []
@@ -247,11 +258,12 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
             if engine in broken:
                 continue
             part = problems if repeat else problems[: max(1, len(problems) // 8)]  # the first time is to warm up
+            runs = policy if engine in ("generate", "plain") else usual
             try:
-                with counted(policy) as counts, peak_memory(policy.device) as peak:
+                with counted(runs) as counts, peak_memory(policy.device) as peak:
                     synchronize(policy.device)
                     started = time.perf_counter()
-                    drawn = RUNNERS[engine](policy, part, samples, rows, args, repeat)
+                    drawn = RUNNERS[engine](runs, part, samples, rows, args, repeat)
                     synchronize(policy.device)
                     elapsed = time.perf_counter() - started
             except Exception as error:  # an engine that does not run here is reported, and does not stop the others

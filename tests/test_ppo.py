@@ -361,6 +361,21 @@ def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(flags, c
         assert rows[-1]["minibatches"] < 6
 
 
+def test_merged_adapters_are_measured_in_float32(cli, tmp_path, monkeypatch):  # noqa: F811
+    """bfloat16 would round off what a phase at a small learning rate changes of a weight, and measure the initial policy."""
+    dtypes, generate = [], common.generate
+
+    def spied(policy, problems, **how):
+        with policy.autocast():
+            dtypes.append((how["progress"], torch.is_autocast_enabled("cpu")))
+        return generate(policy, problems, **how)
+
+    monkeypatch.setattr(common, "generate", spied)
+    flags = ["--phases", 1, "--questions", 2, "--epochs", 1, "--limit-eval", 2, "--dtype", "bfloat16"]
+    assert cli(ppo, *TINY_RUN, *flags, "--lora-rank", 4, "--out", tmp_path / "run")[0] == 0
+    assert dtypes == [("dev", False), ("phase 1", True), ("dev", False)]
+
+
 def test_what_is_measured_on_dev_is_what_is_saved(cli, tmp_path, monkeypatch):  # noqa: F811
     """With adapters, too: in bfloat16 the weights that hold them are not the policy that was trained."""
     measured = []

@@ -29,8 +29,11 @@ EI = ["--model", "tiny", "--limit-train", "96", "--samples", "2", "--epochs", "2
 
 
 def run_cli(script, *argv, monkeypatch, capsys) -> tuple[int, str]:
-    """Exit code and standard error of `python script.py argv...`, in this process."""
-    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, argv)])
+    """Exit code and standard error of `python script.py argv...`, in this process and, unless told otherwise, on a CPU:
+    what is compared to the last bit is so there."""
+    argv = [*map(str, argv)]
+    argv += [] if "--device" in argv else ["--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *argv])
     handler = signal.getsignal(signal.SIGINT)
     try:
         common.run_main(script.main)
