@@ -175,4 +175,7 @@ for folder in sorted(
         for name in methods(folder, file)
         for report in recorded(folder / name, file).values()
     ]
-    print(f"  {folder.name}: {trained / 3600:.1f}, {sum(report.get('seconds', 0) for report in reports) / 3600:.1f}")
+    if logs or reports:
+        print(
+            f"  {folder.name}: {trained / 3600:.1f}, {sum(report.get('seconds', 0) for report in reports) / 3600:.1f}"
+        )

@@ -1,6 +1,6 @@
 """The tables of README.md and of README.md beside this file that are made of records: `python results/tables.py`.
 
-One row per method: the mean over the seeds, of some metrics with the lowest and the highest seed. tests/test_results.py
+One row per method: the mean over its seeds, of some metrics with the lowest and the highest seed. tests/test_results.py
 compares what this prints with what stands there."""
 
 import numpy as np
@@ -25,11 +25,11 @@ def mean_of_sums(names: list[tuple[str, str]], seeds: dict[int, float]) -> float
 def print_methods(title: str, with_spread: list[str], without: list[str], rows: dict[str, tuple[str, list]]) -> None:
     """rows: label -> (where it was tested, the runs that were made for it: a name, of which rollouts and minutes
     count, or (name, "seconds", "samples", ...), of which these count)"""
-    columns = [*with_spread, *without, "rollouts", "minutes"]
+    columns = ["seeds", *with_spread, *without, "rollouts", "minutes"]
     print(f"\n{title}\n\n| method | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
     for label, (tested, runs) in rows.items():
         found = {metric: test_metric(tested, metric) for metric in with_spread + without}
-        cells = [spread(found[metric]) for metric in with_spread]
+        cells = [str(len(found["maj@1"])), *(spread(found[metric]) for metric in with_spread)]
         cells += [f"{np.mean(list(found[metric].values())):.3f}" for metric in without]
         parts = [(run, "seconds", "samples") if isinstance(run, str) else run for run in runs]
         rollouts = [(name, key) for name, *keys in parts for key in keys if key != "seconds"]
@@ -52,11 +52,11 @@ def print_rerank(rows: dict[str, str]) -> None:
 
 def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, str | None]]) -> None:
     """rows: label -> (where it was tested, the run whose mixture it was trained on, if any)"""
-    columns = ["right + wrong", "maj@1 after `[GOOD]`", "after `[BAD]`", "no label", *without]
+    columns = ["seeds", "right + wrong", "maj@1 after `[GOOD]`", "after `[BAD]`", "no label", *without]
     print(f"\n{title}\n\n| mixture | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
     for label, (name, mixture) in rows.items():
         parts = [np.mean(list(logged(mixture, key).values())) for key in ("right", "wrong")] if mixture else []
-        cells = [" + ".join(f"{part:,.0f}" for part in parts)]
+        cells = [str(len(test_metric(name, "maj@1"))), " + ".join(f"{part:,.0f}" for part in parts)]
         after = {file: test_metric(name, "maj@1", f"{file}.json") for file in ("test", "bad", "none")}
         if not after["bad"]:
             after["test"], after["none"] = {}, after["test"]

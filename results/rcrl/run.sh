@@ -4,7 +4,7 @@
 # with [GOOD], [BAD] and no label forced. A mixture has 3,200 solutions, or as many as there are distinct right ones for. The
 # controls have no labels: all right solutions (up to 3,200), which is what de-duplicated expert iteration would train on; the 1,600 that
 # are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/arithmetic/run.sh; seeds 3 to
-# 5, of the ratios alone, draw other samples from the policy of seed 0. Restartable.
+# 5 are of the ratios alone, and the last two draw other samples from the policy of seed 0. Restartable.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 declare -A flags=(
@@ -18,7 +18,8 @@ declare -A flags=(
 )
 for seed in ${SEEDS:-0 1 2 3 4 5}; do
     names="ratio1 ratio10 ratio100" policy=ei_dedup_0
-    [ $seed -gt 2 ] || names="$names outcome1 control control_1600 control_mixed" policy=ei_dedup_$seed
+    [ $seed -gt 3 ] || policy=ei_dedup_$seed
+    [ $seed -gt 2 ] || names="$names outcome1 control control_1600 control_mixed"
     for name in ${VARIANTS:-$names}; do
         run=$work/rcrl_${name}_$seed to=$here/${name}_$seed samples=$work/rcrl_ratio1_$seed/samples/train.jsonl
         [ -f "$to/test.json" ] && continue
