@@ -784,7 +784,7 @@ class GenerativeRewardModel(Policy):
 
     def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
         """Of verdict A over verdict B, for every comparison that `encode` made: [comparisons]."""
-        ids = right_padded(self, [prompt for prompt, _ in examples])
+        ids = right_padded(self, [prompt for prompt, _ in examples], "the longest question with its two solutions")
         last = torch.tensor([len(prompt) - 1 for prompt, _ in examples], device=self.device)
         with self.autocast():
             hidden = self.hidden_states(ids)[torch.arange(len(examples), device=self.device), last]
@@ -1066,9 +1066,9 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: 
 
 
 def paged_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """The attention function of every model whose attention can be replaced; transformers calls it in each layer. In decoding, a prompt is read
-    once for all the rows that sample from it, and the parts of a row, its prompt and its own pages, are merged by the
-    weight that each has in the softmax over all of them. Everything else is the usual attention."""
+    """The attention function of every model whose attention can be replaced; transformers calls it in each layer. In
+    decoding, a prompt is read once for all the rows that sample from it, and the parts of a row, its prompt and its own
+    pages, are merged by the weight that each has in the softmax over all of them. Everything else is the usual attention."""
     if not isinstance(key, _CachedLayer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
@@ -1112,10 +1112,12 @@ def attention_masks(config, positions: torch.Tensor, length: int):
     return {"full_attention": full, "sliding_attention": sliding} if len(kinds) > 1 else sliding
 
 
-def right_padded(policy: Policy, sequences: Sequence[list[int]]) -> torch.Tensor:
-    """Token ids [sequences, longest]."""
+def right_padded(
+    policy: Policy, sequences: Sequence[list[int]], what: str = "the longest solution with its prompt"
+) -> torch.Tensor:
+    """Token ids [sequences, longest]. UserError if `what` they are does not fit into the model's positions."""
     width = max(map(len, sequences))
-    check_length(policy, width, "the longest prompt with its solution")
+    check_length(policy, width, what)
     return torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences], device=policy.device)
 
 
@@ -1271,8 +1273,7 @@ def decode(
         """The same for a model that PagedCache does not fit: run whole sequences again."""
         sequences = [prompts[work[row][0]] + tokens[row, : lengths[row]].tolist() for row in range(n)]
         last = torch.tensor([len(s) - 1 for s in sequences], device=device)
-        ids = torch.tensor([s + [0] * (int(last.max()) + 1 - len(s)) for s in sequences], device=device)
-        accept(n, policy.hidden_states(ids)[torch.arange(n, device=device), last])
+        accept(n, policy.hidden_states(right_padded(policy, sequences))[torch.arange(n, device=device), last])
 
     def accept(n: int, hidden: torch.Tensor) -> None:
         age = ages[:n, None]

@@ -57,7 +57,8 @@ def confidence_interval(values: list[float], highest: float = 1.0) -> list[float
     """95 % interval of the mean of one value per problem, each between 0 and `highest`; of a single value between them
     everything. Wilson (1927) for shares of yes and no. Of shares between them, as pass@k is, mean +- 1.96 standard errors
     after two problems with 0 and two with 1 were added, as Agresti and Coull (1998) do for yes and no: where all problems
-    but a few agree, the plain standard error is too small. Of counts (`highest` above 1), unless all are 0 or 1, the plain one."""
+    but a few agree, the plain standard error is too small. Of counts (`highest` above 1), unless all are 0 or 1, the
+    plain one."""
     mean, n, z = float(np.mean(values)), len(values), 1.96
     if set(values) <= {0.0, 1.0}:
         centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
