@@ -29,20 +29,20 @@ easy() { # seed
     part SEEDS=$1 VARIANTS="ratio1 ratio10 ratio100" rcrl
     part SEEDS=$1 rerank
     part SEEDS=$1 ppo_variants
+    part SEEDS=$1 ppo_longer
 }
 
-hard_and_longer() { # seed
+hard_and_epochs() { # seed
     part SEEDS=$1 VARIANTS="sft ei ppo k16_once continue rounds3" hard
     part SEEDS=$1 hard_rcrl
     part SEEDS=$1 VARIANTS=phases36 hard
-    part SEEDS=$1 ppo_longer
     part SEEDS=$1 sft_epochs
 }
 
 for seed in ${SEEDS:-0 1 2}; do
     on_core 0 easy $seed &
     first=$!
-    on_core 1 hard_and_longer $seed &
+    on_core 1 hard_and_epochs $seed &
     wait $first
     wait $!
 done
