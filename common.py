@@ -49,6 +49,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging as transformers_logging
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 transformers_logging.disable_progress_bar()
 
 
@@ -1722,6 +1727,23 @@ def write_aside(path: Path):
     os.replace(aside, path)
 
 
+_held: dict[Path, int] = {}
+
+
+def hold(folder: Path) -> None:
+    """Keep a folder to this process until it ends, however it ends. UserError if another one has it."""
+    if fcntl is None or (place := folder.resolve()) in _held:
+        return
+    _held[place] = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(_held[place], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(_held.pop(place))
+        raise UserError(f"{folder}: another process is writing to it; wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+
+
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     with write_aside(path) as file:
         file.write("".join(sample.to_json() + "\n" for sample in samples).encode())
@@ -1767,6 +1789,8 @@ class Run:
 
     def _look(self, resume: bool, overwrite: bool) -> tuple[list[str], dict | None]:
         """What to replace in the folder, and what its checkpoint holds."""
+        if self.out.is_dir():
+            hold(self.out)
         models = {key: self.settings.get(key) for key in ("model", "base", "orm", "genrm")}
         self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items() if name}
         for key in ("train_samples", "selection", "dataset", "pool"):
@@ -1814,6 +1838,7 @@ class Run:
             path.unlink() if path.is_file() else shutil.rmtree(path)
         for name in ("checkpoint", "samples"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
+        hold(self.out)
         write_json(self.settings_file, self.settings)
         if (self.out / "model.old").exists() and not (self.out / "model").exists():  # killed between two renames
             (self.out / "model.old").rename(self.out / "model")

@@ -198,6 +198,22 @@ def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, n
     assert contents(tmp_path / "run")["model/model.safetensors"] != before["model/model.safetensors"]
 
 
+def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path):
+    """Two processes that resume one run would both log the same phases and write the same files."""
+    fcntl = pytest.importorskip("fcntl")
+    argv = [*SFT, "--model", nano, "--out", tmp_path, "--max-new-tokens", "8"]
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)  # belongs to the open file, so this process is refused like any other
+    code, message = cli(sft, *argv, "--overwrite")
+    assert code == 2 and "another process" in message and not list(tmp_path.iterdir())
+    os.close(other)
+    assert cli(sft, *argv)[0] == 0
+    other = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
+
+
 def test_overwriting_leaves_nothing_of_the_other_run(cli, nano, tmp_path):
     argv = [*SFT, "--model", nano, "--out", tmp_path, "--max-new-tokens", "8"]
     assert cli(sft, *argv)[0] == 0

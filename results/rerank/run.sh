@@ -15,4 +15,8 @@ for seed in ${SEEDS:-0 1 2}; do
     done
 done
 python results/table.py "$here"
-python results/rerank/slips.py "$work"/{orm_on_sft,orm_on_ppo,rerank_ei,rerank_ei_dedup,rerank_rcrl_ratio10}_[0-9]/test.samples.jsonl >"$here/slips.txt"
+shopt -s nullglob
+# of the runs measured now the new line, of the others the recorded one
+python results/rerank/slips.py "$work"/{orm_on_sft,orm_on_ppo,rerank_ei,rerank_ei_dedup,rerank_rcrl_ratio10}_[0-9]/test.samples.jsonl |
+    sed "s|^$work/|runs/results/|" | sort -u -t: -k1,1 - "$here/slips.txt" >"$here/unfinished"
+mv "$here/unfinished" "$here/slips.txt"
