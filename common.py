@@ -366,6 +366,9 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
 MARKER = "####"
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 _RUN = re.compile(r"[0-9.,/]+")  # one character class: cannot backtrack
+_TOUCHING = re.compile(
+    r"[0-9][^0-9.,/][0-9]"
+)  # "1 001", "2^2", "1e1", "10:10": not two numbers, and not clear which one
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015"  # "\u20135" may be minus five or a five after a dash
 _OPENING = "$\u20ac\u00a3\u00a5*([{\\ \u00a0"  # may stand between a sign and its number
 _COMMAND = re.compile(r"\\[a-z]{1,16}$")  # of LaTeX, which may, too: "-\boxed{5}"
@@ -394,7 +397,7 @@ def extract_answer(text: str, lenient: bool = False) -> Fraction | None:
     if lenient and not any(c.isdigit() for c in line):
         found = [number for number in _numbers(first_solution(text.replace(MARKER, ""))) if number is not None]
         return found[-1] if found else None
-    found = set(_numbers(line))
+    found = set() if _TOUCHING.search(line) else set(_numbers(line))
     return found.pop() if len(found) == 1 else None
 
 
@@ -530,6 +533,7 @@ class Policy:
         autocast = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=autocast)
         self.records_steps = True  # on a GPU; until it fails once
+        self.most_rows = math.inf  # that fit into memory, once they did not
         folder = model_folder(name, flag)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -793,23 +797,23 @@ class GenerativeRewardModel(Policy):
         last = torch.tensor([len(prompt) - 1 for prompt, _ in examples], device=self.device)
         with self.autocast():
             hidden = self.hidden_states(ids)[torch.arange(len(examples), device=self.device), last]
-            logits = self.head(hidden).float()
+        logits = self.head(hidden.float())
         return logits[:, self.verdict_ids[0]] - logits[:, self.verdict_ids[1]]
 
     @torch.no_grad()
     def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int | None = None) -> np.ndarray:
         """P(candidate is better) for every (problem, candidate, reference), with the candidate as A and as B:
         [comparisons, 2]. Equal ones are run once, and no more than `token_budget` tokens at a time."""
-        keys = [(problem.question, candidate, reference) for problem, candidate, reference in comparisons]
-        distinct, examples = dict(zip(keys, comparisons, strict=True)), []
-        for problem, candidate, reference in distinct.values():
-            examples += [self.encode(problem, candidate, reference), self.encode(problem, reference, candidate)]
-        budget = token_budget or usual_token_budget(self.device.type)
-        found = np.array(in_batches(lambda batch: self.log_odds(batch).sigmoid().tolist(), examples, budget))
-        found = found.reshape(-1, 2)
-        found[:, 1] = 1 - found[:, 1]
-        by_key = dict(zip(distinct, found, strict=True))
-        return np.array([by_key[key] for key in keys]).reshape(-1, 2)
+        orders = [((p, c, r), (p, r, c)) for p, c, r in comparisons]
+        distinct = {(p.question, first, second): (p, first, second) for pair in orders for p, first, second in pair}
+        found = in_batches(
+            lambda batch: self.log_odds(batch).sigmoid().tolist(),
+            [self.encode(*ordered) for ordered in distinct.values()],
+            token_budget or usual_token_budget(self.device.type),
+        )
+        first_is_better = dict(zip(distinct, found, strict=True))
+        both = [[first_is_better[p.question, first, second] for p, first, second in pair] for pair in orders]
+        return np.array([[as_a, 1 - as_b] for as_a, as_b in both]).reshape(-1, 2)
 
     def scores(
         self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int | None = None
@@ -1468,7 +1472,7 @@ def generate(
     A prompt is run once, and its keys and values are shared by its samples. `rows` sequences are decoded at a time; a
     row that has finished is handed to the next sample at once. The random numbers of a sample depend on (seed,
     problem, sample number) alone, so it does not matter how many rows there are or what else is sampled. When memory
-    runs out, the number of rows is halved, with a warning, and no finished sample is lost.
+    runs out, the number of rows is halved, for good and with a warning, and no finished sample is lost.
     few_shot: prompt with two worked examples; a sample then ends when its answer line is complete, because such a model
     goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
     asked before every step; when true, KeyboardInterrupt. Of several processes each samples for every n-th problem, and all
@@ -1498,7 +1502,7 @@ def generate(
 
     fast, interrupted = not mine or policy.decodes_fast, False
     while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
-        rows = min(rows, sum(map(len, wanted.values())))
+        rows = min(rows, policy.most_rows, sum(map(len, wanted.values())))
         try:
             with policy.autocast(), packed_weights(policy), casts_kept(policy):
                 decode(
@@ -1510,7 +1514,7 @@ def generate(
             if rows == 1 or not is_out_of_memory(error):
                 raise
             warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)")
-            rows //= 2
+            policy.most_rows = rows // 2
         except KeyboardInterrupt:
             interrupted = True  # the others must hear of it before this one leaves
             break
@@ -1682,6 +1686,28 @@ def clipped_step(optimizer: torch.optim.Optimizer, loss: float) -> list[float]:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms
+
+
+def check_memory(model: torch.nn.Module) -> None:
+    """UserError if a model whose weights are on a GPU cannot be trained there: better before hours of sampling than after.
+    Beside its 4 bytes a weight has a gradient and the two moments of AdamW, 12 bytes more."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if weights and weights[0].device.type == "cuda":
+        needed = 12 * sum(p.numel() for p in weights)
+        free = torch.cuda.mem_get_info(weights[0].device)[0]
+        free += torch.cuda.memory_reserved(weights[0].device) - torch.cuda.memory_allocated(weights[0].device)
+        if needed > free:
+            raise UserError(
+                f"to train all weights takes {needed / 2**30:.0f} GiB beside them, and the GPU has {free / 2**30:.0f} left"
+            )
+
+
+def adam_w(parameters: Iterable, lr: float) -> torch.optim.AdamW:
+    """The optimizer of all scripts, for weights or parameter groups. On a GPU fused: the usual form makes another copy of
+    the weights in every step."""
+    parameters = list(parameters)
+    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=first.is_cuda or None)
 
 
 @torch.no_grad()
@@ -2118,6 +2144,11 @@ def run_main(main) -> None:
     except (UserError, OSError) as error:
         rank = process_rank()
         print(f"error: {error}" if rank == 0 else f"error in process {rank}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory, also with the smallest batches ({first_line(error)})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if process_rank() == 0:

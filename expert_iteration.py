@@ -14,8 +14,8 @@ paper. A round is
     4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve on the one before (the
        policy it begins with is measured, too, but never chosen: a warning says so if no round was better)
 
-The paper de-duplicates solutions only to count them. To train on de-duplicated ones is quicker, and where luck is common
-worse: a lucky solution that is sampled once then weighs as much as a faithful one that is sampled often (README.md has
+Whether the paper trains on de-duplicated solutions we could not check; it counts solutions so. It is quicker, and where
+luck is common worse: a lucky solution that is sampled once then weighs as much as a faithful one that is sampled often (README.md has
 the numbers). Where this differs from the paper: the SFT data stays in the mix (--no-sft-data leaves it out; it is out by
 default when --model is the base itself).
 
@@ -23,7 +23,7 @@ CPU, eleven minutes on two cores after `python sft.py`, three of them for the fi
     python expert_iteration.py
 From the base, without any written solution:
     python expert_iteration.py --model tiny --samples 8 --epochs 3 --deduplicate --out runs/expert_iteration_base
-One GPU, the paper's setting, after sft.py; and from a pretrained model with a two-shot prompt in round 1:
+One GPU, the paper's setting as far as we know it (README.md), after sft.py; and from a pretrained model with a two-shot prompt in round 1:
     python expert_iteration.py --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 --epochs 4 --lr 2e-5 \
         --batch-size 128 --max-new-tokens 512 --rows 1024
     python expert_iteration.py --model HuggingFaceTB/SmolLM2-135M --base HuggingFaceTB/SmolLM2-135M --few-shot ...
@@ -34,7 +34,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import common
@@ -100,8 +99,9 @@ def main(argv: list[str]) -> None:
     if run.state and not args.from_previous:  # the checkpoint holds weights that were trained from the base
         policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
     else:
-        common.Policy(args.base, "cpu", flag="--base")  # a wrong --base must not show only after hours of sampling
         policy = common.Policy(args.model, args.device, args.dtype)
+        common.check_memory(policy.model)  # like a wrong --base, this must not show only after hours of sampling
+        common.Policy(args.base, "cpu", flag="--base")
     if run.state:
         policy.condition("none")
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
@@ -165,13 +165,15 @@ def main(argv: list[str]) -> None:
 
         # 3. train from the base again; as in sft.py, the order of the data depends on the seed and the epoch alone
         if not args.from_previous and not (run.state and progress["place"]):
+            del policy  # there may be room for one only
             policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
         policy.condition("none")  # a model of rcrl.py may sample the first round, labels and all, but not be trained so
-        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = common.adam_w(policy.model.parameters(), args.lr)
         if run.state and progress["place"]:
             optimizer.load_state_dict(run.state["optimizer"])
         run.state = None
-        examples = [(policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(s)) for p, s in data]
+        prompts = {p.id: policy.encode_prompt(common.prompt_text(p)) for p, _ in data}  # one list for all its solutions
+        examples = [(prompts[p.id], policy.encode_solution(s)) for p, s in data]
         steps_per_epoch = -(-len(examples) // args.batch_size)
         n_steps = args.epochs * steps_per_epoch
         started = time.monotonic() - progress["timing"].get("seconds_training", 0.0)
@@ -185,6 +187,7 @@ def main(argv: list[str]) -> None:
             progress["tokens"] += sum(len(solution) for _, solution in batch)
             progress["place"], progress["timing"]["seconds_training"] = step + 1, time.monotonic() - started
             run.checkpoint(progress=progress, model=policy.model.state_dict(), optimizer=optimizer.state_dict())
+        del optimizer  # twice as large as the model, and the next round samples first
 
         # 4. the best round by dev accuracy becomes model/
         metrics = common.dev_metrics(policy, dev, args, args.pass_k, run.out / "samples" / f"dev_{round_number}.jsonl")

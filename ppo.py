@@ -27,15 +27,17 @@ low-rank adapters, and the reference is the same network with the adapters off: 
 Step 0, the rewards genrm and hybrid and the curriculum verifiable_first are those of "Exploring Data Scaling Trends and
 Effects in RLHF" (Shen et al. 2025), mapped to word problems.
 
+pi and pi_ref are taken at --temperature, at which the solutions are sampled; dev accuracy is greedy.
+
 Where this differs from the paper: the default model is tiny and fully fine-tuned, with larger learning rates and fewer
 rollouts per phase; lambda of GAE is 1 and the value function trains alone in the first phase, because at first it knows
-nothing; gamma is 1.
+nothing; the policy's learning rate rises over 20 steps and falls linearly to 0; gamma is 1.
 
-CPU, six minutes on one core after `python sft.py`, maj@1 on the test split from .75 to .88 (README.md has the table):
+CPU, six minutes on one core after `python sft.py`, maj@1 on the test split from .75 to .87 (README.md has the table):
     python ppo.py
 From the base, without any written solution:
     python ppo.py --model tiny --out runs/ppo_base
-One GPU, the paper's setting, after sft.py:
+One GPU, the paper's setting as far as we know it (README.md), after sft.py:
     python ppo.py --dataset gsm8k --lora-rank 128 --lr 1e-6 --value-lr 1e-5 --questions 256 --samples 4 --epochs 4 \
         --batch-size 256 --phases 250 --max-new-tokens 512 --rows 1024
 """
@@ -440,7 +442,8 @@ def choose(
     kind: str, scores: list[float], passed: list[float], domains: list[str], fraction: float, seed: int
 ) -> list[int]:
     """Indices of the questions to keep. scores: the mean reward of each one's samples; passed: the share of them that is
-    right (with a generative reward model: scored at least half). Ties are broken at random: with rewards of 0 and 1 they are most of the lowest tenth."""
+    right (with a generative reward model: scored at least half). Ties are broken at random: with rewards of 0 and 1 they
+    are most of the lowest tenth."""
     rng, count = np.random.default_rng([seed, 4]), max(1, round(fraction * len(scores)))
     passed, key = np.array(passed), standardised(scores, domains)
     candidates = np.arange(len(scores))
@@ -588,7 +591,6 @@ def genrm_metrics(judges: Judges, samples: list[common.Sample], rewards: list[np
         (sample.problem.id in judges.golden, sample.correct, float(reward.sum()))
         for sample, reward in zip(samples, rewards, strict=True) if sample.problem.id in judges.references
     ]  # fmt: skip
-
     return {
         "half_if_wrong": common.mean([score >= 0.5 for _, correct, score in judged if not correct]),
         "above_half": common.mean([score > 0.5 for golden, _, score in judged if golden]),
@@ -680,10 +682,7 @@ def main(argv: list[str]) -> None:
         print(f"{len(chosen)} of {len(pool)} questions of the pool chosen, scored {np.mean([scores[i] for i in chosen]):.3f} "
               f"on average (all: {np.mean(scores):.3f}); {len(train)} to train on")  # fmt: skip
     weights, critic_weights = list(trained.parameters()), list(critic.parameters())
-    optimizer = torch.optim.AdamW(
-        [{"params": weights, "lr": args.lr}, {"params": critic_weights, "lr": args.value_lr}],
-        betas=(0.9, 0.95), weight_decay=0.0,
-    )  # fmt: skip
+    optimizer = common.adam_w([{"params": weights}, {"params": critic_weights, "lr": args.value_lr}], args.lr)
     stages = []
     if args.curriculum == "verifiable_first":
         for n_kinds, share in enumerate([0.0, *sorted(args.switch)], 1):
@@ -762,42 +761,34 @@ def main(argv: list[str]) -> None:
         curriculum.update(chosen, solved, error)
 
         # 5. minibatches
-        stats, first_ratio, phase_over = [], None, False
+        stats, first_ratio = [], None
         rollouts = Rollouts(examples, real, old_logprobs, old_values, advantages, returns)
         warming = phase <= args.value_warmup
         value_clip = np.inf if warming else args.value_clip  # from zero it has a long way to go
-        bar = tqdm(
-            total=args.epochs * -(-len(samples) // args.batch_size), desc=f"phase {phase} training", disable=None
-        )
-        for epoch in range(args.epochs):
-            order = common.shuffled(len(samples), args.seed, phase, epoch)
-            for first in range(0, len(order), args.batch_size):
-                minibatch = order[first : first + args.batch_size]
-                n_tokens = sum(lengths[i] for i in minibatch)
-                backward = functools.partial(
-                    add_gradient, forward, rollouts, minibatch, n_tokens, args.clip, value_clip, value_only=warming
-                )
-                sizes = [len(examples[i][0]) + lengths[i] for i in minibatch]
-                sums = common.backward_in_parts(sizes, args.token_budget, backward, weights + critic_weights)
-                total = dict(zip(("policy_loss", "value_loss", "clip_fraction", "kl_old"), sums, strict=True))
-                first_ratio = max(common.gather(rollouts.distances)) if first_ratio is None else first_ratio
-                if args.kl_limit and total["kl_old"] > args.kl_limit:
-                    optimizer.zero_grad(set_to_none=True)
-                    phase_over = True
-                    break
-                if not warming:  # Adam's first steps are as long as any, in directions that are mostly noise
-                    progress["policy_steps"] += 1
-                warmed, left = min(1.0, progress["policy_steps"] / args.lr_warmup), 1 - (phase - 1) / args.phases
-                optimizer.param_groups[0]["lr"] = args.lr * warmed * left
-                loss = total["policy_loss"] + total["value_loss"]
-                grad_norm, value_grad_norm = common.clipped_step(optimizer, loss)
-                stats.append(total | {"grad_norm": grad_norm, "value_grad_norm": value_grad_norm})
-                progress["step"] += 1
-                progress["tokens"] += n_tokens
-                bar.update()
-            if phase_over:
+        orders = (common.shuffled(len(samples), args.seed, phase, epoch) for epoch in range(args.epochs))
+        starts = range(0, len(samples), args.batch_size)
+        minibatches = [order[first : first + args.batch_size] for order in orders for first in starts]
+        for minibatch in tqdm(minibatches, desc=f"phase {phase} training", disable=None):
+            n_tokens = sum(lengths[i] for i in minibatch)
+            backward = functools.partial(
+                add_gradient, forward, rollouts, minibatch, n_tokens, args.clip, value_clip, value_only=warming
+            )
+            sizes = [len(examples[i][0]) + lengths[i] for i in minibatch]
+            sums = common.backward_in_parts(sizes, args.token_budget, backward, weights + critic_weights)
+            total = dict(zip(("policy_loss", "value_loss", "clip_fraction", "kl_old"), sums, strict=True))
+            first_ratio = max(common.gather(rollouts.distances)) if first_ratio is None else first_ratio
+            if args.kl_limit and total["kl_old"] > args.kl_limit:
+                optimizer.zero_grad(set_to_none=True)
                 break
-        bar.close()
+            if not warming:  # Adam's first steps are as long as any, in directions that are mostly noise
+                progress["policy_steps"] += 1
+            warmed, left = min(1.0, progress["policy_steps"] / args.lr_warmup), 1 - (phase - 1) / args.phases
+            optimizer.param_groups[0]["lr"] = args.lr * warmed * left
+            loss = total["policy_loss"] + total["value_loss"]
+            grad_norm, value_grad_norm = common.clipped_step(optimizer, loss)
+            stats.append(total | {"grad_norm": grad_norm, "value_grad_norm": value_grad_norm})
+            progress["step"] += 1
+            progress["tokens"] += n_tokens
 
         # 6. what happened, and how good the policy is
         progress |= {"phase": phase, "samples": progress["samples"] + len(samples)}

@@ -208,6 +208,7 @@ def main(argv: list[str]) -> None:
     for flag, model in (("--model", sampler), ("--base", policy)):
         if model.label:
             raise common.UserError(f"{flag}: is a model of rcrl.py; take one that was trained without labels")
+    common.check_memory(policy.model)
     torch.manual_seed(args.seed)  # of the new rows of the embedding
     teach_labels(policy, args.labels)
     run.begin()
@@ -233,7 +234,9 @@ def main(argv: list[str]) -> None:
         folder = run.out / "samples"
         q = estimate_q(sampler, starts, args.completions, folder / "completions.jsonl", run, args, 1)
         facts = {
-            "correct": common.mean(s.correct for s in samples), "right": sum(s.correct for s in chosen),
+            "correct": common.mean(s.correct for s in samples),
+            "sampled_unreadable": common.mean(s.answer is None for s in samples),
+            "sampled_cut": common.mean(not s.finished for s in samples), "right": sum(s.correct for s in chosen),
             "wrong": sum(not s.correct for s in chosen), "beginnings": len(starts),
             "completions": len(starts) * args.completions,
         }  # fmt: skip
@@ -260,7 +263,7 @@ def main(argv: list[str]) -> None:
     # 3. train from the base; as in sft.py, the order of the data depends on the seed and the epoch alone
     encoded = [encode(policy, by_id[row["problem"]], row["lines"]) for row in rows]
     examples, targets = [example for example, _ in encoded], [mask for _, mask in encoded]
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = common.adam_w(policy.model.parameters(), args.lr)
     steps_per_epoch = -(-len(examples) // args.batch_size)
     n_steps = args.epochs * steps_per_epoch
     progress = {"step": 0, "tokens": 0, "best": -1.0, "losses": []}

@@ -82,8 +82,8 @@ def balanced_weights(labels: list[bool]) -> list[float]:
 
 
 def training_data(samples: list[common.Sample]) -> tuple[list[common.Sample], list[float]]:
-    """The distinct solutions of every question and their weights, those of equal ones added up: the loss is the same,
-    and a sharp policy repeats itself a lot."""
+    """The distinct solutions of every question and their weights, those of equal ones added up: a sharp policy repeats
+    itself a lot, and the sum over all samples is the same."""
     distinct: dict[tuple, list] = {}
     for group in common.by_problem(samples):
         for sample, weight in zip(group, balanced_weights([s.correct for s in group]), strict=True):
@@ -112,8 +112,10 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
             others = [t for t in (problem.question, previous) if t and not common.is_correct(t, problem.answer)]
             pairs += [(text, reference, 0.0) for text in (*others, beginning)]
             previous = reference
-        n_mixed = min(n_pairs, len(right) * len(wrong))
-        pairs += [(right[i % len(right)], wrong[i // len(right)], 1.0) for i in range(n_mixed)]
+        n_mixed, turn = min(n_pairs, len(right) * len(wrong)), math.lcm(len(right), len(wrong))
+        pairs += [
+            (right[i % len(right)], wrong[(i + i // turn) % len(wrong)], 1.0) for i in range(n_mixed)
+        ]  # each pair once
         for candidate, other, target in pairs:
             turned = rng.random() < 0.5
             asked.append((problem, other, candidate) if turned else (problem, candidate, other))
@@ -239,8 +241,8 @@ def orm_step(
     orm: common.RewardModel, optimizer: torch.optim.Optimizer, examples: list, labels: list[float], weights: list[float],
     lr: float, token_budget: int,
 ) -> tuple[float, float]:  # fmt: skip
-    """One optimizer step on the weighted mean over the solutions of the mean over their tokens -> (loss in nats per token,
-    gradient norm). As in `common.cross_entropy_step` the gradient does not depend on how the batch is split."""
+    """One optimizer step on the mean over the batch's solutions, weighted by their share of its weights, of the mean over
+    their tokens -> (loss in nats per token, gradient norm). As in `common.cross_entropy_step` the gradient does not depend on how the batch is split."""
 
     def backward(indices: list[int]) -> list[float]:
         lengths = torch.tensor([len(examples[i][1]) for i in indices])
@@ -278,6 +280,7 @@ def main(argv: list[str]) -> None:
     generative = args.kind == "genrm"
     kind = common.GenerativeRewardModel if generative else common.RewardModel
     orm = kind(args.base, args.device, args.dtype, flag="--base", new=True)
+    common.check_memory(orm.model)
     run.begin()
 
     # 1. samples of the student (read back where a restart finds them on disk)
@@ -311,7 +314,7 @@ def main(argv: list[str]) -> None:
         )
 
     # 3. train; as in sft.py, the order of the data depends on the seed and the epoch alone
-    optimizer = torch.optim.AdamW(orm.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = common.adam_w(orm.model.parameters(), args.lr)
     steps_per_epoch = -(-len(examples) // args.batch_size)
     n_steps = args.epochs * steps_per_epoch
     progress = {"step": 0, "tokens": 0, "best": -1.0, "losses": []}
@@ -347,6 +350,8 @@ def main(argv: list[str]) -> None:
             run.log(
                 step=step + 1, samples=len(samples), tokens=progress["tokens"], epoch=epoch + 1,
                 loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr, train_size=len(data), mixed=mixed,
+                sampled_unreadable=common.mean(s.answer is None for s in samples),
+                sampled_cut=common.mean(not s.finished for s in samples),
                 **{key: value for key, value in report.items() if not isinstance(value, list)},
                 **ranked,
             )  # fmt: skip

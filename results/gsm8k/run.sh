@@ -25,6 +25,7 @@ for seed in ${SEEDS:-0}; do
     python rcrl.py --model "$run/ei/model" --base "$model" "${train[@]}" "${fit[@]}" --samples ${RCRL_K:-32} --seed $seed --out "$run/rcrl"
     keep orm_$seed "$run"/orm/{args.json,metrics.jsonl,quality.json}
     for name in sft ei ppo rcrl; do
+        [ -f "$here/${name}_$seed/test.json" ] && continue
         precision= && [ $name != ppo ] || precision="--dtype float32" # merged adapters: changes smaller than bfloat16 resolves
         python evaluate.py --model "$run/$name/model" --orm "$run/orm/model" "${test[@]}" $precision --samples ${N:-96} --seed $seed \
             --out "$run/$name/test.json" >"$run/$name/test.txt"

@@ -5,11 +5,24 @@ calculate right what was not asked. Printed for each file: how many problems' be
 hold a false calculation, how many score at most 0.03 above the best right sample, and the share of false calculations
 among all wrong samples."""
 
+import ast
 import json
+import operator
 import re
 import sys
 
 ANNOTATION = re.compile(r"<<([-+*/().\d\s]+)=(-?[\d.]+)>>")
+
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def value_of(node: ast.expr) -> float:
+    if isinstance(node, ast.BinOp):
+        return OPERATIONS[type(node.op)](value_of(node.left), value_of(node.right))
+    if isinstance(node, ast.UnaryOp):
+        return -value_of(node.operand)
+    return float(node.value)
 
 
 def is_false(text: str) -> bool:
@@ -18,9 +31,9 @@ def is_false(text: str) -> bool:
         if "<<" in line and not found:
             return True
         try:
-            if found and abs(eval(found[1]) - float(found[2])) > 1e-6:
+            if found and abs(value_of(ast.parse(found[1].strip(), mode="eval").body) - float(found[2])) > 1e-6:
                 return True
-        except (SyntaxError, ZeroDivisionError, ValueError):
+        except (SyntaxError, ZeroDivisionError, KeyError, ValueError):
             return True
     return False
 
