@@ -175,6 +175,18 @@ def test_the_checkpoints_own_sampling_settings_are_ignored(tmp_path_factory):
     assert before == after
 
 
+def test_a_saved_model_has_no_sampling_settings_of_others(nano, tmp_path):
+    """Of a chat model, for instance: whoever loads what we saved would sample from the 50 most likely tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(nano)
+    model.generation_config.update(do_sample=True, top_k=50, top_p=0.9, temperature=0.6)
+    model.save_pretrained(tmp_path / "chat")
+    AutoTokenizer.from_pretrained(nano).save_pretrained(tmp_path / "chat")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "chat").top_k == 50
+    common.Policy(str(tmp_path / "chat"), "cpu").save(tmp_path / "saved")
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "saved").to_diff_dict()
+    assert not {"top_k", "top_p", "temperature", "do_sample"} & saved.keys() and saved["eos_token_id"]
+
+
 def test_a_finished_sample_ends_with_eos_and_a_cut_one_has_the_full_length(tiny):
     problems = common.load_problems("arithmetic", "dev", 8)
     for s in common.generate(tiny, problems, samples=4, max_new_tokens=128):
@@ -193,6 +205,21 @@ def test_a_prompted_model_stops_at_its_answer_line(tiny, monkeypatch):
         done = [line for line in lines[:-1] if "####" in line or line.startswith("Question:")]
         assert len(done) == (1 if s.finished else 0)
         assert s.finished == (len(s.tokens) < 200)
+
+
+def test_a_sample_goes_on_from_the_worked_examples_and_the_given_beginning(tiny):
+    """The prompt that is logged holds them, and the log-probabilities are those of training after exactly this prompt."""
+    problems = common.load_problems("arithmetic", "train", 3)
+    prefixes = [problem.reference.splitlines(keepends=True)[0] for problem in problems]
+    for few_shot in (False, True):
+        samples = common.generate(tiny, problems, samples=2, max_new_tokens=20, few_shot=few_shot, prefixes=prefixes)
+        for sample, prefix in zip(samples, np.repeat(prefixes, 2), strict=True):
+            text = common.FEW_SHOT * few_shot + f"Question: {sample.problem.question}\nAnswer:\n"
+            assert list(sample.prompt) == tiny.encode_prompt(text) + tiny.encode_prefix(str(prefix))
+            assert sample.prefix == prefix and sample.text.startswith(prefix)
+            with torch.no_grad():
+                again = common.response_logprobs(tiny, [(list(sample.prompt), sample.tokens.tolist())])
+            np.testing.assert_allclose(sample.logprobs, again, atol=1e-4)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_in_one_line(tmp_path_factory):
@@ -331,11 +358,18 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch, caps
         return attend(query, keys, values, bias)
 
     monkeypatch.setattr(common, "attend", limited)
+    monkeypatch.setattr(tiny, "most_rows", tiny.most_rows)
     monkeypatch.setattr(tiny, "decode", lambda ids: delivered.append(1) or common.Policy.decode(tiny, ids))
     got = common.generate(tiny, problems, rows=48, **how)
     assert ids_of(got) == ids_of(expected)
     assert "going on with 24" in capsys.readouterr().err
     assert len(delivered) == 48, "no finished sample is drawn again"
+    fits, decode, asked = tiny.most_rows, common.decode, []
+    monkeypatch.setattr(
+        common, "decode", lambda *args, rows, **how: asked.append(rows) or decode(*args, rows=rows, **how)
+    )
+    common.generate(tiny, problems[:1], rows=48, samples=48, max_new_tokens=4)
+    assert asked == [fits] and fits < 48, "what did not fit is not tried again"
 
 
 def test_a_real_memory_limit_is_survived(tmp_path):

@@ -186,6 +186,16 @@ def test_metrics_of_hand_made_samples():
     assert values["distinct@4"] == [2, 1] and values["unreadable"] == [0, 0.5]
 
 
+def test_the_interval_of_a_paired_difference_by_hand():
+    """10 problems better, 4 worse, 86 the same; Agresti and Min add half a problem to each of the four cases:
+    6/102 +- 1.96 sqrt(15 - 36/102) / 102."""
+    values, others = [1] * 10 + [0] * 4 + [1] * 86, [0] * 10 + [1] * 4 + [1] * 86
+    test = evaluate.paired_test(values, others)
+    assert test["difference"] == pytest.approx(0.06) and test["ci95"] == pytest.approx([-0.01472, 0.13236], abs=1e-5)
+    turned = evaluate.paired_test(others, values)
+    assert turned["ci95"] == pytest.approx([-0.13236, 0.01472], abs=1e-5) and turned["p"] == test["p"]
+
+
 def test_confidence_intervals_hold_the_truth_95_percent_of_the_time():
     """2,000 repetitions: the share lies within 0.95 +- 0.02 unless an event of probability 1e-4 happens."""
     rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,16 +295,28 @@ def test_blank_lines_shift_nothing(tiny, orm):
     np.testing.assert_allclose(reward, np.concatenate([[0], expected]), atol=1e-6)
 
 
-def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others(tiny, orm, tmp_path_factory):
+def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others(tiny, orm):
     """A given first line is not paid again line by line, and a policy with other tokens is paid at its own line ends."""
     problem = next(p for p in PROBLEMS if len(p.steps) == 3)
     first = right(problem).splitlines(keepends=True)[0]
     sample = sampled(tiny, problem, right(problem), prefix=first)
     scores = orm.scores([sample])[0]
-    ends = tiny.line_ends(sample.tokens)
+    places, ends = orm.line_ends(orm.encode(sample)[1]), tiny.line_ends(sample.tokens)
     reward = ppo.potential_rewards(tiny, sample, orm, scores)
     assert len(ends) == 3 and reward.sum() == pytest.approx(scores[-1], abs=1e-6)
-    assert reward[ends[0]] == pytest.approx(scores[orm.line_ends(orm.encode(sample)[1])[1]], abs=1e-6)
+    assert reward[ends[0]] == pytest.approx(scores[places[1]], abs=1e-6)
+
+    text = right(problem)  # a policy whose tokens are characters
+    letters = SimpleNamespace(
+        decode=lambda ids: "".join(map(chr, ids)),
+        line_ends=lambda ids: [i for i, c in enumerate(ids) if chr(c) == "\n"] + [len(ids) - 1],
+    )
+    spelled = common.Sample(problem, 0, text, True, np.array([ord(c) for c in text]))
+    reward = ppo.potential_rewards(letters, spelled, orm, scores)
+    ends = letters.line_ends(spelled.tokens)
+    assert len(ends) == 4 and np.flatnonzero(reward).tolist() == ends
+    np.testing.assert_allclose(reward[ends[:3]], np.diff(scores[places[:3]], prepend=0.0), atol=1e-6)
+    assert reward.sum() == pytest.approx(scores[-1], abs=1e-6)
 
 
 # ---- the scripts

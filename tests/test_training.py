@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,95 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(nano):
     with pytest.raises(common.UserError, match="not finite"):
         common.cross_entropy_step(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), EXAMPLES, 1.0, 1000)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_even_if_the_loss_is(nano):
+    """As of a square root at 0: the weights, and the next checkpoint, would be lost."""
+    policy = common.Policy(nano, device="cpu")
+    optimizer = common.adam_w(policy.model.parameters(), 1e-3)
+    before = [p.clone() for p in policy.model.parameters()]
+    for p in policy.model.parameters():
+        p.grad = torch.zeros_like(p)
+    p.grad.flatten()[0] = float("nan")
+    with pytest.raises(common.UserError, match="not finite"):
+        common.clipped_step(optimizer, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def test_many_response_tokens_are_computed_in_parts(nano, monkeypatch):
+    """No more than 2,048 rows of logits at a time, forward and backward, and nothing changes by it."""
+    policy, rng = common.Policy(nano, device="cpu"), np.random.default_rng(0)
+    examples = [(rng.integers(5, 60, 4).tolist(), rng.integers(5, 60, 500).tolist()) for _ in range(9)]
+    head, sizes = policy.head, []
+    monkeypatch.setattr(policy, "head", lambda hidden: sizes.append(len(hidden)) or head(hidden))
+    logprobs = common.response_logprobs(policy, examples)
+    expected = torch.cat([naive_logprobs(policy, example, 1.0) for example in examples])
+    torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
+    weights = list(policy.model.parameters())
+    gradients = torch.autograd.grad(logprobs.mean(), weights)
+    assert sizes == [2048, 2048, 404] + sizes[3:] and sorted(sizes[3:]) == [404, 2048, 2048], "made again in backward"
+    for got, wanted in zip(gradients, torch.autograd.grad(expected.mean(), weights), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-3)
+
+
+def test_the_cross_entropy_is_minus_the_mean_log_probability(tiny):
+    problems = common.load_problems("arithmetic", "train", 4)
+    examples = [(tiny.encode_prompt(common.prompt_text(p)), tiny.encode_solution(p.solution)) for p in problems]
+    with torch.no_grad():
+        expected = -torch.cat([naive_logprobs(tiny, example, 1.0) for example in examples]).mean().item()
+    assert common.cross_entropy(tiny, examples, 100) == pytest.approx(expected, rel=1e-5) and expected > 0
+
+
+class Pickled:
+    """Whoever unpickles it writes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return self.file.touch, ()
+
+
+def test_nothing_is_unpickled(nano, cli, tmp_path):  # noqa: F811
+    """Neither weights of a hub model nor a checkpoint: a pickle is a program."""
+    done, folder, run = tmp_path / "done", tmp_path / "model", tmp_path / "run"
+    shutil.copytree(nano, folder)
+    (folder / "model.safetensors").unlink()
+    harmless = transformers.AutoModelForCausalLM.from_pretrained(nano).state_dict()
+    for weights in (harmless, {"model.embed_tokens.weight": Pickled(done)}):
+        torch.save(weights, folder / "pytorch_model.bin")
+        for load in (common.Policy, lambda name, device: common.RewardModel(name, device, new=True)):
+            with pytest.raises(common.UserError):
+                load(str(folder), "cpu")
+    argv = ["--model", nano, "--epochs", 1, "--limit-eval", 2, "--max-new-tokens", 2, "--out", run]
+    assert cli(sft, *argv)[0] == 0
+    torch.save({"run": Pickled(done)}, run / "checkpoint" / "state.pt")
+    code, message = cli(sft, *argv, "--resume")
+    assert code == 2 and "not a checkpoint of this program" in message and not done.exists()
+
+
+def test_a_model_that_the_gpu_cannot_train_is_refused_before_it_samples(monkeypatch):
+    """A million weights need 12 MB beside them; a GPU made up, because the rule is arithmetic."""
+    weight = SimpleNamespace(device=torch.device("cuda", 0), requires_grad=True, numel=lambda: 10**6)
+    model = SimpleNamespace(parameters=lambda: [weight])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**6)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 10**6)
+    for free in (11 * 10**6, 11 * 10**6 - 1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**8))
+        if free == 11 * 10**6:
+            common.check_memory(model)
+        else:
+            with pytest.raises(common.UserError, match="to train all weights"):
+                common.check_memory(model)
+
+
+def test_a_full_memory_is_one_line(cli, nano, tmp_path, monkeypatch):  # noqa: F811
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nand much more")
+
+    monkeypatch.setattr(common, "clipped_step", full)
+    code, message = cli(sft, "--model", nano, "--limit-eval", 2, "--max-new-tokens", 2, "--out", tmp_path / "run")
+    assert code == 2 and message.count("\n") == 1 and "out of memory" in message and "20 GiB" in message
 
 
 def test_weights_are_float32_whatever_the_checkpoint_holds(nano, tmp_path):

@@ -1,0 +1,444 @@
+"""What the loops of the scripts hand to the sampler, to the formulas and to the disk. Each formula has a test of its own
+elsewhere; here the scripts run, and what passes between the parts is looked at: which policy samples with which settings,
+what is trained on and from which weights, which weights are kept, and what is logged."""
+
+import argparse
+import itertools
+import json
+import math
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_scripts import cli, rows_of  # noqa: F401
+
+import common
+import evaluate
+import expert_iteration
+import ppo
+import rcrl
+import reward_model
+import sft
+
+SMALL = ["--max-new-tokens", "60", "--rows", "32", "--limit-eval", "8", "--seed", "7"]
+
+
+def weights_of(policy) -> int:
+    """A number that stands for the weights."""
+    return zlib.crc32(b"".join(tensor.numpy().tobytes() for tensor in policy.model.state_dict().values()))
+
+
+@pytest.fixture
+def start(tmp_path) -> str:
+    """A folder with the embedded model, its weights changed a little: not to be confused with `tiny`."""
+    policy = common.Policy("tiny", "cpu")
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.mul_(1.001)
+    policy.save(tmp_path / "start")
+    return str(tmp_path / "start")
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """What is sampled, call by call: the weights of the policy, the settings, and the samples."""
+    calls, generate = [], common.generate
+
+    def spied(policy, problems, **how):
+        state, samples = weights_of(policy), generate(policy, problems, **how)
+        calls.append(SimpleNamespace(**{"few_shot": False} | how | {"weights": state, "samples": samples}))
+        return samples
+
+    monkeypatch.setattr(common, "generate", spied)
+    return calls
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list:
+    """Made-up accuracies on dev, of which the third is the best, and the weights that had them."""
+    accuracies, states = iter([0.1, 0.2, 0.5, 0.3]), []
+
+    def dev_metrics(policy, *_):
+        states.append(weights_of(policy))
+        return {"maj@1": next(accuracies), "unreadable": 0.0, "cut": 0.0}
+
+    monkeypatch.setattr(common, "dev_metrics", dev_metrics)
+    return states
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """The steps of `common.cross_entropy_step`: weights before it, and examples."""
+    steps, step = [], common.cross_entropy_step
+
+    def spied(policy, optimizer, examples, *more):
+        steps.append(SimpleNamespace(before=weights_of(policy), policy=policy, examples=examples))
+        return step(policy, optimizer, examples, *more)
+
+    monkeypatch.setattr(common, "cross_entropy_step", spied)
+    return steps
+
+
+def saved_weights(folder) -> int:
+    return weights_of(common.Policy(str(folder), "cpu"))
+
+
+# ---- expert iteration
+
+
+@pytest.mark.parametrize("flags", [[], ["--continue"]])
+def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
+    flags, cli, start, tmp_path, drawn, measured, trained  # noqa: F811
+):  # fmt: skip
+    """On all solutions so far; with --continue from the last policy. The third evaluation, after round 2, is the best."""
+    argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 2, "--epochs", 2, "--batch-size", 1000, "--pass-k", 0,
+            "--few-shot", "--rounds", 3, "--max-new-tokens", 40, *flags, "--out", tmp_path / "run"]  # fmt: skip
+    assert cli(expert_iteration, *argv)[0] == 0
+    base, first = weights_of(common.Policy("tiny", "cpu")), saved_weights(start)
+    assert measured[0] == first and len({base, *measured}) == 5
+    assert [call.weights for call in drawn] == measured[:3], (
+        "each round samples from the policy that was measured before"
+    )
+    assert [(call.seed, call.temperature, call.few_shot) for call in drawn] == [
+        ([7, 1], 1.0, True), ([7, 2], 1.0, False), ([7, 3], 1.0, False)
+    ]  # fmt: skip
+    begins = [step.before for step in trained[::2]]  # a round is two epochs of one batch
+    assert begins == ([base] * 3 if not flags else measured[:3]) and len(trained) == 6
+    assert saved_weights(tmp_path / "run" / "model") == measured[2]
+
+    rows, kept = rows_of(tmp_path / "run" / "metrics.jsonl")[1:], 24  # the written solutions
+    for i, (row, call) in enumerate(zip(rows, drawn, strict=True)):
+        good = [s for s in call.samples if s.correct and s.finished]
+        kept += len(good)
+        assert row["kept"] == len(good) > 0 and row["train_size"] == kept
+        epochs = [step.examples for step in trained[2 * i : 2 * i + 2]]
+        assert all(len(examples) == kept for examples in epochs) and sorted(epochs[0]) == sorted(epochs[1])
+        decoded = [trained[0].policy.decode(solution) for _, solution in epochs[0]]
+        assert set(decoded) >= {s.solution for s in good}
+        groups = common.by_problem(call.samples)
+        follow = [common.equations(s.text) == s.problem.steps for s in good]
+        expected = {
+            "correct": np.mean([s.correct for s in call.samples]),
+            "solved": np.mean([any(s.correct for s in group) for group in groups]),
+            "follows_reference": np.mean(follow),
+            "sampled_unreadable": np.mean([s.answer is None for s in call.samples]),
+            "sampled_cut": np.mean([not s.finished for s in call.samples]),
+        }
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    assert rows[0]["sampled_cut"] not in (0, 0.5, 1)
+
+
+def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):  # noqa: F811
+    argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 6, "--rounds", 1, "--epochs", 1, "--pass-k", 0]
+    kept = {}
+    for flag in ("--deduplicate", "--no-deduplicate"):
+        assert cli(expert_iteration, *argv, flag, "--out", tmp_path / flag)[0] == 0
+        kept[flag] = rows_of(tmp_path / flag / "metrics.jsonl")[1]["kept"]
+    right = [
+        row for row in rows_of(tmp_path / flag / "samples" / "round_1.jsonl") if row["correct"] and row["finished"]
+    ]
+    keys = {(row["problem"], common.equations(row["text"])) for row in right}
+    assert kept == {"--deduplicate": len(keys), "--no-deduplicate": len(right)} and len(keys) < len(right)
+
+
+def guesser(nano, folder, answers: dict[str, str]) -> str:
+    """A model that answers each of the questions with 1 or 2 at random."""
+    policy = common.Policy(nano, "cpu")
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    prompts = [policy.encode_prompt(common.prompt_text(common.Problem("", q, 0))) for q in answers]
+    data = [(prompt, policy.encode_solution(f"#### {a}")) for prompt in prompts for a in "12"]
+    for _ in range(80):
+        common.cross_entropy_step(policy, optimizer, data, 3e-3, 4096)
+    policy.save(folder / "start")
+    lines = [json.dumps({"question": q, "answer": f"#### {a}"}) + "\n" for q, a in answers.items()]
+    (folder / "train.jsonl").write_text("".join(lines * 10))
+    return str(folder / "start")
+
+
+def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):  # noqa: F811
+    """Two questions and a policy that answers either with 1 or 2 at random: a round of filtered samples tells it which. That
+    untrained weights get 38 of 40 right has probability 1e-9."""
+    model = guesser(nano, tmp_path, {"Is it odd?": "1", "Is it even?": "2"})
+    argv = ["--model", model, "--base", model, "--dataset", tmp_path, "--max-new-tokens", 8, "--samples", 8, "--epochs", 20,
+            "--lr", "3e-3", "--rounds", 1, "--pass-k", 0]  # fmt: skip
+    assert cli(expert_iteration, *argv, "--out", tmp_path / "run")[0] == 0
+    row = rows_of(tmp_path / "run" / "metrics.jsonl")[1]
+    assert 0.2 < row["correct"] < 0.8 and row["maj@1"] == 1
+    problems = common.load_problems(str(tmp_path), "train")[:2]
+    answers = common.generate(
+        common.Policy(str(tmp_path / "run" / "model"), "cpu"), problems, samples=20, max_new_tokens=8
+    )
+    assert sum(s.correct for s in answers) >= 38
+
+
+# ---- PPO
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, measured, monkeypatch):  # noqa: F811
+    """Three phases, with and without adapters: the task reward, the KL to the initial policy, advantages, returns, clipping,
+    minibatches, learning rate, and the policy that is kept."""
+    seen = {name: [] for name in ("penalised_rewards", "gae", "whiten", "add_gradient", "checkpoint")}
+
+    def spy(owner, name):
+        function = getattr(owner, name)
+
+        def spied(*args, **how):
+            call = SimpleNamespace(args=args, how=how, result=function(*args, **how))
+            seen[name].append(call)
+            return call.result
+
+        monkeypatch.setattr(owner, name, spied)
+
+    for name in ("penalised_rewards", "gae", "whiten", "add_gradient"):
+        spy(ppo, name)
+    save, heads = common.Run.checkpoint, []
+    monkeypatch.setattr(
+        common.Run, "checkpoint",
+        lambda run, **state: (heads.append(state["critic"]["head.weight"].clone()) if "critic" in state else 0, save(run, **state)),
+    )  # fmt: skip
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4, "--phases", 3, "--epochs", 2,
+            "--batch-size", 10, "--temperature", 1.2, "--kl-coef", 0.3, "--lam", 0.9, "--clip", 0.15, "--value-clip", 0.1,
+            "--lr", 2e-3, "--lr-warmup", 12, "--eval-every", 1, "--lora-rank", rank, "--max-new-tokens", 52, "--token-budget", 100000,
+            "--out", tmp_path / "run"]  # fmt: skip
+    assert cli(ppo, *argv)[0] == 0
+    phases = rows_of(tmp_path / "run" / "metrics.jsonl")[1:]
+    initial, policy_steps = common.Policy("tiny", "cpu"), 0
+    n_steps = 6  # 24 samples in batches of 10, twice
+    for p, row in enumerate(phases):
+        call, penalised, gae, whiten = drawn[p], *(seen[name][p] for name in ("penalised_rewards", "gae", "whiten"))
+        samples, steps = call.samples, seen["add_gradient"][p * n_steps : (p + 1) * n_steps]
+        assert call.seed == [7, p + 1] and call.temperature == 1.2
+        assert len(samples) == 24 and len({s.problem.id for s in samples}) == 6
+
+        # reward: at the last token of what is right; the penalty is against the initial policy, at the temperature
+        task, logprobs, reference, kl_coef = penalised.args
+        lengths = [len(s.tokens) for s in samples]
+        assert all(task[i, : n - 1].sum() == 0 and task[i, n:].sum() == 0 for i, n in enumerate(lengths))
+        paid = [float(s.correct and s.finished) for s in samples]
+        assert [task[i, n - 1].item() for i, n in enumerate(lengths)] == paid and kl_coef == 0.3
+        examples = [(list(s.prompt), s.tokens.tolist()) for s in samples]
+        with torch.no_grad():
+            said = common.by_example(common.response_logprobs(initial, examples, 1.2), examples)
+        for i, n in enumerate(lengths):
+            np.testing.assert_allclose(reference[i, :n], said[i], atol=1e-4)
+            np.testing.assert_allclose(logprobs[i, :n], samples[i].logprobs, atol=1e-3)
+        moved = (logprobs - reference).abs().max().item()
+        assert moved < 1e-5 if p < 2 else moved > 1e-2, "the policy moves in the second phase"
+
+        # advantages and returns
+        assert gae.args[0] is penalised.result and gae.args[2:] == (1.0, 0.9)
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        assert whiten.args[0].shape == (sum(lengths),)
+        rollouts = steps[0].args[1]
+        assert torch.equal(rollouts.advantages[real], whiten.result) and rollouts.returns is gae.result[1]
+        assert torch.equal(gae.result[0][~real], torch.zeros((~real).sum()))
+
+        # minibatches: every sample once an epoch; only the value trains in the first phase
+        for epoch in (steps[:3], steps[3:]):
+            assert sorted(itertools.chain(*(step.args[2] for step in epoch))) == list(range(24))
+        for step in steps:
+            assert step.args[3] == sum(lengths[i] for i in step.args[2])
+            assert step.args[4:6] == (0.15, math.inf if p == 0 else 0.1) and step.how["value_only"] == (p == 0)
+        policy_steps += n_steps * (p > 0)
+        assert row["lr"] == pytest.approx(2e-3 * min(1, policy_steps / 12) * (1 - p / 3), rel=1e-5)
+
+        # what is logged
+        groups = np.reshape(paid, (6, 4)).mean(1)
+        expected = {
+            "correct": np.mean(paid),
+            "mixed": np.mean((0 < groups) & (groups < 1)),
+            "cut": np.mean([not s.finished for s in samples]),
+            "unreadable": np.mean([s.answer is None for s in samples]),
+            "kl_k1": (logprobs - reference)[real].mean().item(),
+            "entropy": -logprobs[real].mean().item(),
+        }
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-8)
+    assert phases[0]["cut"] not in (0, 0.5, 1) and any(0 < row["mixed"] < 1 for row in phases)
+    assert measured[0] == measured[1] == weights_of(initial) and len(set(measured)) == 3
+    assert saved_weights(tmp_path / "run" / "model") == measured[2]
+    assert (
+        len(heads) == 3
+        and heads[0].any()
+        and not torch.equal(heads[1], heads[0])
+        and not torch.equal(heads[2], heads[1])
+    )
+
+
+def test_the_reference_of_a_question_without_a_solution_is_its_best_sample(tiny, tmp_path, drawn):
+    class Judge:
+        def grade(self, samples, token_budget):
+            for sample in samples:
+                sample.score = (sample.number * 3 + 2) % 5 / 5  # 0.4, 0, 0.6, 0.2, 0.8: the fifth is the best
+
+    problems = common.load_problems("arithmetic", "train", 3)
+    (tmp_path / "samples").mkdir()
+    args = argparse.Namespace(reference_samples=5, temperature=0.7, max_new_tokens=30, rows=16, seed=4, few_shot=False, token_budget=1024)  # fmt: skip
+    best = ppo.best_of_n(tiny, problems, Judge(), SimpleNamespace(out=tmp_path, interrupted=False), args)
+    samples = [s for call in drawn for s in call.samples]
+    assert best == {s.problem.id: s.solution for s in samples if s.number == 4} and len(best) == 3
+    assert [call.seed for call in drawn] == [[4, 0, 1]], "not the samples that the reward model was trained on"
+
+
+def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny, tmp_path, drawn):
+    problems = common.load_problems("arithmetic", "train", 2)
+    (tmp_path / "samples").mkdir()
+    args = argparse.Namespace(select_samples=2, temperature=0.7, max_new_tokens=30, rows=16, seed=4, few_shot=False, reward="sparse")  # fmt: skip
+    run = SimpleNamespace(out=tmp_path, interrupted=False)
+    for judges in (ppo.Judges(), ppo.Judges(orm=common.RewardModel("tiny", "cpu", new=True))):
+        ppo.score_pool(tiny, problems, judges, run, args)
+        (tmp_path / "samples" / "pool.jsonl").unlink()
+    assert [call.seed for call in drawn] == [[4, 0], [4, 0, 2]]
+
+
+# ---- return-conditioned RL
+
+
+def test_rcrl_samples_from_the_model_and_trains_the_base(cli, start, tmp_path, drawn, measured, trained):  # noqa: F811
+    """Completions go on from the beginning that they are to judge; labels are checked with other samples."""
+    argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 3, "--completions", 2, "--epochs", 4, "--ratio", 1,
+            "--check-labels", 3, "--batch-size", 1000, "--max-new-tokens", 40, "--out", tmp_path / "run"]  # fmt: skip
+    assert cli(rcrl, *argv)[0] == 0
+    samples, completions, checks = drawn
+    assert {call.weights for call in drawn} == {saved_weights(start)}
+    assert [call.seed for call in drawn] == [[7, 0], [7, 1], [7, 2]] and {call.temperature for call in drawn} == {1.0}
+    policy = common.Policy("tiny", "cpu")
+    for sample in completions.samples:
+        prompt = policy.encode_prompt(common.prompt_text(sample.problem)) + policy.encode_prefix(sample.prefix)
+        assert list(sample.prompt) == prompt and sample.prefix.endswith("\n")
+    q = {}
+    for sample in completions.samples:
+        q.setdefault((sample.problem.id.rsplit("/", 1)[0], sample.prefix), []).append(
+            sample.correct and sample.finished
+        )
+    labelled = rows_of(tmp_path / "run" / "samples" / "labelled.jsonl")
+    for row in labelled:
+        texts = list(itertools.accumulate(line["text"] for line in row["lines"]))
+        for line, text in zip(row["lines"][:-1], texts, strict=False):
+            assert line["q"] == np.mean(q[row["problem"], text])
+    row = rows_of(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["sampled_cut"] == pytest.approx(np.mean([not s.finished for s in samples.samples]), rel=1e-5)
+    assert row["sampled_cut"] not in (0, 0.5, 1) and row["completions"] == len(completions.samples) + 64 * 3
+    assert len(trained) == 4 and all(len(step.examples) == len(labelled) for step in trained)
+    assert saved_weights(tmp_path / "run" / "model") == measured[2]
+
+
+def test_rcrl_begins_with_the_weights_of_the_base(cli, start, tmp_path, monkeypatch, measured):  # noqa: F811
+    first = []
+
+    def stop(policy, *_):
+        first.append(policy.model.model.layers[0].self_attn.q_proj.weight.clone())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "cross_entropy_step", stop)
+    argv = [
+        "--model",
+        start,
+        *SMALL,
+        "--limit-train",
+        16,
+        "--samples",
+        2,
+        "--labels",
+        "outcome",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert cli(rcrl, *argv)[0] == 130
+    base, model = (common.Policy(name, "cpu").model.model.layers[0].self_attn.q_proj.weight for name in ("tiny", start))
+    assert torch.equal(first[0], base) and not torch.equal(first[0], model)
+
+
+# ---- reward models
+
+
+def test_the_reward_model_learns_that_what_is_right_is_right(cli, start, tmp_path, drawn, monkeypatch):  # noqa: F811
+    """The student samples, --base is trained, a label is the answer check, and the best epoch is kept."""
+    step, steps, aucs, states = reward_model.orm_step, [], iter([0.6, 0.9, 0.7]), []
+    assert next(aucs)
+
+    def spied(orm, optimizer, examples, labels, weights, *more):
+        steps.append(SimpleNamespace(before=weights_of(orm), orm=orm, examples=examples, labels=labels))
+        return step(orm, optimizer, examples, labels, weights, *more)
+
+    def quality(*_):
+        states.append(weights_of(steps[-1].orm))
+        return {"auc": next(aucs), "best_of_n": [{"n": 1, "orm": 0.0, "majority": 0.0, "oracle": 0.0}]}
+
+    monkeypatch.setattr(reward_model, "orm_step", spied)
+    monkeypatch.setattr(reward_model, "quality", quality)
+    argv = ["--model", start, "--base", "tiny", *SMALL, "--limit-train", 24, "--samples", 3, "--eval-samples", 2, "--epochs", 2,
+            "--batch-size", 1000, "--max-new-tokens", 40, "--out", tmp_path / "run"]  # fmt: skip
+    assert cli(reward_model, *argv)[0] == 0
+    assert {call.weights for call in drawn} == {saved_weights(start)} and [call.seed for call in drawn] == [
+        [7, 0],
+        [7, 1],
+    ]
+    new = common.RewardModel("tiny", "cpu", new=True)
+    assert steps[0].before == weights_of(new) and len(steps) == 2
+    answers = {s.problem.question: s.problem.answer for s in drawn[0].samples}
+    distinct = {(s.problem.id, s.solution, s.correct) for s in drawn[0].samples}
+    for each in steps:
+        assert len(each.examples) == len(distinct) and 0 < np.mean(each.labels) < 1
+        for (prompt, solution), label in zip(each.examples, each.labels, strict=True):
+            question = new.decode(prompt).removeprefix("Question: ").removesuffix("\nAnswer:\n")
+            if label:  # what was cut is wrong, whatever it says
+                assert common.is_correct(new.decode(solution), answers[question])
+    assert sum(steps[0].labels) == sum(correct for *_, correct in distinct)
+    assert weights_of(common.RewardModel(str(tmp_path / "run" / "model"), "cpu")) == states[0] != states[1]
+    row = rows_of(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["sampled_cut"] == pytest.approx(np.mean([not s.finished for s in drawn[0].samples]), rel=1e-5)
+
+    problem = common.load_problems("arithmetic", "train", 1)[0]
+    pair = [common.Sample(problem, i, text, True) for i, text in enumerate((problem.reference, "#### 99"))]
+    optimizer = torch.optim.AdamW(new.model.parameters(), lr=1e-3)
+    for _ in range(20):
+        step(new, optimizer, [new.encode(s) for s in pair], [1.0, 0.0], [1.0, 1.0], 1e-3, 1024)
+    right, wrong = (scores[-1] for scores in new.scores(pair))
+    assert right > 0.8 and wrong < 0.2
+
+
+# ---- SFT and evaluation
+
+
+def test_an_epoch_of_sft_has_every_solution_once(cli, tmp_path, measured, trained):  # noqa: F811
+    argv = ["--model", "tiny", *SMALL, "--epochs", 3, "--batch-size", 7, "--out", tmp_path / "run"]
+    assert cli(sft, *argv)[0] == 0
+    assert [len(step.examples) for step in trained] == [7, 7, 7, 3] * 3
+    epochs = [[tuple(s) for step in trained[i : i + 4] for _, s in step.examples] for i in (0, 4, 8)]
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1 and len({tuple(epoch) for epoch in epochs}) == 3
+    assert saved_weights(tmp_path / "run" / "model") == measured[2]
+
+
+def test_an_evaluation_is_one_greedy_and_n_drawn_solutions(cli, tmp_path, drawn):  # noqa: F811
+    argv = ["--model", "tiny", *SMALL, "--limit-eval", 12, "--samples", 3, "--temperature", 0.9, "--max-new-tokens", 36]
+    for name, flags in (("plain", []), ("few", ["--few-shot"])):
+        assert cli(evaluate, *argv, *flags, "--out", tmp_path / f"{name}.json")[0] == 0
+    assert [(call.temperature, len(call.samples), call.seed, call.few_shot) for call in drawn] == [
+        (0, 12, 7, False), (0.9, 36, 7, False), (0, 12, 7, True), (0.9, 36, 7, True)
+    ]  # fmt: skip
+    report = json.loads((tmp_path / "plain.json").read_text())
+    greedy, samples = drawn[0].samples, drawn[1].samples
+    for key, group in (("cut@1", greedy), ("cut", samples)):
+        assert report[key]["value"] == pytest.approx(np.mean([not s.finished for s in group]))
+        assert report[key]["value"] not in (0, 0.5, 1)
+    for key, group in (("unreadable@1", greedy), ("unreadable", samples)):
+        assert report[key]["value"] == pytest.approx(np.mean([s.answer is None for s in group]))
+    assert report["maj@1"]["value"] == pytest.approx(np.mean([s.correct for s in greedy]))
+
+
+def test_dev_is_measured_greedily(tiny, tmp_path, drawn):
+    problems = common.load_problems("arithmetic", "dev", 13)  # odd: no share of them is a half
+    args = argparse.Namespace(max_new_tokens=46, rows=16, seed=5, temperature=0.9)
+    common.dev_metrics(tiny, problems[:2], args, 1, tmp_path / "few.jsonl", True)
+    metrics = common.dev_metrics(tiny, problems, args, 4, tmp_path / "dev.jsonl")
+    *_, greedy, samples = drawn
+    assert (greedy.temperature, samples.temperature, samples.samples[-1].number) == (0, 0.9, 3)
+    assert [call.few_shot for call in drawn] == [True, True, False, False] and {call.seed for call in drawn} == {5}
+    assert metrics["cut"] == np.mean([not s.finished for s in greedy.samples]) not in (0, 0.5, 1)
+    assert metrics["maj@1"] == np.mean([s.correct for s in greedy.samples])
+    counts = [sum(s.correct for s in group) for group in common.by_problem(samples.samples)]
+    for k in (1, 2, 4):
+        assert metrics[f"pass@{k}"] == pytest.approx(np.mean([common.pass_at_k(4, c, k) for c in counts]))
