@@ -234,8 +234,16 @@ def test_a_run_does_not_go_on_with_other_problems(cli, nano, tmp_path):
     assert code == 2 and "other settings (dataset_fingerprint)" in message
 
 
+def short_run(script) -> list[str]:
+    """Flags with which a training script ends within seconds, and comes to its end."""
+    few = {expert_iteration: "--rounds 1", ppo: "--phases 1 --questions 4", rcrl: "--completions 2"}
+    argv = "--model tiny --limit-train 8 --limit-eval 4 --epochs 1 --max-new-tokens 60".split()
+    argv += [] if script is sft else ["--samples", "4"]
+    return argv + (few | {reward_model: "--eval-samples 2", sft: ""})[script].split()
+
+
 @pytest.mark.parametrize("script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
-def test_no_script_trains_or_chooses_on_the_test_split(script, cli, nano, tmp_path, monkeypatch):
+def test_no_script_trains_or_chooses_on_the_test_split(script, cli, tmp_path, monkeypatch):
     """Trap: the best checkpoint chosen on the problems that it is then tested on."""
     asked, load = [], common.load_problems
 
@@ -244,10 +252,7 @@ def test_no_script_trains_or_chooses_on_the_test_split(script, cli, nano, tmp_pa
         return load(dataset, split, limit)
 
     monkeypatch.setattr(common, "load_problems", spied)
-    argv = ["--model", nano, "--max-new-tokens", "2", "--limit-eval", "2", "--epochs", "1", "--out", tmp_path / "run"]
-    argv += [] if script is sft else ["--limit-train", "4", "--samples", "1"]
-    argv += ["--phases", "1"] if script is ppo else []
-    cli(script, *argv)  # a model that knows nothing gives some of them nothing to train on
+    assert cli(script, *short_run(script), "--out", tmp_path / "run")[0] == 0
     assert set(asked) == {"train", "dev"}
 
 
@@ -261,11 +266,7 @@ def test_micro_batches_are_small_on_a_cpu_unless_told_otherwise(script, flags, e
         return split(lengths, budget)
 
     monkeypatch.setattr(common, "token_batches", spied)
-    argv = ["--device", "cpu", "--model", "tiny", "--limit-train", "8", "--limit-eval", "4", "--epochs", "1"]
-    argv += ["--max-new-tokens", "60", *flags] + ([] if script is sft else ["--samples", "4"])
-    few = {expert_iteration: "--rounds 1", ppo: "--phases 1 --questions 4", rcrl: "--completions 2"}
-    argv += (few | {reward_model: "--eval-samples 2", sft: ""})[script].split()
-    assert cli(script, *argv, "--out", tmp_path / "run")[0] == 0
+    assert cli(script, *short_run(script), *flags, "--out", tmp_path / "run")[0] == 0
     assert budgets == {expected}
 
 
@@ -281,6 +282,31 @@ def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
     saved = common.Policy(str(tmp_path / "run" / "model"), "cpu").model.state_dict()
     same = [all(torch.equal(saved[name], state[name]) for name in saved) for state in states]
     assert same == [False, True, False, False]
+
+
+def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(cli, tmp_path, monkeypatch):
+    """In the second round of two steps each; what the first accepted is read back."""
+    argv = [*EI, "--limit-train", "24", "--pass-k", "0", "--epochs", "2", "--batch-size", "1000", "--rounds", "2"]
+    assert cli(expert_iteration, *argv, "--out", tmp_path / "whole")[0] == 0
+    broken, train, calls = (
+        [*argv, "--checkpoint-every", "0", "--out", tmp_path / "broken"],
+        common.cross_entropy_step,
+        [],
+    )
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    monkeypatch.setattr(common, "cross_entropy_step", interrupted)
+    assert cli(expert_iteration, *broken)[0] == 130
+    monkeypatch.setattr(common, "cross_entropy_step", train)
+    assert cli(expert_iteration, *broken, "--resume")[0] == 0
+    assert without_time(tmp_path / "broken" / "metrics.jsonl") == without_time(tmp_path / "whole" / "metrics.jsonl")
+    for name in ("model/model.safetensors", "samples/round_2.jsonl"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_expert_iteration_says_when_it_gained_nothing(cli, tmp_path, monkeypatch):
@@ -309,7 +335,7 @@ def test_no_flag_reads_false_as_true(script, monkeypatch):
 def test_greedy_samples_are_not_drawn_more_than_once(cli, tmp_path):
     for script, flags in ((evaluate, []), (reward_model, []), (rcrl, []), (ppo, []), (sft, ["--samples", "2"])):
         code, message = cli(script, "--temperature", "0", *flags, "--out", tmp_path / "run")
-        assert code == 2 and "--temperature 0: all samples" in message or "greedy samples" in message, message
+        assert code == 2 and ("--temperature 0: all samples" in message or "greedy samples" in message), message
 
 
 def test_a_folder_that_holds_only_metrics_is_not_touched(cli, nano, tmp_path):
