@@ -533,7 +533,6 @@ class Policy:
         autocast = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=autocast)
         self.records_steps = True  # on a GPU; until it fails once
-        self.most_rows = math.inf  # that fit into memory, once they did not
         folder = model_folder(name, flag)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -977,10 +976,10 @@ class PagedCache:
             self.on_growth()
 
     def take(self, pool: str, count: int) -> list[int]:
-        """The numbers of so many free slots or pages; a pool that has too few becomes twice as large."""
+        """The numbers of so many free slots or pages; a pool that has too few grows by a quarter at least."""
         if len(self.free[pool]) < count:
             size = len(getattr(self, pool)[0][0])
-            self.reserve(pool, size + max(count, size))
+            self.reserve(pool, size + max(count, size // 4))
         return [heapq.heappop(self.free[pool]) for _ in range(count)]
 
     def give_back(self, pool: str, numbers: Iterable[int]) -> None:
@@ -1420,6 +1419,7 @@ def packed_weights(policy: Policy):
             del layer.forward
 
 
+_most_rows = math.inf  # that fit into memory, once more did not
 GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
 
 
@@ -1477,6 +1477,7 @@ def generate(
     goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
     asked before every step; when true, KeyboardInterrupt. Of several processes each samples for every n-th problem, and all
     get all samples. Raises UserError if a prompt does not fit into the model's positions."""
+    global _most_rows
     rank, n_processes = process_rank(), process_count()
     prefixes = prefixes or [""] * len(problems)
     prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
@@ -1502,7 +1503,7 @@ def generate(
 
     fast, interrupted = not mine or policy.decodes_fast, False
     while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
-        rows = min(rows, policy.most_rows, sum(map(len, wanted.values())))
+        rows = min(rows, _most_rows, sum(map(len, wanted.values())))
         try:
             with policy.autocast(), packed_weights(policy), casts_kept(policy):
                 decode(
@@ -1514,7 +1515,7 @@ def generate(
             if rows == 1 or not is_out_of_memory(error):
                 raise
             warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)")
-            policy.most_rows = rows // 2
+            _most_rows = rows // 2
         except KeyboardInterrupt:
             interrupted = True  # the others must hear of it before this one leaves
             break

@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     else:
         policy = common.Policy(args.model, args.device, args.dtype)
         common.check_memory(policy.model)  # like a wrong --base, this must not show only after hours of sampling
-        common.Policy(args.base, "cpu", flag="--base")
+        common.on_first(lambda: bool(common.Policy(args.base, "cpu", flag="--base")))
     if run.state:
         policy.condition("none")
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
