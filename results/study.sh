@@ -28,7 +28,7 @@ easy() { # seed
     part SEEDS=$1 orm
     part SEEDS=$1 VARIANTS="ratio1 ratio10 ratio100" rcrl
     part SEEDS=$1 rerank
-    part SEEDS=$1 ppo_variants
+    part SEEDS=$1 VARIANTS="kl0 attached dense orm orm_dense" ppo_variants
     part SEEDS=$1 ppo_longer
 }
 
