@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from test_generation import ARCHITECTURES, SMALL, random_policy, write_model
+from test_loops import guesser
 from test_scripts import cli, rows_of, without_time  # noqa: F401
 
 import common
@@ -286,17 +287,8 @@ def test_without_clipping_the_gradient_is_the_exact_policy_gradient():
 def test_ppo_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):  # noqa: F811
     """Two questions and a policy that answers either with 1 or 2 at random: the optimum is to know which. The whole script;
     reward .5 at first. That untrained weights get 40 out of 40 right has probability 1e-12."""
-    answers = {"Is it odd?": "1", "Is it even?": "2"}
-    lines = [json.dumps({"question": q, "answer": f"#### {a}"}) + "\n" for q, a in answers.items()]
-    (tmp_path / "train.jsonl").write_text("".join(lines * 10))
-    policy = common.Policy(nano)
-    optimizer = torch.optim.AdamW(policy.model.parameters())
-    prompts = [policy.encode_prompt(common.prompt_text(common.Problem("", q, 0))) for q in answers]
-    data = [(prompt, policy.encode_solution(f"#### {a}")) for prompt in prompts for a in "12"]
-    for _ in range(80):
-        common.cross_entropy_step(policy, optimizer, data, 3e-3, 4096)
-    policy.save(tmp_path / "start")
-    argv = ["--model", tmp_path / "start", "--dataset", tmp_path, "--max-new-tokens", 8, "--questions", 18, "--phases", 40,
+    model = guesser(nano, tmp_path, {"Is it odd?": "1", "Is it even?": "2"})
+    argv = ["--model", model, "--dataset", tmp_path, "--max-new-tokens", 8, "--questions", 18, "--phases", 40,
             "--temperature", 1, "--lr", "1e-3", "--batch-size", 12, "--eval-every", 40]  # fmt: skip
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     _, first, *_, last = rows_of(tmp_path / "run" / "metrics.jsonl")
