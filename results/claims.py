@@ -158,6 +158,12 @@ for variant in ("kl0", "attached"):
         dev("arithmetic/ppo", "maj@1", phase=20),
     )
     show(f"last KL to the initial policy, {variant}", dev(f"ppo_variants/{variant}", "kl_k3"))
+for metric in ("maj@1", "pass@16"):
+    show(
+        f"test {metric}, adapters of rank 16 - all weights",
+        test("ppo_variants/lora", metric),
+        test("arithmetic/ppo", metric),
+    )
 show("last KL to the initial policy, ppo", dev("arithmetic/ppo", "kl_k3"))
 
 print("C9 RL without SFT closes most of the gap to SFT + RL (less than 10 points remain)")

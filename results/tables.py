@@ -130,6 +130,7 @@ def main() -> None:
             "`--reward dense`": "ppo_variants/dense",
             "`--reward orm`": "ppo_variants/orm",
             "`--reward orm_dense`": "ppo_variants/orm_dense",
+            "`--lora-rank 16 --lr 2e-3`": "ppo_variants/lora",
         }
     )
     print_rerank(
