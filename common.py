@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import functools
 import heapq
+import inspect
 import io
 import itertools
 import json
@@ -1202,7 +1203,9 @@ def decode(
     The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
     step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
     for each of the few sizes that rounding leaves."""
-    device, config = policy.device, policy.model.config.get_text_config()
+    device, config, base = policy.device, policy.model.config.get_text_config(), policy.model.base_model
+    # its name in transformers 5.24 and newer, and before
+    cache_argument = "cache" if "cache" in inspect.signature(type(base).forward).parameters else "past_key_values"
     on_gpu = fast and device.type in GRAPH_DEVICES
     stride = 16 if on_gpu else 1
     width = max_new_tokens + stride - 1  # a row may run on until the host looks
@@ -1240,9 +1243,9 @@ def decode(
         ids = torch.tensor([(prompts[i][:-1] + [0] * length)[:length] for i in batch], device=device)
         where = torch.arange(length, device=device)[None].expand(len(ids), -1)
         cache.recorded = []
-        policy.model.base_model(
-            input_ids=ids, position_ids=where, attention_mask=attention_masks(config, where, length),
-            past_key_values=cache, use_cache=True,
+        base(
+            input_ids=ids, position_ids=where, attention_mask=attention_masks(config, where, length), use_cache=True,
+            **{cache_argument: cache},
         )  # fmt: skip
         slot_of.update(zip(batch, cache.keep_prompts(), strict=True))
 
@@ -1271,8 +1274,8 @@ def decode(
         """One token for each of the first n rows. Device only; the shapes depend on n and the view's."""
         cache.begin_step(ages[:n], starts[:n], view)
         where = (starts[:n] + ages[:n]).clamp_(max=policy.max_length - 1)
-        hidden = policy.model.base_model(
-            input_ids=inputs[:n, None], position_ids=where[:, None], past_key_values=cache, use_cache=True,
+        hidden = base(
+            input_ids=inputs[:n, None], position_ids=where[:, None], use_cache=True, **{cache_argument: cache},
             attention_mask=attention_masks(config, where[:, None] * 0, 1),  # not used, but without one it makes its own
         ).last_hidden_state[:, -1]  # fmt: skip
         accept(n, hidden)
