@@ -1800,13 +1800,15 @@ def read_json(path: Path) -> dict:
 
 
 class Run:
-    """The folder --out: args.json, metrics.jsonl, samples/, model/ and checkpoint/state.pt (of a finished run only the
-    mark that it is finished).
+    """The folder --out: args.json, metrics.jsonl, samples/, model/ and checkpoint/state.pt (of a finished run without
+    the weights).
 
     A run that was killed at any moment and is started again with --resume goes on from its last checkpoint and ends
-    with the same weights and metrics. `self.state` is what that checkpoint holds, None in a fresh run."""
+    with the same weights and metrics. `self.state` is what that checkpoint holds, None in a fresh run.
+    may_grow: a setting that may be larger after --resume, because what was done does not depend on it."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, may_grow: str | None = None):
+        self.may_grow = may_grow
         self.out, self.checkpoint_every = Path(args.out), args.checkpoint_every
         self.state_file = self.out / "checkpoint" / "state.pt"
         self.metrics_file, self.settings_file = self.out / "metrics.jsonl", self.out / "args.json"
@@ -1838,8 +1840,11 @@ class Run:
         if occupied and resume:
             before = read_json(self.settings_file)
             both = self.settings.keys() | before.keys()
-            changed = sorted(k for k in both if before.get(k) != self.settings.get(k))
-            if changed not in ([], ["token_budget"]):  # which fits the machine, and changes nothing but rounding
+            same = {"token_budget", "rows"}  # which fit the machine, and change nothing but rounding
+            if self.may_grow and self.settings[self.may_grow] >= before.get(self.may_grow, math.inf):
+                same.add(self.may_grow)
+            changed = sorted(k for k in both - same if before.get(k) != self.settings.get(k))
+            if changed:
                 raise UserError(f"--resume: {self.out} was started with other settings ({', '.join(changed)})")
             if self.state_file.exists():
                 try:
@@ -1911,9 +1916,9 @@ class Run:
             gather([None])  # nobody leaves before the first process has saved
             raise KeyboardInterrupt
 
-    def finish(self) -> None:
-        """Mark the run as complete: the checkpoint is no longer needed."""
-        self.checkpoint(now=True, finished=True)
+    def finish(self, **state) -> None:
+        """Mark the run as complete: of the checkpoint only `state` is needed any longer."""
+        self.checkpoint(now=True, finished=True, **state)
 
     @property
     def is_finished(self) -> bool:

@@ -30,6 +30,7 @@ One GPU, the paper's setting as far as we know it (README.md), after sft.py; and
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def parse_args(argv: list[str]):
     )  # fmt: skip
     add, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
     add("--base", default="tiny", help="pretrained model that every round trains from")
-    add("--rounds", type=common.number(int, 1), default=2, help="at most (paper: 2 from SFT, 5 without)")
+    add("--rounds", type=common.number(int, 1), default=2,
+        help="at most (paper: 2 from SFT, 5 without); with --resume also more than before")  # fmt: skip
     add("--continue", dest="from_previous", action="store_true", help="train on from the last round's policy, not the base")  # fmt: skip
     add("--sft-data", action=yes_or_no, help="mix in the written solutions (default: unless --model is the base)")
     add("--deduplicate", action=yes_or_no, default=False,
@@ -92,10 +94,13 @@ def main(argv: list[str]) -> None:
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
     if args.sft_data is None:
         args.sft_data = args.model != args.base
-    run = common.Run(args)
-    if run.is_finished:
+    run = common.Run(args, may_grow="rounds")
+    if run.is_finished and run.state.get("progress", {}).get("round", math.inf) > args.rounds:
         print(f"{args.out} is complete")
         return
+    if run.is_finished:  # and more rounds are asked for: the last one was the best, and model/ holds its weights
+        folder = str(run.out / "model")
+        run.state["model"] = common.on_first(lambda: common.Policy(folder, "cpu").model.state_dict())
     if run.state and not args.from_previous:  # the checkpoint holds weights that were trained from the base
         policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
     else:
@@ -118,6 +123,8 @@ def main(argv: list[str]) -> None:
     if run.state:
         progress |= run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
+        if run.is_finished:
+            run.checkpoint(now=True, progress=progress, model=policy.model.state_dict())
     else:
         start = common.dev_metrics(policy, dev, args, args.pass_k, run.out / "samples" / "dev_0.jsonl", args.few_shot)
         run.log(step=0, samples=0, tokens=0, round=0, **start)
@@ -135,14 +142,14 @@ def main(argv: list[str]) -> None:
 
     for round_number in range(progress["round"], args.rounds + 1):
         # 1. sample K solutions per question (read back where a restart finds them on disk)
-        started = time.monotonic()
+        started = run.clock()
         samples = common.sample_to_file(
             policy, train, run.out / "samples" / f"round_{round_number}.jsonl", run,
             samples=args.samples, temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows,
             seed=[args.seed, round_number], few_shot=args.few_shot and round_number == 1,
             progress=f"round {round_number}",
         )  # fmt: skip
-        progress["timing"].setdefault("seconds_sampling", time.monotonic() - started)
+        progress["timing"].setdefault("seconds_sampling", run.clock() - started)
 
         # 2. keep the correct ones, add them to the data
         new = accept(samples)
@@ -199,12 +206,14 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
         if metrics["maj@1"] <= progress["best"]:
             print(f"round {round_number} did not improve dev accuracy: stopping")
+            run.finish()
             break
         progress["best"] = metrics["maj@1"]
         policy.save(run.out / "model")
         progress |= {"round": round_number + 1, "place": 0, "losses": [], "timing": {}}
         run.checkpoint(now=True, progress=progress, model=policy.model.state_dict())
-    run.finish()
+    else:
+        run.finish(progress=progress)
     if progress["best"] < progress["start"]:
         common.warn(f"no round was better than what it started from, with maj@1 {progress['start']:.3f} on dev")
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_scripts import cli, rows_of  # noqa: F401
+from test_scripts import cli, rows_of, without_time  # noqa: F401
 
 import common
 import evaluate
@@ -131,6 +131,32 @@ def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
 
 
 def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("flags", [[], ["--continue"]])
+def test_a_finished_run_of_expert_iteration_goes_on_with_more_rounds(flags, cli, tmp_path):  # noqa: F811
+    """As if they had been asked for at once, bit for bit; fewer rounds are refused."""
+    argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 2, "--epochs", 1, "--pass-k", 0, *flags]
+    at_once, later = tmp_path / "at_once", tmp_path / "later"
+    assert cli(expert_iteration, *argv, "--rounds", 2, "--out", at_once)[0] == 0
+    assert cli(expert_iteration, *argv, "--rounds", 1, "--out", later)[0] == 0
+    assert len(rows_of(later / "metrics.jsonl")) == 2
+    assert cli(expert_iteration, *argv, "--rounds", 2, "--out", later, "--resume")[0] == 0
+    assert without_time(later / "metrics.jsonl") == without_time(at_once / "metrics.jsonl")
+    assert len(rows_of(later / "metrics.jsonl")) == 3
+    for name in ("model/model.safetensors", "samples/round_2.jsonl", "args.json"):
+        assert (later / name).read_bytes() == (at_once / name).read_bytes(), name
+    code, message = cli(expert_iteration, *argv, "--rounds", 1, "--out", later, "--resume")
+    assert code == 2 and "rounds" in message
+
+
+def test_expert_iteration_that_has_stopped_by_itself_stays_so(cli, tmp_path, measured):  # noqa: F811
+    out = tmp_path / "run"
+    argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 2, "--epochs", 1, "--pass-k", 0, "--out", out]
+    assert cli(expert_iteration, *argv, "--rounds", 4)[0] == 0
+    assert [row["maj@1"] for row in rows_of(out / "metrics.jsonl")] == [0.1, 0.2, 0.5, 0.3]  # not better: the last one
+    assert cli(expert_iteration, *argv, "--rounds", 5, "--resume")[0] == 0
+    assert len(measured) == 4 and saved_weights(out / "model") == measured[2]
+
+
     argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 6, "--rounds", 1, "--epochs", 1, "--pass-k", 0]
     kept = {}
     for flag in ("--deduplicate", "--no-deduplicate"):
