@@ -1011,8 +1011,8 @@ class PagedCache:
             (_, heads, _, width), (_, _, _, value_width) = keys.shape, values.shape
             prompts = (heads, self.longest_prompt, width), (heads, self.longest_prompt, value_width)
             own = (heads, PAGE, width), (heads, value_width, PAGE)
-            self.prompts.append([values.new_zeros(0, *shape) for shape in prompts])
-            self.own.append([values.new_zeros(0, *shape) for shape in own])
+            self.prompts.append([values.new_zeros(0, *shape, dtype=dtype) for shape in prompts])
+            self.own.append([values.new_zeros(0, *shape, dtype=dtype) for shape in own])
         if not len(self.own[0][0]):
             self.reserve("own", 1)
             self.take("own", 1)  # page 0 belongs to no sample: it stands for "none" in a row's table

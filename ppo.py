@@ -380,7 +380,8 @@ class Lora(torch.nn.Module):
         def hook(module, inputs, output):
             if not self.on:
                 return output
-            return output + torch.nn.functional.linear(torch.nn.functional.linear(inputs[0], self.down[i]), self.up[i])
+            change = torch.nn.functional.linear(torch.nn.functional.linear(inputs[0], self.down[i]), self.up[i])
+            return output.float() + change.float()  # a sum in bfloat16 would round most of a small change off
 
         return hook
 
@@ -396,17 +397,17 @@ class Lora(torch.nn.Module):
     @contextlib.contextmanager
     def merged(self):
         """The adapters within the weights, as they are saved. In float32 that is the same policy; in bfloat16, whose neighbours
-        of 0.1 are 0.0005 away, small changes of a weight are rounded off, where beside the weights they are not."""
-        kept = [module.weight.data for module, _ in self.targets]
+        of 0.1 are 0.0005 away, a part of a small change is rounded off. The weights wait on the CPU until they return."""
+        kept = [module.weight.data.to("cpu", copy=True) for module, _ in self.targets]
         try:
             for (module, transposed), down, up in zip(self.targets, self.down, self.up, strict=True):
                 delta = up.data @ down.data
-                module.weight.data = module.weight.data + (delta.T if transposed else delta)
+                module.weight.data += delta.T if transposed else delta
             with self.off():
                 yield
         finally:
             for (module, _), weight in zip(self.targets, kept, strict=True):
-                module.weight.data = weight
+                module.weight.data.copy_(weight)
 
 
 # ---- Pre-PPO: which questions of a pool to train on ------------------------------------------------------------------

@@ -198,6 +198,46 @@ def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_fact
         torch.testing.assert_close(common.response_logprobs(plain, EXAMPLES), adapted, atol=1e-4, rtol=1e-4)
 
 
+def test_adapters_are_not_rounded_off_in_bfloat16(tiny):
+    """Small changes of all weights at once, up the gradient, beside weights from a bfloat16 checkpoint, as published ones are:
+    the log-probability rises by 0.83 to 0.95 of what it does in float32. With the sum in bfloat16 by 0.2 to 0.3."""
+    problems = common.load_problems("arithmetic", "train", 64)
+    examples = [(tiny.encode_prompt(common.prompt_text(p)), tiny.encode_solution(p.reference)) for p in problems]
+    gains, signs = {}, []
+    for dtype in ("float32", "bfloat16"):
+        policy = common.Policy("tiny", "cpu", dtype)
+        for weight in policy.model.parameters():
+            weight.data = weight.data.bfloat16().float()
+        torch.manual_seed(0)
+        lora = ppo.Lora(policy, 16)
+        with torch.no_grad():
+            before = common.response_logprobs(policy, examples)
+        if not signs:
+            common.response_logprobs(policy, examples).sum().backward()
+            signs = [up.grad.sign() for up in lora.up]
+        for up, sign in zip(lora.up, signs, strict=True):
+            up.data = 1e-4 * sign
+        with torch.no_grad():
+            gains[dtype] = (common.response_logprobs(policy, examples) - before).double().mean().item()
+    assert gains["float32"] > 1e-3 and 0.6 < gains["bfloat16"] / gains["float32"] < 1.4
+
+
+def test_adapters_leave_the_cache_in_bfloat16(monkeypatch):
+    """Their sums are float32, and keys and values of that type would take twice the memory."""
+    policy, dtypes, keep = common.Policy("tiny", "cpu", "bfloat16"), set(), common.PagedCache.keep_prompts
+
+    def watching(self):
+        slots = keep(self)
+        dtypes.update(t.dtype for layer in self.prompts + self.own for t in layer)
+        return slots
+
+    ppo.Lora(policy, 3)
+    policy.decodes_fast  # noqa: B018, in float32
+    monkeypatch.setattr(common.PagedCache, "keep_prompts", watching)
+    common.generate(policy, common.load_problems("arithmetic", "dev", 2), max_new_tokens=4)
+    assert dtypes == {torch.bfloat16}
+
+
 def test_experts_and_their_routers_get_no_adapters(tmp_path):
     sizes = SMALL | dict(num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4)
     write_model(lambda v: transformers.MixtralConfig(vocab_size=v, **sizes), tmp_path)
