@@ -534,6 +534,8 @@ class Policy:
         autocast = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=autocast)
         self.records_steps = True  # on a GPU; until it fails once
+        # rows of `generate` that fit into memory, in float32 arithmetic or not; known once more did not
+        self.most_rows = collections.defaultdict(lambda: math.inf)
         folder = model_folder(name, flag)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -1007,7 +1009,8 @@ class PagedCache:
         """Move the recorded keys and values into slots; their numbers."""
         recorded, self.recorded = self.recorded, None
         for keys, values in recorded if not self.own else ():
-            # under autocast keys come in float32 and values in bfloat16, which is what attention works in
+            device = values.device.type  # under autocast keys come in float32, and attention works in bfloat16
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
             (_, heads, _, width), (_, _, _, value_width) = keys.shape, values.shape
             prompts = (heads, self.longest_prompt, width), (heads, self.longest_prompt, value_width)
             own = (heads, PAGE, width), (heads, value_width, PAGE)
@@ -1422,7 +1425,6 @@ def packed_weights(policy: Policy):
             del layer.forward
 
 
-_most_rows = math.inf  # that fit into memory, once more did not
 GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
 
 
@@ -1480,7 +1482,6 @@ def generate(
     goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
     asked before every step; when true, KeyboardInterrupt. Of several processes each samples for every n-th problem, and all
     get all samples. Raises UserError if a prompt does not fit into the model's positions."""
-    global _most_rows
     rank, n_processes = process_rank(), process_count()
     prefixes = prefixes or [""] * len(problems)
     prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
@@ -1506,7 +1507,8 @@ def generate(
 
     fast, interrupted = not mine or policy.decodes_fast, False
     while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
-        rows = min(rows, _most_rows, sum(map(len, wanted.values())))
+        precision = policy.autocast is contextlib.nullcontext
+        rows = min(rows, policy.most_rows[precision], sum(map(len, wanted.values())))
         try:
             with policy.autocast(), packed_weights(policy), casts_kept(policy):
                 decode(
@@ -1518,7 +1520,7 @@ def generate(
             if rows == 1 or not is_out_of_memory(error):
                 raise
             warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)")
-            _most_rows = rows // 2
+            policy.most_rows[precision] = rows // 2
         except KeyboardInterrupt:
             interrupted = True  # the others must hear of it before this one leaves
             break
@@ -1887,10 +1889,14 @@ class Run:
         self.interrupted = True
         print("\nstopping once everything is saved; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
+    def clock(self) -> float:
+        """Seconds of this run so far, interruptions left out."""
+        return time.monotonic() - self.started
+
     def log(self, **metrics) -> None:
         """Append one object to metrics.jsonl and show it."""
         row = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in metrics.items()}
-        row = {"step": row.pop("step"), "seconds": round(time.monotonic() - self.started, 1)} | row
+        row = {"step": row.pop("step"), "seconds": round(self.clock(), 1)} | row
         append(self.metrics_file, json.dumps(row) + "\n")
         self.lines += 1
         tqdm.write(
@@ -1904,7 +1910,7 @@ class Run:
         self.interrupted = any(gather([self.interrupted]))
         due = now or self.interrupted or time.monotonic() - self.saved >= self.checkpoint_every
         if due and process_rank() == 0:
-            state["run"] = {"lines": self.lines, "seconds": time.monotonic() - self.started}
+            state["run"] = {"lines": self.lines, "seconds": self.clock()}
             with write_aside(self.state_file) as file:
                 try:
                     torch.save(state, file)
@@ -1937,7 +1943,7 @@ def sample_to_file(
     are read back instead of sampled again, so that an interrupted round loses one group at most; with as many rows and
     processes the groups are the same after a restart, and so are, to the last bit, the samples. `how`: the arguments of
     `generate`, `samples` and `rows` among them. Token ids and log-probabilities are not kept: a round of K = 96 would fill
-    gigabytes."""
+    gigabytes. The clock of `run` counts what went into the samples that are read back."""
     per_problem = how["samples"]
     rows = how["rows"] * process_count()
     group = max(1, 32 * rows // per_problem)  # long enough that the emptying of the rows at its end is rare
@@ -1947,6 +1953,9 @@ def sample_to_file(
     if len(samples) < len(problems) * per_problem:
         samples = samples[: len(samples) // (group * per_problem) * (group * per_problem)]
         write_samples(path, samples)
+    clock_file = run.out / "checkpoint" / f"{path.stem}.json" if run else None
+    if samples and run and clock_file.exists():
+        run.started = min(run.started, time.monotonic() - read_json(clock_file)["seconds"])
     for first in range(len(samples) // per_problem, len(problems), group):
         label = f"{how['progress']}, problem {first} of {len(problems)}"
         new = generate(
@@ -1957,6 +1966,8 @@ def sample_to_file(
             **how | {"progress": label},
         )
         append(path, "".join(sample.to_json() + "\n" for sample in new))
+        if run:
+            write_json(clock_file, {"seconds": run.clock()})
         for sample in new:
             sample.tokens, sample.logprobs = (), ()
         samples += new

@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     name = args.model.strip("./").replace("/", "-")
     out = Path(args.out or f"runs/evaluate/{name}-{Path(args.dataset).stem}-{args.split}.json")
-    ignored = ("resume", "overwrite", "device", "out", "token_budget")
+    ignored = ("resume", "overwrite", "device", "out", "token_budget", "rows")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
     settings["model_fingerprint"] = common.fingerprint(args.model)
     if args.orm:

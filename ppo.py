@@ -201,16 +201,17 @@ class Judges:
 
     def scores(self, kind: str, samples: list[common.Sample]) -> list[float]:
         """What each solution as a whole is worth. One that was cut is worth nothing, even if its answer is right."""
-        if kind.startswith("orm"):
-            scores = [float(probabilities[-1]) for probabilities in self.orm.scores(samples, self.token_budget)]
+        scores = [float(sample.correct and sample.finished) for sample in samples]
+        by_orm = kind.startswith("orm")
+        places = [i for i, s in enumerate(samples) if s.finished and (by_orm or s.problem.id in self.references)]
+        judged = [samples[i] for i in places]
+        if by_orm:
+            found = [float(probabilities[-1]) for probabilities in self.orm.scores(judged, self.token_budget)]
         else:
-            scores = [float(sample.correct) for sample in samples]
-            compared = [i for i, sample in enumerate(samples) if sample.problem.id in self.references]
-            if compared:
-                found = self.genrm.scores([samples[i] for i in compared], self.references, self.token_budget)
-                for i, score in zip(compared, found, strict=True):
-                    scores[i] = score
-        return [score * sample.finished for score, sample in zip(scores, samples, strict=True)]
+            found = self.genrm.scores(judged, self.references, self.token_budget) if judged else []
+        for i, score in zip(places, found, strict=True):
+            scores[i] = score
+        return scores
 
 
 def task_rewards(

@@ -203,18 +203,18 @@ def main(argv: list[str]) -> None:
     if run.is_finished:
         print(f"{args.out} is complete")
         return
-    sampler = common.Policy(args.model, args.device, args.dtype)
     policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
+    common.check_memory(policy.model)  # which the sampler leaves before the training
+    sampler = common.Policy(args.model, args.device, args.dtype)
     for flag, model in (("--model", sampler), ("--base", policy)):
         if model.label:
             raise common.UserError(f"{flag}: is a model of rcrl.py; take one that was trained without labels")
-    common.check_memory(policy.model)
     torch.manual_seed(args.seed)  # of the new rows of the embedding
     teach_labels(policy, args.labels)
     run.begin()
 
     # 1. sample K solutions per question (read back where a restart finds them on disk)
-    started = time.monotonic()
+    started = run.clock()
     samples = written or common.sample_to_file(
         sampler, train, run.out / "samples" / "train.jsonl", run, samples=args.samples, temperature=args.temperature,
         max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0], progress="solutions",
@@ -247,7 +247,7 @@ def main(argv: list[str]) -> None:
             facts["completions"] += 64 * len(some)
             facts["label_agreement"] = common.mean((q[key] >= 0.5) == (again[key] >= 0.5) for key in some)
             facts["q_difference"] = common.mean(abs(q[key] - again[key]) for key in some)
-        facts["seconds_sampling"] = time.monotonic() - started
+        facts["seconds_sampling"] = run.clock() - started
         lines = [json.dumps(label_solution(s, q, args.labels), ensure_ascii=False) + "\n" for s in chosen]
         common.write_json(folder / "labelled.facts.json", facts)
         with common.write_aside(file) as out:

@@ -276,11 +276,11 @@ def main(argv: list[str]) -> None:
     if run.is_finished:
         print(f"{args.out} is complete")
         return
-    student = common.Policy(args.model, args.device, args.dtype)
     generative = args.kind == "genrm"
     kind = common.GenerativeRewardModel if generative else common.RewardModel
     orm = kind(args.base, args.device, args.dtype, flag="--base", new=True)
-    common.check_memory(orm.model)
+    common.check_memory(orm.model)  # which the student leaves before the training
+    student = common.Policy(args.model, args.device, args.dtype)
     run.begin()
 
     # 1. samples of the student (read back where a restart finds them on disk)

@@ -267,6 +267,8 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
                     synchronize(policy.device)
                     elapsed = time.perf_counter() - started
             except Exception as error:  # an engine that does not run here is reported, and does not stop the others
+                if common.process_count() > 1:
+                    raise  # the other processes wait for this one
                 broken[engine] = f"{type(error).__name__}: {common.first_line(error)}"[:300]
                 continue
             if repeat:
@@ -286,7 +288,7 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
                     "peak_memory_bytes": peak["bytes"],
                 }  # fmt: skip
     row |= {engine: {"error": error} for engine, error in broken.items()}
-    if lengths:
+    if "tokens_per_second" in row.get("generate", {}):
         prompt_lengths = [len(policy.encode_prompt(common.prompt_text(problem))) for problem in problems]
         row |= limits(policy, rows, samples, prompt_lengths, lengths)
         speed = row["generate"]["tokens_per_second"]

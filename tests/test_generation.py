@@ -358,13 +358,13 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch, caps
         return attend(query, keys, values, bias)
 
     monkeypatch.setattr(common, "attend", limited)
-    monkeypatch.setattr(common, "_most_rows", common._most_rows)
+    monkeypatch.setattr(tiny, "most_rows", tiny.most_rows.copy())
     monkeypatch.setattr(tiny, "decode", lambda ids: delivered.append(1) or common.Policy.decode(tiny, ids))
     got = common.generate(tiny, problems, rows=48, **how)
     assert ids_of(got) == ids_of(expected)
     assert "going on with 24" in capsys.readouterr().err
     assert len(delivered) == 48, "no finished sample is drawn again"
-    fits, decode, asked = common._most_rows, common.decode, []
+    fits, decode, asked = tiny.most_rows[False], common.decode, []
     monkeypatch.setattr(
         common, "decode", lambda *args, rows, **how: asked.append(rows) or decode(*args, rows=rows, **how)
     )

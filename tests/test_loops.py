@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import math
+import signal
 import zlib
 from types import SimpleNamespace
 
@@ -130,7 +131,6 @@ def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
     assert rows[0]["sampled_cut"] not in (0, 0.5, 1)
 
 
-def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("flags", [[], ["--continue"]])
 def test_a_finished_run_of_expert_iteration_goes_on_with_more_rounds(flags, cli, tmp_path):  # noqa: F811
     """As if they had been asked for at once, bit for bit; fewer rounds are refused."""
@@ -157,6 +157,7 @@ def test_expert_iteration_that_has_stopped_by_itself_stays_so(cli, tmp_path, mea
     assert len(measured) == 4 and saved_weights(out / "model") == measured[2]
 
 
+def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):  # noqa: F811
     argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 6, "--rounds", 1, "--epochs", 1, "--pass-k", 0]
     kept = {}
     for flag in ("--deduplicate", "--no-deduplicate"):
@@ -293,29 +294,49 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
     )
 
 
-def test_the_reference_of_a_question_without_a_solution_is_its_best_sample(tiny, tmp_path, drawn):
+@pytest.fixture
+def run(tmp_path) -> common.Run:
+    """A run that has begun."""
+    handler = signal.getsignal(signal.SIGINT)
+    run = common.Run(argparse.Namespace(out=tmp_path / "run", checkpoint_every=100, resume=False, overwrite=False))
+    run.begin()
+    yield run
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_the_time_of_samples_that_are_read_back_counts(tiny, run):
+    """Of a run that was killed while it sampled there is no checkpoint that knows the time."""
+    problems = common.load_problems("arithmetic", "dev", 2)
+    how = dict(samples=1, max_new_tokens=4, rows=2, progress="")
+    run.started -= 50
+    common.sample_to_file(tiny, problems, run.out / "samples" / "round_1.jsonl", run, **how)
+    again = common.Run(argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False))
+    again.begin()
+    assert again.clock() < 25
+    common.sample_to_file(tiny, problems, run.out / "samples" / "round_1.jsonl", again, **how)
+    assert 50 < again.clock() < 75
+
+
+def test_the_reference_of_a_question_without_a_solution_is_its_best_sample(tiny, run, drawn):
     class Judge:
         def grade(self, samples, token_budget):
             for sample in samples:
                 sample.score = (sample.number * 3 + 2) % 5 / 5  # 0.4, 0, 0.6, 0.2, 0.8: the fifth is the best
 
     problems = common.load_problems("arithmetic", "train", 3)
-    (tmp_path / "samples").mkdir()
     args = argparse.Namespace(reference_samples=5, temperature=0.7, max_new_tokens=30, rows=16, seed=4, few_shot=False, token_budget=1024)  # fmt: skip
-    best = ppo.best_of_n(tiny, problems, Judge(), SimpleNamespace(out=tmp_path, interrupted=False), args)
+    best = ppo.best_of_n(tiny, problems, Judge(), run, args)
     samples = [s for call in drawn for s in call.samples]
     assert best == {s.problem.id: s.solution for s in samples if s.number == 4} and len(best) == 3
     assert [call.seed for call in drawn] == [[4, 0, 1]], "not the samples that the reward model was trained on"
 
 
-def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny, tmp_path, drawn):
+def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny, run, drawn):
     problems = common.load_problems("arithmetic", "train", 2)
-    (tmp_path / "samples").mkdir()
     args = argparse.Namespace(select_samples=2, temperature=0.7, max_new_tokens=30, rows=16, seed=4, few_shot=False, reward="sparse")  # fmt: skip
-    run = SimpleNamespace(out=tmp_path, interrupted=False)
     for judges in (ppo.Judges(), ppo.Judges(orm=common.RewardModel("tiny", "cpu", new=True))):
         ppo.score_pool(tiny, problems, judges, run, args)
-        (tmp_path / "samples" / "pool.jsonl").unlink()
+        (run.out / "samples" / "pool.jsonl").unlink()
     assert [call.seed for call in drawn] == [[4, 0], [4, 0, 2]]
 
 

@@ -191,7 +191,7 @@ def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, n
     code, message = cli(sft, *argv, "--lr", "1e-3", "--resume")
     assert code == 2 and "other settings (lr)" in message
     assert contents(tmp_path / "run") == before
-    assert cli(sft, *argv, "--token-budget", "64", "--resume")[0] == 0  # as on a smaller machine
+    assert cli(sft, *argv, "--token-budget", "64", "--rows", "4", "--resume")[0] == 0  # as on a smaller machine
     assert cli(sft, *argv, "--resume")[0] == 0
     assert contents(tmp_path / "run") == before
     assert cli(sft, *argv, "--lr", "1e-3", "--overwrite")[0] == 0
