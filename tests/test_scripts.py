@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import random
@@ -456,10 +457,14 @@ def snapshot(folder: Path) -> list[tuple[str, int, int]]:
     return sorted(found)
 
 
-def start(script: str, argv, out: Path) -> subprocess.Popen:
+def resumed(script: str, out: Path) -> list:
+    """The flags with which a run of KILLED begins or goes on."""
     where = [out / "report.json"] if script == "evaluate" else [out, "--checkpoint-every", "0"]
-    argv = [*argv, "--device", "cpu"]  # only there are restarts equal to the last bit
-    command = [sys.executable, ROOT / f"{script}.py", *argv, "--resume", "--out", *where]
+    return [*KILLED[script][0], "--device", "cpu", "--resume", "--out", *where]  # a CPU restarts to the last bit
+
+
+def start(script: str, out: Path) -> subprocess.Popen:
+    command = [sys.executable, ROOT / f"{script}.py", *resumed(script, out)]
     return subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -503,20 +508,18 @@ MORE_KILLS = int(os.environ.get("MORE_KILLS", 0))  # the longer mode: so many mo
 
 
 @pytest.mark.parametrize("script", KILLED)
-def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, cli, tmp_path):
     """SIGKILLs and Ctrl-C at random moments (seeded), then --resume: bit for bit the uninterrupted run. With those of
     test_processes.py there are at least ten kills."""
     whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(1 + MORE_KILLS)
     whole.mkdir()
     broken.mkdir()
-    argv, wanted = KILLED[script]
-    process = start(script, argv, whole)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
+    module, wanted = importlib.import_module(script), KILLED[script][1]
+    assert cli(module, *resumed(script, whole))[0] == 0
     todo = [signal.SIGKILL] * wanted + [signal.SIGINT] * (wanted > 1) + [signal.SIGKILL, signal.SIGINT] * MORE_KILLS
     done = 0
     for how in todo:
-        process = start(script, argv, broken)
+        process = start(script, broken)
         printed = stop_after_changes(process, broken, rng.randrange(4, 9), how, rng.random() * 0.1)
         if printed is None:
             break  # the run was over before its turn came: asserted below that this did not happen early
@@ -524,9 +527,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, tmp_path):
         if how == signal.SIGINT:
             assert process.returncode == 130 and "--resume" in printed
     assert MORE_KILLS or done == len(todo), f"over after {done} of {len(todo)} signals"
-    process = start(script, argv, broken)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
+    assert cli(module, *resumed(script, broken))[0] == 0
     if script == "evaluate":
         reports = [json.loads((folder / "report.json").read_text()) | {"seconds": 0} for folder in (whole, broken)]
         assert reports[0] == reports[1]

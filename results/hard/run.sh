@@ -25,7 +25,11 @@ declare -A flags=(
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-sft ei ppo phases36 rounds3 continue k16_once ei_dedup long_dedup k16_dedup k16_round}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
-        train_and_test "$work/hard_${name}_$seed" ${name}_$seed $seed ${flags[$name]//SFT/$work/hard_sft_$seed/model} --dataset $dataset
+        run=$work/hard_${name}_$seed ei=$work/hard_ei_$seed
+        if [ $name = rounds3 ] && [ -d "$ei/model" ] && [ ! -e "$run" ]; then # its first two rounds are those of ei
+            rm -rf "$run.part" && cp -r "$ei" "$run.part" && rm -f "$run.part"/test.* && mv "$run.part" "$run"
+        fi
+        train_and_test "$run" ${name}_$seed $seed ${flags[$name]//SFT/$work/hard_sft_$seed/model} --dataset $dataset
     done
 done
 python results/table.py "$here"
