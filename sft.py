@@ -9,7 +9,8 @@ fine-tuning for 4 epochs (2 in the light variant) with a cosine schedule.
 
     0. load the problems that have a written solution; hold out dev
     1. every epoch: shuffle, then one optimizer step per batch
-    2. after every epoch: greedy accuracy on dev; keep the best epoch as model/
+    2. after every epoch: greedy accuracy on dev; keep the best epoch as model/ (of equally good ones, as where nothing is
+       right yet, the one with fewer unreadable solutions)
 
 Where this differs from the paper: the question is masked and the epoch is chosen on dev (the paper does not say); no
 weight decay; dropout is off.
@@ -78,9 +79,9 @@ def main(argv: list[str]) -> None:
             metrics["dev_loss"] = common.cross_entropy(policy, dev_examples, args.token_budget)
         return metrics
 
-    progress = {"step": 0, "tokens": 0, "best": -1.0, "losses": []}
+    progress = {"step": 0, "tokens": 0, "best": -1.0, "unreadable": 1.0, "losses": []}
     if run.state:
-        progress = run.state["progress"]
+        progress |= run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
         run.state = None  # as large as the model and its optimizer
@@ -107,8 +108,8 @@ def main(argv: list[str]) -> None:
                 loss=float(np.mean(progress["losses"])), grad_norm=grad_norm, lr=lr, **metrics,
             )  # fmt: skip
             progress["losses"] = []
-            if metrics["maj@1"] > progress["best"]:
-                progress["best"] = metrics["maj@1"]
+            if (metrics["maj@1"], -metrics["unreadable"]) > (progress["best"], -progress["unreadable"]):
+                progress |= {"best": metrics["maj@1"], "unreadable": metrics["unreadable"]}
                 policy.save(run.out / "model")
         run.checkpoint(progress=progress, model=policy.model.state_dict(), optimizer=optimizer.state_dict())
     run.finish()

@@ -86,6 +86,23 @@ def saved_weights(folder) -> int:
     return weights_of(common.Policy(str(folder), "cpu"))
 
 
+# ---- supervised fine-tuning
+
+
+def test_of_equally_good_epochs_the_more_readable_one_is_kept(cli, tmp_path, monkeypatch):  # noqa: F811
+    """A model that is to learn the format has no answer right for a while; the first epoch is then the worst choice."""
+    unreadable, states = iter([1.0, 0.9, 0.2, 0.4]), []
+
+    def dev_metrics(policy, *_):
+        states.append(weights_of(policy))
+        return {"maj@1": 0.0, "unreadable": next(unreadable), "cut": 0.0}
+
+    monkeypatch.setattr(common, "dev_metrics", dev_metrics)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--epochs", 3, "--out", tmp_path / "run"]
+    assert cli(sft, *argv)[0] == 0
+    assert len(states) == 4 and saved_weights(tmp_path / "run" / "model") == states[2]
+
+
 # ---- expert iteration
 
 

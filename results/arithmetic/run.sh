@@ -9,6 +9,7 @@ declare -A flags=(
     [sft]="sft.py"
     [ei]="expert_iteration.py --model SFT"
     [ei_dedup]="expert_iteration.py --model SFT --deduplicate"
+    [ei_base]="expert_iteration.py --model tiny --samples 8 --epochs 3"
     [ei_base_dedup]="expert_iteration.py --model tiny --samples 8 --epochs 3 --deduplicate"
     [ppo]="ppo.py --model SFT"
     [ppo_base]="ppo.py --model tiny"
@@ -16,7 +17,7 @@ declare -A flags=(
 )
 [ -f "$here/base/test.json" ] || { mkdir -p "$work/base" && test_and_record "$work/base" base 0 tiny; }
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-sft ei ei_dedup ei_base_dedup ppo ppo_base sft_more}; do
+    for name in ${VARIANTS:-sft ei ei_dedup ei_base ei_base_dedup ppo ppo_base sft_more}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         train_and_test "$work/${name}_$seed" ${name}_$seed $seed ${flags[$name]//SFT/$work/sft_$seed/model}
     done
