@@ -22,7 +22,7 @@ default when --model is the base itself).
 CPU, eleven minutes on two cores after `python sft.py`, three of them for the first round (README.md has the numbers):
     python expert_iteration.py
 From the base, without any written solution:
-    python expert_iteration.py --model tiny --samples 8 --epochs 3 --deduplicate --out runs/expert_iteration_base
+    python expert_iteration.py --model tiny --samples 8 --epochs 3 --out runs/expert_iteration_base
 One GPU, the paper's setting as far as we know it (README.md), after sft.py; and from a pretrained model with a two-shot prompt in round 1:
     python expert_iteration.py --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 --epochs 4 --lr 2e-5 \
         --batch-size 128 --max-new-tokens 512 --rows 1024

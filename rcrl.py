@@ -18,8 +18,8 @@ Transformer" (Chen et al. 2021).
 The saved model knows its labels: `evaluate.py` forces [GOOD] by itself, and [BAD] or nothing with --condition.
 
 Where this differs from the paper, and choices where it is silent: M is 8, at --temperature; the ratio is that of distinct
-solutions, and those with the same sequence of arithmetic operations are the same; solutions that were cut are left out;
-the default ratio is 10. The last line needs no completion: its Q is 1 or 0. A blank line is a line: at inference a label
+solutions, and those with the same sequence of arithmetic operations are the same (--no-deduplicate: every sample counts, as
+in expert_iteration.py by default); solutions that were cut are left out; the default ratio is 10. The last line needs no completion: its Q is 1 or 0. A blank line is a line: at inference a label
 follows every line break. The embeddings of the two labels begin as random vectors of the spread of the others.
 
 CPU, after `python expert_iteration.py` (README.md has the measured numbers):
@@ -29,6 +29,7 @@ One GPU:
         --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024
 """
 
+import argparse
 import copy
 import dataclasses
 import itertools
@@ -59,6 +60,8 @@ def parse_args(argv: list[str]):
     add("--completions", type=common.number(int, 1), default=8, help="M, per beginning of a solution")
     add("--ratio", type=common.number(float, 0.01), default=10.0,
         help="right solutions for every wrong one, as far as there are enough; 1e9: none (paper: 1 is worst)")  # fmt: skip
+    add("--deduplicate", action=argparse.BooleanOptionalAction, default=True,
+        help="of a question's right solutions with the same sequence of operations take one, and of its wrong ones")  # fmt: skip
     add("--train-size", type=common.number(int, 1), help="solutions in the mixture at most; to compare ratios, which without "
         "it change the amount of data, too")  # fmt: skip
     add("--check-labels", type=common.number(int, 0), default=0,
@@ -140,12 +143,13 @@ def mix(right: list, wrong: list, ratio: float, size: int | None, seed: int) -> 
     return chosen + [wrong[i] for i in sorted(common.shuffled(len(wrong), seed, 1)[:n_wrong])]
 
 
-def distinct(samples: list[common.Sample]) -> list[common.Sample]:
-    """The finished samples, one for each sequence of operations and outcome of a question."""
+def usable(samples: list[common.Sample], deduplicate: bool) -> list[common.Sample]:
+    """The finished samples; with `deduplicate` one for each sequence of operations and outcome of a question."""
     found = {}
     for sample in samples:
         if sample.finished and lines_of(sample):
-            found.setdefault((sample.problem.id, common.equations(sample.text), sample.correct), sample)
+            key = common.equations(sample.text) if deduplicate else len(found)
+            found.setdefault((sample.problem.id, key, sample.correct), sample)
     return list(found.values())
 
 
@@ -219,7 +223,7 @@ def main(argv: list[str]) -> None:
         sampler, train, run.out / "samples" / "train.jsonl", run, samples=args.samples, temperature=args.temperature,
         max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0], progress="solutions",
     )  # fmt: skip
-    solutions = distinct(samples)
+    solutions = usable(samples, args.deduplicate)
     if not any(sample.correct for sample in solutions):
         what = "right" if solutions else "finished"
         raise common.UserError(f"no sample is {what}: raise --{'samples' if solutions else 'max-new-tokens'}")

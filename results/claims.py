@@ -51,16 +51,17 @@ for task in TASKS:
         dev(f"{task}/ei", "maj@1", round=1),
         dev(f"{task}/ppo", "maj@1", phase=20),
     )
-show(
-    "from the base, dev maj@1, ei_base_dedup after 18,432 samples - ppo after 10,240",
-    dev("arithmetic/ei_base_dedup", "maj@1", round=1),
-    dev("arithmetic/ppo_base", "maj@1", phase=20),
-)
-show(
-    "from the base, test maj@1, ei_base_dedup (36,864 samples) - ppo (10,240)",
-    test("arithmetic/ei_base_dedup", "maj@1"),
-    test("arithmetic/ppo_base", "maj@1"),
-)
+for method in ("ei_base", "ei_base_dedup"):
+    show(
+        f"from the base, dev maj@1, {method} after 18,432 samples - ppo after 10,240",
+        dev(f"arithmetic/{method}", "maj@1", round=1),
+        dev("arithmetic/ppo_base", "maj@1", phase=20),
+    )
+    show(
+        f"from the base, test maj@1, {method} (36,864 samples) - ppo (10,240)",
+        test(f"arithmetic/{method}", "maj@1"),
+        test("arithmetic/ppo_base", "maj@1"),
+    )
 
 print("C2 more epochs of SFT: maj@1 up, pass@n down (dev, after the last epoch)")
 for key in ("maj@1", "pass@8"):
@@ -172,11 +173,18 @@ show(
     test("arithmetic/ppo_base", "maj@1"),
     test("arithmetic/ppo", "maj@1"),
 )
-show(
-    "test maj@1, ei_dedup from the base (36,864 samples) - from SFT (18,432)",
-    test("arithmetic/ei_base_dedup", "maj@1"),
-    test("arithmetic/ei_dedup", "maj@1"),
-)
+for method, from_base in (("ei", "ei_base"), ("ei_dedup", "ei_base_dedup")):
+    for metric in ("maj@1", "pass@1", "pass@16"):
+        show(
+            f"test {metric}, {method} from the base (36,864 samples) - from SFT (18,432)",
+            test(f"arithmetic/{from_base}", metric),
+            test(f"arithmetic/{method}", metric),
+        )
+for metric in ("maj@1", "pass@1", "pass@16"):
+    show(
+        f"from the base, all solutions - de-duplicated, test {metric}",
+        *(test(f"arithmetic/{name}", metric) for name in ("ei_base", "ei_base_dedup")),
+    )
 
 print("hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)")
 for folder in sorted(

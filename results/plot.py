@@ -90,6 +90,7 @@ METHODS = {  # folder/method: colour, name, whether its log is drawn over rollou
     "arithmetic/ei_dedup": ("orchid", "K = 4, de-duplicated", True),
     "ei_samples/k16_dedup": ("tab:cyan", "K = 16, de-duplicated", True),
     "ei_continue/continue_dedup": ("tab:brown", "K = 4, de-duplicated, continued", True),
+    "arithmetic/ei_base": ("deeppink", "K = 8 from the base", True),
     "arithmetic/ei_base_dedup": ("tab:gray", "K = 8 from the base, de-duplicated", True),
     "rcrl/ratio10": ("tab:green", "RCRL, 10 : 1", False),
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What the claims of the first paper rest on, one seed after the other, as two jobs of one thread beside each other on two
 # cores: 2.3 hours a seed (README.md beside this file says what each part took). The side studies are left out: expert
-# iteration de-duplicated with K = 16 and on the harder task, and the controls of return-conditioned RL; run the scripts
-# without VARIANTS for them. Restartable: what is finished is skipped, what was interrupted goes on. What the jobs print is in
+# iteration de-duplicated with K = 16, from the base and on the harder task, and the controls of return-conditioned RL; run
+# the scripts without VARIANTS for them. Restartable: what is finished is skipped, what was interrupted goes on. What the jobs print is in
 # $WORK/study_1.log and study_2.log, how long each took in study.log.
 #
 #     SEEDS=0 TOKEN_BUDGET=1024 bash results/study.sh
@@ -23,19 +23,19 @@ on_core() { # number, command
 }
 
 easy() { # seed
-    part SEEDS=$1 arithmetic
+    part SEEDS=$1 VARIANTS="sft ei ei_dedup ei_base ppo ppo_base sft_more" arithmetic
     part SEEDS=$1 ei_continue
     part SEEDS=$1 orm
     part SEEDS=$1 VARIANTS="ratio1 ratio10 ratio100" rcrl
     part SEEDS=$1 rerank
     part SEEDS=$1 VARIANTS="kl0 attached dense orm orm_dense" ppo_variants
-    part SEEDS=$1 ppo_longer
 }
 
 hard_and_epochs() { # seed
     part SEEDS=$1 VARIANTS="sft ei ppo k16_once continue rounds3" hard
     part SEEDS=$1 hard_rcrl
     part SEEDS=$1 VARIANTS=phases36 hard
+    part SEEDS=$1 ppo_longer # from the other job's SFT, which is done by now
     part SEEDS=$1 sft_epochs
 }
 

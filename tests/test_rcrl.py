@@ -74,7 +74,8 @@ def test_equal_and_cut_solutions_count_once_or_not_at_all():
     same = sample_of(THREE, THREE.reference + " ", 1)
     cut = sample_of(THREE, "1+1=<<1+1=2>>2\n", 2, finished=False)
     wrong = sample_of(THREE, "1+1=<<1+1=2>>2\n#### 2", 3)
-    assert rcrl.distinct([right, same, cut, wrong]) == [right, wrong]
+    assert rcrl.usable([right, same, cut, wrong], deduplicate=True) == [right, wrong]
+    assert rcrl.usable([right, same, cut, wrong], deduplicate=False) == [right, same, wrong]
 
 
 # ---- what is trained, and what is sampled
