@@ -28,10 +28,10 @@ NAMES = {
 
 
 def band(axis, logs: list[list[tuple]], style: str, colour: str, label: str) -> None:
-    """The mean over the seeds, and from the lowest to the highest; x of the first seed, as far as all of them go."""
-    length = min(map(len, logs))  # expert iteration ends when a round gains nothing
-    x = [x for x, _ in logs[0][:length]]
-    y = np.array([[value for _, value in log[:length]] for log in logs])
+    """The mean over the seeds, and from the lowest to the highest, at every x that all seeds have."""
+    seeds = [dict(log) for log in logs]  # some ended early, some older ones did not measure what they began with
+    x = [x for x in seeds[0] if all(x in seed for seed in seeds)]
+    y = np.array([[seed[at] for at in x] for seed in seeds])
     axis.plot(x, y.mean(0), style, color=colour, label=f"{label} ({len(y)} seed{'s' * (len(y) > 1)})", markersize=3)
     axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
 
