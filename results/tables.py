@@ -158,6 +158,14 @@ def main() -> None:
         },
     )
     print_labels(
+        "Return-conditioned RL on all samples, one seed",
+        ["pass@1", "pass@16"],
+        {
+            "10 : 1 of all samples, label per line": ("rcrl_all/ratio10", "rcrl_all/ratio10"),
+            "control: its right ones, no labels": ("rcrl_all/control", "rcrl_all/control"),
+        },
+    )
+    print_labels(
         "Return-conditioned RL, harder task",
         ["pass@1", "pass@16", "distinct@16"],
         {
