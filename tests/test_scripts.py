@@ -276,7 +276,7 @@ def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
 
     def measuring(policy, problems, *args):
         states.append({name: weight.clone() for name, weight in policy.model.state_dict().items()})
-        return {"maj@1": next(measured)}
+        return {"maj@1": next(measured), "unreadable": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", measuring)
     assert cli(sft, "--model", nano, "--epochs", 3, "--out", tmp_path / "run")[0] == 0
