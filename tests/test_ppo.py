@@ -200,7 +200,7 @@ def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_fact
 
 def test_adapters_are_not_rounded_off_in_bfloat16(tiny):
     """Small changes of all weights at once, up the gradient, beside weights from a bfloat16 checkpoint, as published ones are:
-    the log-probability rises by 0.83 to 0.95 of what it does in float32. With the sum in bfloat16 by 0.2 to 0.3."""
+    the log-probability rises by about 0.85 of what it does in float32; with the sum in bfloat16 by about 0.25."""
     problems = common.load_problems("arithmetic", "train", 64)
     examples = [(tiny.encode_prompt(common.prompt_text(p)), tiny.encode_solution(p.reference)) for p in problems]
     gains, signs = {}, []
