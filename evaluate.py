@@ -150,6 +150,8 @@ def main(argv: list[str]) -> None:
 
     # 1. and 2. sample; an evaluation that was interrupted goes on with --resume
     started = time.monotonic()
+    resumed = common.on_first(lambda: any(file.exists() for file in files))
+    timed = common.on_first(lambda: common.read_json(out).get("seconds") if out.exists() else None)
     how = dict(max_new_tokens=args.max_new_tokens, rows=args.rows, seed=args.seed, few_shot=args.few_shot)
     greedy = common.sample_to_file(policy, problems, files[0], samples=1, temperature=0, progress="greedy", **how)
     samples = common.sample_to_file(
@@ -176,10 +178,8 @@ def main(argv: list[str]) -> None:
         f"{name} - maj@{n}": paired_test(columns[name], columns[f"maj@{n}"])
         for name in (f"rerank@{n}", f"weighted@{n}") if name in columns
     }  # fmt: skip
-    common.write_json(
-        out,
-        report | paired | {"n_problems": len(problems), "seconds": round(time.monotonic() - started, 1)} | settings,
-    )
+    seconds = timed if resumed else round(time.monotonic() - started, 1)  # null: interrupted, so nobody measured it
+    common.write_json(out, report | paired | {"n_problems": len(problems), "seconds": seconds} | settings)
     print(f"{args.model} on {len(problems)} problems of {args.dataset} {args.split}, temperature {args.temperature:g}")
     for name, entry in report.items():
         print(f"{name:>16}  {entry['value']:6.3f}  [{entry['ci95'][0]:.3f}, {entry['ci95'][1]:.3f}]")

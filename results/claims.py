@@ -186,6 +186,13 @@ for metric in ("maj@1", "pass@1", "pass@16"):
         *(test(f"arithmetic/{name}", metric) for name in ("ei_base", "ei_base_dedup")),
     )
 
+print("Learning rates of expert iteration")
+for metric in ("maj@1", "pass@1"):
+    rounded = (test(f"ei_lr/round_{lr}", metric) for lr in ("3e-4", "1e-3"))
+    show(f"test {metric}, one round of seed 0, by tokens of a micro-batch, 3e-4 - 1e-3", *rounded)
+    both = (test(name, metric) for name in ("ei_lr/hard_3e-4", "hard/ei"))
+    show(f"harder task, two rounds, test {metric}, 3e-4 - 1e-3", *both)
+
 print("hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)")
 for folder in sorted(
     path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("defaults", "generation")
@@ -200,5 +207,5 @@ for folder in sorted(
     ]
     if logs or reports:
         print(
-            f"  {folder.name}: {trained / 3600:.1f}, {sum(report.get('seconds', 0) for report in reports) / 3600:.1f}"
+            f"  {folder.name}: {trained / 3600:.1f}, {sum(report.get('seconds') or 0 for report in reports) / 3600:.1f}"
         )

@@ -26,7 +26,7 @@ test_and_record_labels() { # run folder, name of the record, seed: of rcrl.py, a
     local on samples file condition
     for on in bad none good; do
         samples=4 file=$on && [ $on != good ] || samples=16 file=test
-        condition="--condition $on" && [[ $2 != control* ]] || condition=
+        condition="--condition $on" && [[ $2 != *control* ]] || condition=
         [ "$condition" ] || [ $on = good ] || continue
         python evaluate.py --model "$1/model" --dataset $dataset $condition --samples $samples --seed "$3" --resume \
             --out "$1/$file.json" >"$1/$file.txt"

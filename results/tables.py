@@ -122,6 +122,17 @@ def main() -> None:
             "expert iteration, K = 16, `--deduplicate`": ("hard/k16_dedup", ["hard/k16_dedup"]),
         },
     )
+    print_methods(
+        "Learning rates of expert iteration",
+        ["maj@1"],
+        ["pass@1", "pass@4"],
+        {
+            "one round of seed 0, rounded in five ways, 1e-3 (the default)": ("ei_lr/round_1e-3", ["ei_lr/round_1e-3"]),
+            "the same, 3e-4": ("ei_lr/round_3e-4", ["ei_lr/round_3e-4"]),
+            "harder task, two rounds, 1e-3": ("hard/ei", ["hard/ei"]),
+            "the same, 3e-4": ("ei_lr/hard_3e-4", ["ei_lr/hard_3e-4"]),
+        },
+    )
     print_variants(
         {
             "*ppo* as it is: sparse reward, KL 0.05, value detached": "arithmetic/ppo",
