@@ -143,6 +143,12 @@ for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
         show(f"harder task, test {metric}, rcrl 10:1 - {other}", test("hard_rcrl/ratio10", metric), test(other, metric))
     for other in ("hard/ei", "hard/rounds3"):
         show(f"harder task, test {metric}, control - {other}", test("hard_rcrl/control", metric), test(other, metric))
+for metric in ("maj@1", "pass@1", "pass@16"):
+    for other in ("hard_control", "hard_policy"):
+        both = (test(f"rcrl_all/{name}", metric) for name in ("hard_ratio10", other))
+        show(f"harder task, all samples, test {metric}, rcrl 10:1 - {other}", *both)
+    both = (test(f"rcrl_all/{name}", metric) for name in ("hard_control", "hard_policy"))
+    show(f"harder task, all samples, test {metric}, control - hard_policy", *both)
 for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
     show(
         f"harder task, test {metric}, ei of three rounds - of two",
@@ -192,6 +198,8 @@ for metric in ("maj@1", "pass@1"):
     show(f"test {metric}, one round of seed 0, by tokens of a micro-batch, 3e-4 - 1e-3", *rounded)
     both = (test(name, metric) for name in ("ei_lr/hard_3e-4", "hard/ei"))
     show(f"harder task, two rounds, test {metric}, 3e-4 - 1e-3", *both)
+    both = (test(name, metric) for name in ("rcrl_all/hard_policy", "hard/ei"))
+    show(f"harder task, two rounds, test {metric}, once more - recorded before", *both)
 
 print("hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)")
 for folder in sorted(

@@ -127,10 +127,13 @@ def main() -> None:
         ["maj@1"],
         ["pass@1", "pass@4"],
         {
-            "one round of seed 0, rounded in five ways, 1e-3 (the default)": ("ei_lr/round_1e-3", ["ei_lr/round_1e-3"]),
-            "the same, 3e-4": ("ei_lr/round_3e-4", ["ei_lr/round_3e-4"]),
-            "harder task, two rounds, 1e-3": ("hard/ei", ["hard/ei"]),
-            "the same, 3e-4": ("ei_lr/hard_3e-4", ["ei_lr/hard_3e-4"]),
+            "one round of seed 0, rounded in four ways, `--lr 1e-3` (the default)": (
+                "ei_lr/round_1e-3",
+                ["ei_lr/round_1e-3"],
+            ),
+            "the same, `--lr 3e-4`": ("ei_lr/round_3e-4", ["ei_lr/round_3e-4"]),
+            "harder task, two rounds, `--lr 1e-3`": ("hard/ei", ["hard/ei"]),
+            "harder task, two rounds, `--lr 3e-4`": ("ei_lr/hard_3e-4", ["ei_lr/hard_3e-4"]),
         },
     )
     print_variants(
@@ -169,11 +172,14 @@ def main() -> None:
         },
     )
     print_labels(
-        "Return-conditioned RL on all samples, one seed",
+        "Return-conditioned RL on all samples",
         ["pass@1", "pass@16"],
         {
             "10 : 1 of all samples, label per line": ("rcrl_all/ratio10", "rcrl_all/ratio10"),
             "control: its right ones, no labels": ("rcrl_all/control", "rcrl_all/control"),
+            "harder task, 10 : 1 of all samples": ("rcrl_all/hard_ratio10", "rcrl_all/hard_ratio10"),
+            "harder task, control: its right ones, no labels": ("rcrl_all/hard_control", "rcrl_all/hard_control"),
+            "harder task, the expert iteration that both sample from": ("rcrl_all/hard_policy", None),
         },
     )
     print_labels(

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What rounding does to expert iteration at two learning rates: one round of seed 0 with micro-batches of five sizes, which
+# What rounding does to expert iteration at two learning rates: one round of seed 0 with micro-batches of four sizes, which
 # changes nothing of a run but the order in which its sums are rounded. And two rounds on the harder task at the lower one of
 # them, three seeds, beside those of results/hard. Restartable.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 [ -d "$work/sft_0/model" ] || python sft.py --seed 0 --out "$work/sft_0" --resume
-for lr in ${LR:-1e-3 3e-4}; do
-    for tokens in ${TOKENS:-512 768 1024 1536 4096}; do
+for lr in ${LR-1e-3 3e-4}; do
+    for tokens in ${TOKENS-512 768 1024 1536}; do
         run=$work/ei_lr_${lr}_$tokens
         [ -f "$here/round_${lr}_$tokens/test.json" ] && continue
         python expert_iteration.py --model "$work/sft_0/model" --rounds 1 --lr $lr --token-budget $tokens --out "$run" --resume
