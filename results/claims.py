@@ -193,6 +193,8 @@ for metric in ("maj@1", "pass@1", "pass@16"):
     )
 
 print("Learning rates of expert iteration")
+first = (dev(name, "maj@1", round=1) for name in ("ei_lr/hard_3e-4", "hard/ei"))
+show("harder task, dev maj@1 after round 1, 3e-4 - 1e-3", *first)
 for metric in ("maj@1", "pass@1"):
     rounded = (test(f"ei_lr/round_{lr}", metric) for lr in ("3e-4", "1e-3"))
     show(f"test {metric}, one round of seed 0, by tokens of a micro-batch, 3e-4 - 1e-3", *rounded)
