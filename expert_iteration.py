@@ -19,6 +19,9 @@ luck is common worse: a lucky solution that is sampled once then weighs as much 
 the numbers). Where this differs from the paper: the SFT data stays in the mix (--no-sft-data leaves it out; it is out by
 default when --model is the base itself).
 
+At the default --lr the order in which sums are rounded moves the first round by up to ten points of maj@1, at 3e-4 by half
+a point; but two rounds on the harder task are worse with 3e-4 (results/README.md, "What rounding does").
+
 CPU, eleven minutes on two cores after `python sft.py`, three of them for the first round (README.md has the numbers):
     python expert_iteration.py
 From the base, without any written solution:

@@ -19,8 +19,9 @@ The saved model knows its labels: `evaluate.py` forces [GOOD] by itself, and [BA
 
 Where this differs from the paper, and choices where it is silent: M is 8, at --temperature; the ratio is that of distinct
 solutions, and those with the same sequence of arithmetic operations are the same (--no-deduplicate: every sample counts, as
-in expert_iteration.py by default); solutions that were cut are left out; the default ratio is 10. The last line needs no completion: its Q is 1 or 0. A blank line is a line: at inference a label
-follows every line break. The embeddings of the two labels begin as random vectors of the spread of the others.
+in expert_iteration.py by default); solutions that were cut are left out; the default ratio is 10. The last line needs no
+completion: its Q is 1 or 0. A blank line is a line: at inference a label follows every line break. The embeddings of the two
+labels begin as random vectors of the spread of the others.
 
 CPU, after `python expert_iteration.py` (README.md has the measured numbers):
     python rcrl.py

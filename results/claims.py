@@ -144,11 +144,9 @@ for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
     for other in ("hard/ei", "hard/rounds3"):
         show(f"harder task, test {metric}, control - {other}", test("hard_rcrl/control", metric), test(other, metric))
 for metric in ("maj@1", "pass@1", "pass@16"):
-    for other in ("hard_control", "hard_policy"):
-        both = (test(f"rcrl_all/{name}", metric) for name in ("hard_ratio10", other))
-        show(f"harder task, all samples, test {metric}, rcrl 10:1 - {other}", *both)
-    both = (test(f"rcrl_all/{name}", metric) for name in ("hard_control", "hard_policy"))
-    show(f"harder task, all samples, test {metric}, control - hard_policy", *both)
+    for one, other in (("ratio10", "control"), ("ratio10", "policy"), ("control", "policy")):
+        both = (test(f"rcrl_all/hard_{name}", metric) for name in (one, other))
+        show(f"harder task, all samples, test {metric}, {one} - {other}", *both)
 for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
     show(
         f"harder task, test {metric}, ei of three rounds - of two",
@@ -196,12 +194,12 @@ print("Learning rates of expert iteration")
 first = (dev(name, "maj@1", round=1) for name in ("ei_lr/hard_3e-4", "hard/ei"))
 show("harder task, dev maj@1 after round 1, 3e-4 - 1e-3", *first)
 for metric in ("maj@1", "pass@1"):
-    rounded = (test(f"ei_lr/round_{lr}", metric) for lr in ("3e-4", "1e-3"))
-    show(f"test {metric}, one round of seed 0, by tokens of a micro-batch, 3e-4 - 1e-3", *rounded)
-    both = (test(name, metric) for name in ("ei_lr/hard_3e-4", "hard/ei"))
-    show(f"harder task, two rounds, test {metric}, 3e-4 - 1e-3", *both)
-    both = (test(name, metric) for name in ("rcrl_all/hard_policy", "hard/ei"))
-    show(f"harder task, two rounds, test {metric}, once more - recorded before", *both)
+    for what, one, other in (
+        ("one round of seed 0, by tokens of a micro-batch, 3e-4 - 1e-3", "ei_lr/round_3e-4", "ei_lr/round_1e-3"),
+        ("harder task, two rounds, 3e-4 - 1e-3", "ei_lr/hard_3e-4", "hard/ei"),
+        ("harder task, two rounds, once more - recorded before", "rcrl_all/hard_policy", "hard/ei"),
+    ):
+        show(f"test {metric}, {what}", test(one, metric), test(other, metric))
 
 print("hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)")
 for folder in sorted(

@@ -34,6 +34,10 @@ test_and_record_labels() { # run folder, name of the record, seed: of rcrl.py, a
     keep "$2" "$1"/{args.json,metrics.jsonl,bad.json,none.json,test.json}
 }
 
+fine_tune() { # run folder, seed: SFT on $dataset, where a later run starts; nothing where it is complete
+    python sft.py --seed "$2" --dataset $dataset --token-budget $budget --out "$1" --resume
+}
+
 train_and_test() { # run folder, name of the record, seed, script and its flags
     local run=$1 name=$2 seed=$3 script=$4 && shift 4
     python "$script" --seed "$seed" --token-budget $budget "$@" --out "$run" --resume

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # What rounding does to expert iteration at two learning rates: one round of seed 0 with micro-batches of four sizes, which
 # changes nothing of a run but the order in which its sums are rounded. And two rounds on the harder task at the lower one of
-# them, three seeds, beside those of results/hard. Restartable.
+# them, three seeds, beside those of results/hard. Restartable; LR= leaves out the first.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
-[ -d "$work/sft_0/model" ] || python sft.py --seed 0 --out "$work/sft_0" --resume
 for lr in ${LR-1e-3 3e-4}; do
-    for tokens in ${TOKENS-512 768 1024 1536}; do
+    for tokens in 512 768 1024 1536; do
         run=$work/ei_lr_${lr}_$tokens
         [ -f "$here/round_${lr}_$tokens/test.json" ] && continue
+        fine_tune "$work/sft_0" 0
         python expert_iteration.py --model "$work/sft_0/model" --rounds 1 --lr $lr --token-budget $tokens --out "$run" --resume
         python evaluate.py --model "$run/model" --samples 4 --resume --out "$run/test.json" >"$run/test.txt"
         keep round_${lr}_$tokens "$run"/{args.json,metrics.jsonl,test.json}
@@ -17,7 +17,7 @@ done
 dataset=arithmetic-hard
 for seed in ${SEEDS:-0 1 2}; do
     [ -f "$here/hard_3e-4_$seed/test.json" ] && continue
-    [ -d "$work/hard_sft_$seed/model" ] || python sft.py --seed $seed --dataset $dataset --out "$work/hard_sft_$seed" --resume
+    fine_tune "$work/hard_sft_$seed" $seed
     train_and_test "$work/ei_lr_hard_3e-4_$seed" hard_3e-4_$seed $seed expert_iteration.py --model "$work/hard_sft_$seed/model" \
         --lr 3e-4 --dataset $dataset
 done

@@ -3,7 +3,7 @@
 # results/rcrl and results/hard_rcrl take one for each sequence of operations: 16 samples per training question, of which 10,000
 # right ones, with 1,000 wrong ones and labels (ratio10) or alone and without (control). On the easy task from the policy of
 # expert iteration from the base (results/arithmetic/run.sh, ei_base; seed 0 was run). On the harder one from a policy of expert
-# iteration that is made here (hard_policy, from the SFT of results/hard/run.sh). Restartable.
+# iteration that is made here (hard_policy, from the SFT of results/hard/run.sh). Restartable; VARIANTS= or HARD_SEEDS= leaves a task out.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 declare -A flags=([ratio10]="--ratio 10 --train-size 11000" [control]="--ratio 1e9 --train-size 10000 --labels none")
@@ -23,9 +23,10 @@ done
 dataset=arithmetic-hard
 for seed in ${HARD_SEEDS-1 2}; do
     sft=$work/hard_sft_$seed policy=$work/rcrl_all_hard_policy_$seed samples=$work/rcrl_all_hard_ratio10_$seed/samples/train.jsonl
-    [ -d "$sft/model" ] || python sft.py --seed $seed --dataset $dataset --out "$sft" --resume
-    [ -f "$here/hard_policy_$seed/test.json" ] ||
+    if [ ! -f "$here/hard_policy_$seed/test.json" ]; then
+        fine_tune "$sft" $seed
         train_and_test "$policy" hard_policy_$seed $seed expert_iteration.py --model "$sft/model" --dataset $dataset
+    fi
     [ -f "$here/hard_ratio10_$seed/test.json" ] || mixture ratio10 hard_ratio10 $seed "$policy"
     [ -f "$here/hard_control_$seed/test.json" ] || mixture control hard_control $seed "$policy" --train-samples "$samples"
 done
