@@ -533,6 +533,8 @@ class Policy:
         self.device = torch_device(device)
         autocast = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=autocast)
+        if self.device.type == "cuda":  # beside bfloat16, TensorFloat32 for what stays in float32: above all the head
+            torch.set_float32_matmul_precision("high" if autocast else "highest")
         self.records_steps = True  # on a GPU; until it fails once
         # rows of `generate` that fit into memory, in float32 arithmetic or not; known once more did not
         self.most_rows = collections.defaultdict(lambda: math.inf)
@@ -579,10 +581,13 @@ class Policy:
     def in_float32(self):
         """Arithmetic in float32, whatever --dtype says."""
         autocast, self.autocast = self.autocast, contextlib.nullcontext
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
             self.autocast = autocast
+            torch.set_float32_matmul_precision(precision)
 
     def condition(self, on: str = "good") -> None:
         """For a model of rcrl.py: from now on `generate` puts the label [GOOD] or [BAD] before every line of a solution, or
@@ -613,8 +618,11 @@ class Policy:
         return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., width] -> logits [..., vocabulary]."""
-        return self.model.get_output_embeddings()(hidden)
+        """Hidden states [..., width] -> logits [..., vocabulary], in float32 whatever the rest is computed in: in bfloat16
+        those between 16 and 32 are 0.125 apart, which moves the log-probabilities of SmolLM2 more than bfloat16 in all of its
+        layers does (0.027 and 0.020 rms)."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.get_output_embeddings()(hidden.float())
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids as the tokenizer makes them for a whole text, a begin-of-text token included if it adds one."""
@@ -1054,6 +1062,15 @@ class PagedCache:
 _CachedLayer = collections.namedtuple("_CachedLayer", "cache layer")
 
 
+class Size(typing.NamedTuple):
+    """Of a step: so many of each are computed, whether they are used or not."""
+
+    rows: int
+    slots: int
+    readers: int  # of a slot
+    pages: int
+
+
 class View(typing.NamedTuple):
     """Where a step finds what it reads. Unused slots and pages are computed as well, and the results ignored."""
 
@@ -1205,7 +1222,7 @@ def decode(
 
     The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
     step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
-    for each of the few sizes that rounding leaves."""
+    for each of the few sizes that `size_of` leaves."""
     device, config, base = policy.device, policy.model.config.get_text_config(), policy.model.base_model
     # its name in transformers 5.24 and newer, and before
     cache_argument = "cache" if "cache" in inspect.signature(type(base).forward).parameters else "past_key_values"
@@ -1234,10 +1251,17 @@ def decode(
 
     cache = PagedCache(max(1, max(map(len, prompts)) - 1), on_growth=forget_graphs)
 
-    def rounded(size: int) -> int:
-        """On a GPU up to the next of 1, 2, 3, ... 8, 10, 12, 14, 16, 20, ...: at most a quarter too many."""
-        grain = 1 << max(0, int(size - 1).bit_length() - 3) if on_gpu else 1
-        return -(-int(size) // grain) * grain
+    def size_of(used: Size) -> Size:
+        """What to compute so that a graph can be replayed: the smallest recorded size that is nowhere more than twice too
+        large. Where there is none: all, half, a quarter ... of the rows, and of the others up to the next of 1, 2, 3, ... 8,
+        10, 12, 14, 16, 20, ..."""
+        if not on_gpu:
+            return used
+        if fitting := [size for size in graphs if all(a <= b <= 2 * a for a, b in zip(used, size, strict=True))]:
+            return min(fitting, key=sum)
+        grains = [1 << max(0, (count - 1).bit_length() - 3) for count in used[1:]]
+        rest = [-(-count // grain) * grain for count, grain in zip(used[1:], grains, strict=True)]
+        return Size(rows >> int(math.log2(rows / used.rows)), *rest)
 
     def prefill(count: int) -> None:
         """Run the next `count` prompts, all but their last token, which the decode loop feeds like any other."""
@@ -1307,7 +1331,7 @@ def decode(
         inputs[:n] = picked
         ages[:n] += 1
 
-    def look(n: int, n_run: int) -> View:
+    def look(n: int) -> tuple[Size, View]:
         """Give the first n rows the pages that the next steps write to, and say where everything is."""
         need = (lengths[:n] + stride - 1) // PAGE + 1
         missing = (table[:n] == 0) & (np.arange(table.shape[1]) < need[:, None])
@@ -1318,49 +1342,57 @@ def decode(
             row_slot[:n] = new[row_slot[:n]]
             slot_of.update({i: int(new[slot]) for i, slot in slot_of.items()})
         slot, readers = row_slot[:n], np.bincount(row_slot[:n])
-        order, reader, wide_slot = slot.argsort(kind="stable"), np.zeros(n_run, np.int64), np.zeros(n_run, np.int64)
-        reader[order] = np.arange(n) - (readers.cumsum() - readers)[slot[order]]  # its rank among those of its slot
-        wide_slot[:n] = slot
-        grid = np.zeros((rounded(len(readers)), rounded(readers.max())), np.int64)
-        grid[slot, reader[:n]] = np.arange(n)
         row, nth = table[:n].nonzero()
         page = table[row, nth]
-        own_row = np.zeros(rounded(page.max() + 1), np.int64)
-        own_row[page], own_first = row, np.full_like(own_row, width)
-        own_first[page] = nth * PAGE
-        cache.reserve("prompts", len(grid))
-        cache.reserve("own", len(own_row))
-        used = table[:n_run, : rounded(need.max())]
-        return View(*(torch.from_numpy(t).to(device) for t in (grid, wide_slot, reader, own_row, own_first, used)))
+        size = size_of(Size(n, len(readers), int(readers.max()), int(page.max()) + 1))
+        cache.reserve("prompts", size.slots)
+        cache.reserve("own", size.pages)
+        order, reader, wide_slot = slot.argsort(kind="stable"), *np.zeros((2, size.rows), np.int64)
+        reader[order] = np.arange(n) - (readers.cumsum() - readers)[slot[order]]  # its rank among those of its slot
+        wide_slot[:n] = slot
+        grid = np.zeros((size.slots, size.readers), np.int64)
+        grid[slot, reader[:n]] = np.arange(n)
+        own_row, own_first = np.zeros(size.pages, np.int64), np.full(size.pages, width)
+        own_row[page], own_first[page] = row, nth * PAGE
+        # while others end the longest row grows on: its pages would ask for one graph after the other
+        columns = table.shape[1] if on_gpu else need.max()
+        arrays = (grid, wide_slot, reader, own_row, own_first, table[: size.rows, :columns])
+        return size, View(*(torch.from_numpy(array).to(device) for array in arrays))
 
-    def recorded(run: Callable[[], None]) -> Callable[[], None]:
+    def first_step(run: Callable[[], None]) -> Callable[[], None] | None:
+        """Run a step of a new size as it is, which warms up what a graph needs -> what replays it; None if that cannot be."""
+        done = False
         try:
-            return record(run, device, pool) if policy.records_steps else run
+            with waiting_is_an_error(device, policy.records_steps):
+                run()
+            done = True
+            return record(run, device, pool) if policy.records_steps else None
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or not policy.records_steps:
                 raise
             warn(f"sampling is slower than it could be, because a step cannot be recorded ({first_line(error)})")
-            policy.records_steps = False  # nor will steps of other sizes
-            return run
+            policy.records_steps = False  # nor can steps of other sizes
+        if not done:
+            run()  # again: until its end it changes nothing that it reads
 
     def advance(n: int) -> None:
         """`stride` steps of at least the first n rows."""
-        n_run = rows >> int(math.log2(rows / n)) if on_gpu else n  # all, half, a quarter ... of the rows
         ages[n:] = 0
-        view = look(n, n_run)
-        if not on_gpu:
-            return step(n, view)
-        sizes = tuple(t.shape for t in view)
-        first = sizes not in graphs
-        if not first:
-            replay, static = graphs[sizes]
+        size, view = look(n)
+        if size in graphs:
+            replay, static = graphs[size]
             for t, new in zip(static, view, strict=True):
                 t.copy_(new)
-        else:
-            step(n_run, view)  # the first step of a size runs as it is, which warms up what the graph needs
-            replay, _ = graphs[sizes] = recorded(lambda: step(n_run, view)), view
-        for _ in range(stride - first):
-            replay()
+            for _ in range(stride):
+                replay()
+            return
+        run = functools.partial(step, size.rows, view)
+        if not on_gpu:
+            return run()
+        if (replay := first_step(run)) is not None:
+            graphs[size] = replay, view
+        for _ in range(stride - 1):
+            (replay or run)()
 
     n = rows - len(fill(list(range(rows))))
     while n:
@@ -1426,6 +1458,19 @@ def packed_weights(policy: Policy):
 
 
 GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
+
+
+@contextlib.contextmanager
+def waiting_is_an_error(device: torch.device, on: bool):
+    """Whatever makes the host wait for the GPU, and so cannot be part of a graph, raises RuntimeError: better here than in a
+    recording, after whose failure older releases of PyTorch cannot free memory any more (its issues 180395, 190348)."""
+    if on and device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if on and device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
@@ -1569,7 +1614,7 @@ def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: 
         hidden = policy.hidden_states(ids)[rows, columns - 1]  # [response tokens, width]
 
         def chunk_logprobs(hidden_chunk, targets):
-            logits = policy.head(hidden_chunk).float() / temperature
+            logits = policy.head(hidden_chunk) / temperature
             return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
         chunks = zip(hidden.split(2048), ids[rows, columns].split(2048), strict=True)
@@ -1696,10 +1741,11 @@ def clipped_step(optimizer: torch.optim.Optimizer, loss: float) -> list[float]:
 
 def check_memory(model: torch.nn.Module) -> None:
     """UserError if a model whose weights are on a GPU cannot be trained there: better before hours of sampling than after.
-    Beside its 4 bytes a weight has a gradient and the two moments of AdamW, 12 bytes more."""
+    Beside its 4 bytes a weight has a gradient and the two moments of AdamW, 12 bytes more; of several processes each holds
+    the gradient twice while they are added up."""
     weights = [p for p in model.parameters() if p.requires_grad]
     if weights and weights[0].device.type == "cuda":
-        needed = 12 * sum(p.numel() for p in weights)
+        needed = (16 if process_count() > 1 else 12) * sum(p.numel() for p in weights)
         free = torch.cuda.mem_get_info(weights[0].device)[0]
         free += torch.cuda.memory_reserved(weights[0].device) - torch.cuda.memory_allocated(weights[0].device)
         if needed > free:
@@ -1818,11 +1864,12 @@ class Run:
         ignored = ("out", "resume", "overwrite", "device", "checkpoint_every")
         self.settings = {key: value for key, value in vars(args).items() if key not in ignored}
         self.settings["script"] = Path(sys.argv[0]).name
-        self.replace, self.state = on_first(lambda: self._look(args.resume, args.overwrite))
+        self.replace, goes_on = on_first(lambda: self._look(args.resume, args.overwrite))
+        self.state = self._read_checkpoint() if goes_on else None
         self.kept = self.state["run"] if self.state else {"lines": 0, "seconds": 0.0}
 
-    def _look(self, resume: bool, overwrite: bool) -> tuple[list[str], dict | None]:
-        """What to replace in the folder, and what its checkpoint holds."""
+    def _look(self, resume: bool, overwrite: bool) -> tuple[list[str], bool]:
+        """What to replace in the folder, and whether to go on from its checkpoint."""
         if self.out.is_dir():
             hold(self.out)
         models = {key: self.settings.get(key) for key in ("model", "base", "orm", "genrm")}
@@ -1838,7 +1885,6 @@ class Run:
         folders = ("checkpoint", "samples", "model", "model.old")
         logged = self.metrics_file.exists() and self.metrics_file.stat().st_size
         occupied = [name for name in folders if any((self.out / name).glob("*"))] + ["metrics.jsonl"] * bool(logged)
-        state = None
         if occupied and resume:
             before = read_json(self.settings_file)
             both = self.settings.keys() | before.keys()
@@ -1848,20 +1894,20 @@ class Run:
             changed = sorted(k for k in both - same if before.get(k) != self.settings.get(k))
             if changed:
                 raise UserError(f"--resume: {self.out} was started with other settings ({', '.join(changed)})")
-            if self.state_file.exists():
-                try:
-                    state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-                except Exception as error:
-                    raise UserError(
-                        f"{self.state_file}: not a checkpoint of this program ({first_line(error)})"
-                    ) from None
         elif occupied and not overwrite:
             raise UserError(
                 f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
                 "or choose another --out"
             )
         beside = [name for name in ("quality.json", "selection.json") if (self.out / name).exists()]
-        return [] if resume or not occupied else occupied + beside, state
+        goes_on = bool(occupied) and resume and self.state_file.exists()
+        return [] if resume or not occupied else occupied + beside, goes_on
+
+    def _read_checkpoint(self) -> dict:
+        try:
+            return torch.load(self.state_file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"{self.state_file}: not a checkpoint of this program ({first_line(error)})") from None
 
     def begin(self) -> None:
         """Make the folder ready. Called when everything the run needs has been loaded: until then nothing is touched."""

@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
         return
     if run.is_finished:  # and more rounds are asked for: the last one was the best, and model/ holds its weights
         folder = str(run.out / "model")
-        run.state["model"] = common.on_first(lambda: common.Policy(folder, "cpu").model.state_dict())
+        run.state["model"] = common.Policy(folder, "cpu").model.state_dict()
     if run.state and not args.from_previous:  # the checkpoint holds weights that were trained from the base
         policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
     else:

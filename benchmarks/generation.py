@@ -105,7 +105,9 @@ def as_usual(policy: common.Policy) -> common.Policy:
         if not torch.is_autocast_enabled(policy.device.type):
             return policy
     policy = copy.copy(policy)
-    policy.model = copy.deepcopy(policy.model).to(torch.bfloat16)
+    policy.model = copy.deepcopy(policy.model)
+    for weight in policy.model.parameters():  # not the buffers: rotary frequencies in bfloat16 make it another model
+        weight.data = weight.data.to(torch.bfloat16)
     return policy
 
 
