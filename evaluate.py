@@ -17,7 +17,7 @@ uses n = 96. The tie rule is ours.
 
 CPU, under a minute after `python sft.py`:
     python evaluate.py --model runs/sft/model
-    python evaluate.py --model runs/sft/model --orm runs/reward_model/model --out runs/evaluate/sft_orm.json
+    python evaluate.py --model runs/sft/model --orm runs/reward_model/model --resume    # scores the same samples
 One GPU:
     python evaluate.py --model runs/sft/model --dataset gsm8k --samples 96 --max-new-tokens 512 --rows 1024
 """
@@ -41,7 +41,8 @@ def parse_args(argv: list[str]):
     add("--lenient", action="store_true", help="without an answer line, take the last number of the text as the answer")
     add("--condition", choices=["good", "bad", "none"],
         help="for a model of rcrl.py, the label that is put before every line (default: good if it has labels)")  # fmt: skip
-    add("--orm", help="folder of a reward model, for rerank@n and weighted@n")
+    add("--orm",
+        help="folder of a reward model, for rerank@n and weighted@n; with --resume, of the samples that are there")  # fmt: skip
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0: all samples of a problem are the same; the greedy one is maj@1")
@@ -127,8 +128,10 @@ def main(argv: list[str]) -> None:
 
     def occupied() -> list[Path]:
         taken = [file for file in (out, started_file, *files) if file.exists()]
-        if taken and args.resume and common.read_json(started_file) != settings:
-            raise common.UserError(f"--resume: {out} was begun with other settings; they are in {started_file}")
+        if taken and args.resume:
+            before, same = common.read_json(started_file), ("orm", "orm_fingerprint") if args.orm else ()
+            if any(before.get(key) != settings.get(key) for key in (before.keys() | settings.keys()) - {*same}):
+                raise common.UserError(f"--resume: {out} was begun with other settings; they are in {started_file}")
         if taken and not (args.resume or args.overwrite):
             raise common.UserError(
                 f"{taken[0]} is there already: add --resume to go on, --overwrite to replace it, or choose another --out"

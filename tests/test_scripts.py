@@ -388,6 +388,29 @@ def test_samples_of_another_question_or_model_are_not_mixed_in(cli, nano, tmp_pa
     assert code == 2 and "other settings" in message
 
 
+def test_a_reward_model_scores_samples_that_are_there_already(cli, nano, tmp_path, monkeypatch):
+    orms, out = [tmp_path / "orm_0", tmp_path / "orm_1"], tmp_path / "report.json"
+    for i, folder in enumerate(orms):
+        orm = common.RewardModel(nano, "cpu", new=True)
+        torch.manual_seed(i)
+        torch.nn.init.normal_(orm.linear.weight)
+        orm.save(folder)
+    argv = ["--model", nano, "--limit-eval", 4, "--samples", 3, "--max-new-tokens", 8, "--out", out]
+    assert cli(evaluate, *argv)[0] == 0
+    first, texts = json.loads(out.read_text()), [row["text"] for row in rows_of(tmp_path / "report.samples.jsonl")]
+    monkeypatch.setattr(common, "generate", lambda *_, **__: pytest.fail("sampled again"))
+    scores = []
+    for orm in orms:  # the second in place of the first
+        assert cli(evaluate, *argv, "--orm", orm, "--resume")[0] == 0
+        report, rows = json.loads(out.read_text()), rows_of(tmp_path / "report.samples.jsonl")
+        assert "rerank@3" in report and all(report[key] == first[key] for key in first if "@" in key)
+        assert [row["text"] for row in rows] == texts
+        scores.append([row["score"] for row in rows])
+    assert scores[0] != scores[1]
+    code, message = cli(evaluate, *argv, "--resume")  # would leave their scores out of a report that names none
+    assert code == 2 and "other settings" in message
+
+
 @pytest.mark.parametrize("name", ["args.json", "checkpoint/state.pt"])
 def test_a_damaged_run_folder_is_an_error_that_names_the_file(cli, nano, tmp_path, name):
     argv = [*SFT, "--model", nano, "--out", tmp_path, "--max-new-tokens", "8"]
