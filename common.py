@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -543,7 +544,7 @@ class Policy:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = self._load(folder).to(self.device).eval()
             ids = torch.tensor([[0, 1], [0, 2]], device=self.device)
-            with torch.no_grad():
+            with torch.no_grad(), self.in_float32():
                 logits = self.model(ids).logits
                 if not (logits[0, 0] - logits[1, 0]).abs().max() < 1e-3:
                     raise UserError("not a causal language model, what it says of a token depends on later ones")
@@ -1370,10 +1371,11 @@ def decode(
         except RuntimeError as error:
             if is_out_of_memory(error) or not policy.records_steps:
                 raise
-            warn(f"sampling is slower than it could be, because a step cannot be recorded ({first_line(error)})")
-            policy.records_steps = False  # nor can steps of other sizes
+            reason = first_line(error)
         if not done:
             run()  # again: until its end it changes nothing that it reads
+        warn(f"sampling is slower than it could be, because a step cannot be recorded ({reason})")
+        policy.records_steps = False  # nor can steps of other sizes
 
     def advance(n: int) -> None:
         """`stride` steps of at least the first n rows."""
@@ -1465,7 +1467,9 @@ def waiting_is_an_error(device: torch.device, on: bool):
     """Whatever makes the host wait for the GPU, and so cannot be part of a graph, raises RuntimeError: better here than in a
     recording, after whose failure older releases of PyTorch cannot free memory any more (its issues 180395, 190348)."""
     if on and device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this mode of PyTorch is a prototype
+            torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -703,7 +703,7 @@ def main(argv: list[str]) -> None:
     def evaluate(phase: int) -> dict:
         file = run.out / "samples" / f"dev_{phase}.jsonl"
         # what is saved is what is measured, adapters within the weights in float32, because bfloat16 rounds them off
-        with merged(), policy.in_float32() if rank else contextlib.nullcontext():
+        with policy.in_float32() if rank else contextlib.nullcontext(), merged():
             metrics = common.dev_metrics(policy, dev, args, args.pass_k, file, args.few_shot)
             if metrics["maj@1"] > progress["best"]:
                 progress["best"] = metrics["maj@1"]

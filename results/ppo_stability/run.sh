@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# What the KL penalty and the detached value branch do where PPO is not stable: at five times the default learning rate, three
+# seeds of the default coefficient of 0.05 (kl), of four times that (kl4), of none (kl0), and of 0.05 with the value attached
+# (attached); 20 phases from SFT each. Seven minutes a run on one core. Restartable.
+set -euo pipefail
+source "$(dirname "$0")/../steps.sh"
+declare -A flags=([kl]="" [kl0]="--kl-coef 0" [attached]="--no-detach-value" [kl4]="--kl-coef 0.2")
+for seed in ${SEEDS:-0 1 2}; do
+    for name in ${VARIANTS:-kl kl0 attached kl4}; do
+        [ -f "$here/${name}_$seed/test.json" ] && continue
+        fine_tune "$work/sft_$seed" $seed
+        train_and_test "$work/ppo_stability_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" --lr 1e-3 ${flags[$name]}
+    done
+done
+python results/table.py "$here"
