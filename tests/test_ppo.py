@@ -367,7 +367,7 @@ def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):  #
     [
         ["--reward", "dense", "--lora-rank", "4"],
         ["--curriculum", "backtracking", "--no-detach-value"],
-        ["--curriculum", "plr", "--kl-limit", "1e-9", "--few-shot"],
+        ["--curriculum", "plr", "--kl-limit", "1e-12", "--few-shot"],
     ],
 )
 def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(flags, cli, tmp_path, monkeypatch):  # noqa: F811
