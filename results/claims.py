@@ -163,6 +163,17 @@ for variant in ("kl0", "attached"):
         dev("arithmetic/ppo", "maj@1", phase=20),
     )
     show(f"last KL to the initial policy, {variant}", dev(f"ppo_variants/{variant}", "kl_k3"))
+for name in ("kl", "kl0", "attached", "kl4"):
+    show(f"five times the rate, dev maj@1 at phase 20, {name}", dev(f"ppo_stability/{name}", "maj@1", phase=20))
+    lowest = {
+        seed: min(row["maj@1"] for row in log if "maj@1" in row)
+        for seed, log in recorded(f"ppo_stability/{name}").items()
+    }
+    show(f"five times the rate, lowest dev maj@1, {name}", lowest)
+    show(f"five times the rate, last KL to the initial policy, {name}", dev(f"ppo_stability/{name}", "kl_k3"))
+for name in ("kl0", "attached", "kl4"):
+    both = (dev(f"ppo_stability/{each}", "maj@1", phase=20) for each in (name, "kl"))
+    show(f"five times the rate, dev maj@1 at phase 20, {name} - kl", *both)
 for metric in ("maj@1", "pass@16"):
     show(
         f"test {metric}, adapters of rank 16 - all weights",

@@ -21,7 +21,7 @@ for name in ${VARIANTS-ratio10 control}; do
     done
 done
 dataset=arithmetic-hard
-for seed in ${HARD_SEEDS-1 2}; do
+for seed in ${HARD_SEEDS-0 1 2}; do
     sft=$work/hard_sft_$seed policy=$work/rcrl_all_hard_policy_$seed samples=$work/rcrl_all_hard_ratio10_$seed/samples/train.jsonl
     if [ ! -f "$here/hard_policy_$seed/test.json" ]; then
         fine_tune "$sft" $seed
