@@ -398,9 +398,11 @@ def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory):
 
 
 def test_logits_are_not_rounded_to_bfloat16(tiny):
-    """Between 16 and 32 its numbers are 0.125 apart: one token in twenty-five would share the first place with another."""
-    policy, problems = common.Policy("tiny", "cpu", "bfloat16"), common.load_problems("arithmetic", "train", 32)
-    examples = [(policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(p.reference)) for p in problems]
+    """Between 16 and 32 its numbers are 0.125 apart."""
+    policy, problems = common.Policy("tiny", "cpu", "bfloat16"), common.load_problems("arithmetic", "train", 12)
+    examples = [
+        (policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(p.reference)) for p in problems[:2]
+    ]
     ids = torch.tensor([policy.encode_prompt(common.prompt_text(problems[0]))])
     with torch.no_grad(), policy.autocast():
         hidden = policy.hidden_states(ids)
@@ -411,7 +413,7 @@ def test_logits_are_not_rounded_to_bfloat16(tiny):
     apart = []
     for head in (policy.head, lambda hidden: policy.model.get_output_embeddings()(hidden)):
         policy.head = head
-        samples = common.generate(policy, problems, samples=4, max_new_tokens=64)
+        samples = common.generate(policy, problems, samples=2, max_new_tokens=32)
         with torch.no_grad():
             again = common.response_logprobs(policy, [(s.prompt, s.tokens.tolist()) for s in samples])
         said = torch.from_numpy(np.concatenate([s.logprobs for s in samples]))
