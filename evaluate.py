@@ -129,8 +129,8 @@ def main(argv: list[str]) -> None:
     def occupied() -> list[Path]:
         taken = [file for file in (out, started_file, *files) if file.exists()]
         if taken and args.resume:
-            before, same = common.read_json(started_file), ("orm", "orm_fingerprint") if args.orm else ()
-            if any(before.get(key) != settings.get(key) for key in (before.keys() | settings.keys()) - {*same}):
+            before, may_change = common.read_json(started_file), {"orm", "orm_fingerprint"} if args.orm else set()
+            if any(before.get(key) != settings.get(key) for key in (before.keys() | settings.keys()) - may_change):
                 raise common.UserError(f"--resume: {out} was begun with other settings; they are in {started_file}")
         if taken and not (args.resume or args.overwrite):
             raise common.UserError(
