@@ -15,6 +15,11 @@ import common  # noqa: E402
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Those that start programs take longest: they come first, so that no worker ends alone with one of them."""
+    items.sort(key=lambda item: item.path.name not in ("test_processes.py", "test_scripts.py"))
+
+
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory) -> str:
     """A folder with a random Llama of 30,000 parameters and the tokenizer of tiny/: everything runs, nothing is learned."""

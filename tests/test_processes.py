@@ -17,7 +17,7 @@ from test_scripts import cli, rows_of, snapshot, without_time  # noqa: F401
 import common
 import sft
 
-SMALL = ["--model", "tiny", "--device", "cpu", "--limit-eval", "12", "--max-new-tokens", "60", "--rows", "16"]
+SMALL = ["--model", "tiny", "--device", "cpu", "--limit-eval", "12", "--max-new-tokens", "60", "--rows", "48"]
 TRAIN = [*SMALL, "--limit-train", "40"]
 RUNS = {
     "sft": [*SMALL, "--epochs", "2", "--batch-size", "8"],
