@@ -102,11 +102,11 @@ def test_sampled_tokens_do_not_depend_on_rows_order_or_company(name, tmp_path_fa
     how = dict(samples=5, temperature=1.0, max_new_tokens=20, seed=3)
     full = common.generate(policy, PROBLEMS, rows=64, **how)
     assert len({tuple(ids) for ids in ids_of(full)}) > 5
-    for rows in (1, 2, 7):
+    for rows in (2, 7):
         assert ids_of(common.generate(policy, PROBLEMS, rows=rows, **how)) == ids_of(full)
     alone = common.generate(policy, PROBLEMS[2:3], rows=4, **how)
     assert ids_of(alone) == ids_of(s for s in full if s.problem.id == "p2")
-    fewer = common.generate(policy, PROBLEMS, rows=4, **how | {"samples": 2})
+    fewer = common.generate(policy, PROBLEMS, rows=1, **how | {"samples": 2})
     assert ids_of(fewer) == ids_of(s for s in full if s.number < 2)
     other = common.generate(policy, PROBLEMS, rows=64, **how | {"seed": 4})
     assert ids_of(other) != ids_of(full)
