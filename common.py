@@ -232,8 +232,9 @@ def write_solution(steps: list[tuple[str, int]]) -> str:
     return "\n".join([f"{left}=<<{left}={value}>>{value}" for left, value in steps] + [f"#### {steps[-1][1]}"])
 
 
-def arithmetic_problems(split: str, min_steps: int = 1, max_steps: int = 4) -> list[Problem]:
-    """The embedded task: 2,560 problems for train and dev, 1,000 for test, the same in every run. Only the first 24
+@functools.lru_cache  # every split is a slice of the same
+def arithmetic_problems(min_steps: int = 1, max_steps: int = 4) -> tuple[Problem, ...]:
+    """The embedded task: 2,560 problems for train and dev, then 1,000 for test, the same in every run. Only the first 24
     carry a written solution (written solutions are dear, answers are cheap); all have a reference."""
     rng, seen, problems = random.Random(20240307), set(), []
     while len(problems) < 3560:
@@ -244,7 +245,7 @@ def arithmetic_problems(split: str, min_steps: int = 1, max_steps: int = 4) -> l
         steps, number = solve_story(plan), len(problems)
         name, text = f"arithmetic{max_steps}-{number}", write_solution(steps)
         problems.append(Problem(name, question, Fraction(steps[-1][1]), text if number < 24 else None, text))
-    return problems[2560:] if split == "test" else problems[:2560]
+    return tuple(problems)
 
 
 def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Problem]:
@@ -258,7 +259,8 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
     part = "test" if split == "test" else "train"
     path = Path(dataset)
     if dataset in ("arithmetic", "arithmetic-hard"):
-        problems = arithmetic_problems(part, *((4, 6) if dataset.endswith("hard") else (1, 4)))
+        problems = list(arithmetic_problems(*((4, 6) if dataset.endswith("hard") else (1, 4))))
+        problems = problems[2560:] if part == "test" else problems[:2560]
     elif dataset in ("gsm8k", "svamp"):
         problems = _hub_problems(dataset, part)
     elif path.is_dir():

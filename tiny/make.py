@@ -39,12 +39,7 @@ MISCONCEPTIONS = {
 
 def corpus(n: int, seed: int) -> tuple[list[tuple[str, str]], float]:
     """n pairs (prompt, solution), none of them a problem of the embedded task, and the share of right solutions."""
-    taken = {
-        p.question
-        for hard in ((1, 4), (4, 6))
-        for part in ("train", "test")
-        for p in common.arithmetic_problems(part, *hard)
-    }
+    taken = {p.question for steps in ((1, 4), (4, 6)) for p in common.arithmetic_problems(*steps)}
     rng, pairs, right = random.Random(seed), [], 0
     while len(pairs) < n:
         question, plan = common.tell_story(rng, rng.randint(1, 4))
