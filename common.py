@@ -1366,12 +1366,12 @@ def decode(
         """Run a step of a new size as it is, which warms up what a graph needs -> what replays it; None if that cannot be."""
         done = False
         try:
-            with waiting_is_an_error(device, policy.records_steps):
+            with waiting_is_an_error(device):
                 run()
             done = True
-            return record(run, device, pool) if policy.records_steps else None
+            return record(run, device, pool)
         except RuntimeError as error:
-            if is_out_of_memory(error) or not policy.records_steps:
+            if is_out_of_memory(error):
                 raise
             reason = first_line(error)
         if not done:
@@ -1393,7 +1393,8 @@ def decode(
         run = functools.partial(step, size.rows, view)
         if not on_gpu:
             return run()
-        if (replay := first_step(run)) is not None:
+        replay = first_step(run) if policy.records_steps else run()
+        if replay:
             graphs[size] = replay, view
         for _ in range(stride - 1):
             (replay or run)()
@@ -1465,17 +1466,17 @@ GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a re
 
 
 @contextlib.contextmanager
-def waiting_is_an_error(device: torch.device, on: bool):
+def waiting_is_an_error(device: torch.device):
     """Whatever makes the host wait for the GPU, and so cannot be part of a graph, raises RuntimeError: better here than in a
     recording, after whose failure older releases of PyTorch cannot free memory any more (its issues 180395, 190348)."""
-    if on and device.type == "cuda":
+    if device.type == "cuda":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this mode of PyTorch is a prototype
             torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        if on and device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
 
 

@@ -318,14 +318,13 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded_but_run_again(tmp_path_fa
     forward = policy.model.base_model.forward
 
     @contextlib.contextmanager
-    def waiting_is_an_error(device, on):
+    def waiting_is_an_error(device):
         def refuse(*args, **kwargs):
             forward(*args, **kwargs)  # has written to the cache by the time that it waits
             raise RuntimeError("called a synchronizing CUDA operation")
 
         with monkeypatch.context() as patch:
-            if on:
-                patch.setattr(policy.model.base_model, "forward", refuse)
+            patch.setattr(policy.model.base_model, "forward", refuse)
             yield
 
     monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
