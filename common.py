@@ -862,6 +862,17 @@ def model_folder(name: str, flag: str = "--model") -> str:
     return name
 
 
+def check_base(policy: Policy, base: str) -> None:
+    """UserError where tiny, the default of --base, stands beside a --model that cannot have been made from it."""
+    if base == "tiny":
+        shapes = {
+            (config.model_type, config.hidden_size, config.num_hidden_layers)
+            for config in (policy.model.config.get_text_config(), AutoConfig.from_pretrained(model_folder(base)))
+        }
+        if len(shapes) > 1:
+            raise UserError("--base tiny: --model is of another shape; give the pretrained model that it was made from")
+
+
 def fingerprint(name: str, flag: str = "--model") -> str:
     """Something that changes when the weights in a model folder do; the name itself for a model of the hub."""
     files = sorted(Path(model_folder(name, flag)).glob("*.safetensors"))

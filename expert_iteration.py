@@ -49,7 +49,7 @@ def parse_args(argv: list[str]):
         batch_size=16, token_budget=None, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
-    add("--base", default="tiny", help="pretrained model that every round trains from")
+    add("--base", default="tiny", help="pretrained model that every round trains from, whatever --model is")
     add("--rounds", type=common.number(int, 1), default=2,
         help="at most (paper: 2 from SFT, 5 without); with --resume also more than before")  # fmt: skip
     add("--continue", dest="from_previous", action="store_true", help="train on from the last round's policy, not the base")  # fmt: skip
@@ -109,7 +109,9 @@ def main(argv: list[str]) -> None:
     else:
         policy = common.Policy(args.model, args.device, args.dtype)
         common.check_memory(policy.model)  # like a wrong --base, this must not show only after hours of sampling
-        common.on_first(lambda: bool(common.Policy(args.base, "cpu", flag="--base")))
+        if not args.from_previous:
+            common.check_base(policy, args.base)
+            common.on_first(lambda: bool(common.Policy(args.base, "cpu", flag="--base")))
     if run.state:
         policy.condition("none")
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None

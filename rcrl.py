@@ -53,7 +53,7 @@ def parse_args(argv: list[str]):
         batch_size=16, token_budget=None, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add = parser.add_argument
-    add("--base", default="tiny", help="pretrained model that is trained")
+    add("--base", default="tiny", help="pretrained model that is trained, whatever --model is")
     add("--train-samples", nargs="+", default=[], metavar="FILE",
         help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
     add("--labels", choices=["step", "outcome", "none"], default="step",
@@ -211,6 +211,7 @@ def main(argv: list[str]) -> None:
     policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
     common.check_memory(policy.model)  # which the sampler leaves before the training
     sampler = common.Policy(args.model, args.device, args.dtype)
+    common.check_base(sampler, args.base)
     for flag, model in (("--model", sampler), ("--base", policy)):
         if model.label:
             raise common.UserError(f"{flag}: is a model of rcrl.py; take one that was trained without labels")

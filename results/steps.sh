@@ -1,7 +1,8 @@
 # What the run.sh of the folders share, to be sourced. A record, $here/NAME_SEED, is what is kept in the repository; a run,
-# with its weights and samples, lies under $work. Whoever wants a run made again deletes its record, and its run if there is one.
+# with its weights and samples, lies under $work. What is recorded is skipped; with RECORDS=runs/records, in a clean checkout,
+# all is made again, and its records are put there, to be compared with those of results/.
 cd "$(dirname "$0")"
-here=results/${PWD##*/}
+here=${RECORDS:-results}/${PWD##*/}
 cd ../..
 work=${WORK:-runs/results}
 dataset=arithmetic # what policies are tested on

@@ -6,7 +6,7 @@
 # Restartable: what is finished is skipped, what was interrupted goes on. What the jobs print is in $WORK/study_1.log and
 # study_2.log, how long each took in study.log.
 #
-#     SEEDS=0 TOKEN_BUDGET=1024 bash results/study.sh
+#     SEEDS=3 TOKEN_BUDGET=1024 RECORDS=runs/records bash results/study.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export WORK=${WORK:-runs/results} OMP_NUM_THREADS=1

@@ -320,6 +320,13 @@ def test_expert_iteration_says_when_it_gained_nothing(cli, tmp_path, monkeypatch
     assert code == 2 and "--samples 1" in message
 
 
+@pytest.mark.parametrize("script", [expert_iteration, rcrl], ids=lambda m: m.__name__)
+def test_another_model_is_not_trained_from_tiny(script, cli, nano, tmp_path):
+    """Who gives --model and forgets --base would get a trained tiny back."""
+    code, message = cli(script, *short_run(script), "--model", nano, "--out", tmp_path / "run")
+    assert code == 2 and "--base" in message and message.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("script", [sft, expert_iteration, evaluate, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
 def test_no_flag_reads_false_as_true(script, monkeypatch):
     """Trap: bool("false") is True."""
