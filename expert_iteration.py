@@ -14,9 +14,9 @@ paper. A round is
     4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve on the one before (the
        policy it begins with is measured, too, but never chosen: a warning says so if no round was better)
 
-Whether the paper trains on de-duplicated solutions we could not check; it counts solutions so. It is quicker, and where
-luck is common worse: a lucky solution that is sampled once then weighs as much as a faithful one that is sampled often (README.md has
-the numbers). Where this differs from the paper: the SFT data stays in the mix (--no-sft-data leaves it out; it is out by
+Whether the paper trains on de-duplicated solutions we could not check; it counts distinct solutions that way. Training on them
+is quicker, and worse where luck is common: a lucky solution that is sampled once then weighs as much as a faithful one that is
+sampled often (README.md has the numbers). Where this differs from the paper: the SFT data stays in the mix (--no-sft-data leaves it out; it is out by
 default when --model is the base itself).
 
 At the default --lr the order in which sums are rounded moves the first round by up to ten points of maj@1, at 3e-4 by half
@@ -25,10 +25,10 @@ a point; but two rounds on the harder task are worse with 3e-4 (results/README.m
 CPU, eleven minutes on two cores after `python sft.py`, three of them for the first round (README.md has the numbers):
     python expert_iteration.py
 From the base, without any written solution:
-    python expert_iteration.py --model tiny --samples 8 --epochs 3 --out runs/expert_iteration_base
+    python expert_iteration.py --model tiny --samples 8 --epochs 3 --out runs/ei_base
 One GPU, the paper's setting as far as we know it (README.md), after sft.py; and from a pretrained model with a two-shot prompt in round 1:
-    python expert_iteration.py --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 --epochs 4 --lr 2e-5 \
-        --batch-size 128 --max-new-tokens 512 --rows 1024
+    python expert_iteration.py --model runs/gsm8k/sft/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 \
+        --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024 --out runs/gsm8k/ei
     python expert_iteration.py --model HuggingFaceTB/SmolLM2-135M --base HuggingFaceTB/SmolLM2-135M --few-shot ...
 """
 

@@ -26,8 +26,8 @@ labels begin as random vectors of the spread of the others.
 CPU, after `python expert_iteration.py` (README.md has the measured numbers):
     python rcrl.py
 One GPU:
-    python rcrl.py --model runs/expert_iteration/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 32 \
-        --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024
+    python rcrl.py --model runs/gsm8k/ei/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 32 --epochs 4 \
+        --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024 --out runs/gsm8k/rcrl
 """
 
 import argparse

@@ -43,38 +43,44 @@ def over_rollouts(axis, name: str, key: str, style: str, colour: str, label: str
         band(axis, logs, style, colour, label)
 
 
-def draw(axis, name: str, key: str, style: str = "-", suffix: str = "") -> None:
-    """A variant of PPO; "sparse" is PPO as it is by default."""
+def variant(name: str) -> str:
+    """The record of a variant of PPO; "sparse" is PPO as it is by default."""
     folder = "genrm" if name in ("gold", "best", "hybrid") else "ppo_variants"
-    record = "arithmetic/ppo" if name == "sparse" else f"{folder}/{name}"
-    over_rollouts(axis, record, key, style, COLOURS[name], NAMES[name] + suffix)
+    return "arithmetic/ppo" if name == "sparse" else f"{folder}/{name}"
 
 
-def figure(file: str, names: list[str], panels: list[tuple[str, str]], proxy: bool) -> None:
-    shown, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), layout="constrained")
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        for name in names:
-            draw(axis, name, key)
-            if proxy and key == "correct" and name not in ("sparse", "dense"):
-                draw(axis, name, "reward", "--", ": its reward")
-        axis.set(xlabel="rollouts", title=title)
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+def figure(file: str, rows: dict[str, dict[str, str]], panels: list[tuple[str, str]], proxy: bool) -> None:
+    """rows: what the row says before its titles -> variants and their records"""
+    shape = len(rows), len(panels)
+    shown, axes = plt.subplots(*shape, figsize=(4.6 * shape[1], 4.2 * shape[0]), layout="constrained", squeeze=False)
+    for line, (what, records) in zip(axes, rows.items(), strict=True):
+        for axis, (key, title) in zip(line, panels, strict=True):
+            for name, record in records.items():
+                over_rollouts(axis, record, key, "-", COLOURS[name], NAMES[name])
+                if proxy and key == "correct" and name not in ("sparse", "dense"):
+                    over_rollouts(axis, record, "reward", "--", COLOURS[name], NAMES[name] + ": its reward")
+            axis.set(xlabel="rollouts", title=what + title)
+            axis.grid(alpha=0.3)
+        line[1].legend(fontsize=8)
     shown.savefig(RESULTS / file, dpi=110)
 
 
 figure(
-    "ppo_rewards.png", ["sparse", "dense", "orm", "orm_dense"],
+    "ppo_rewards.png", {"": {name: variant(name) for name in ("sparse", "dense", "orm", "orm_dense")}},
     [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("kl_k3", "KL to the SFT policy, nats per token")],
     proxy=True,
 )  # fmt: skip
 figure(
-    "ppo_stability.png", ["sparse", "kl0", "attached"],
+    "ppo_stability.png",
+    {
+        "": {name: variant(name) for name in ("sparse", "kl0", "attached")},
+        "five times the learning rate\n": {"sparse": "ppo_stability/kl", "kl0": "ppo_stability/kl0", "attached": "ppo_stability/attached"},
+    },
     [("maj@1", "dev: share of greedy solutions right"), ("kl_k3", "KL to the SFT policy, nats per token"), ("explained_variance", "explained variance of the value")],
     proxy=False,
 )  # fmt: skip
 figure(
-    "genrm.png", ["sparse", "gold", "best", "hybrid"],
+    "genrm.png", {"": {name: variant(name) for name in ("sparse", "gold", "best", "hybrid")}},
     [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("half_if_wrong", "share of wrong samples scored 0.5 or more")],
     proxy=True,
 )  # fmt: skip

@@ -8,8 +8,8 @@ from records import recorded, test_metric
 
 
 def spread(values: dict[int, float]) -> str:
-    low, high = min(values.values()), max(values.values())
-    return f"{np.mean(list(values.values())):.3f} ({low:.3f} - {high:.3f})"
+    mean, low, high = np.mean(list(values.values())), min(values.values()), max(values.values())
+    return f"{mean:.3f}" + (f" ({low:.3f} - {high:.3f})" if len(values) > 1 else "")
 
 
 def logged(name: str, key: str) -> dict[int, float]:
@@ -132,6 +132,10 @@ def main() -> None:
                 ["ei_lr/round_1e-3"],
             ),
             "the same, `--lr 3e-4`": ("ei_lr/round_3e-4", ["ei_lr/round_3e-4"]),
+            "two rounds, `--lr 1e-3`": ("arithmetic/ei", ["arithmetic/ei"]),
+            "two rounds, `--lr 3e-4`": ("ei_lr/easy_3e-4", ["ei_lr/easy_3e-4"]),
+            "from the base, `--lr 1e-3`": ("arithmetic/ei_base", ["arithmetic/ei_base"]),
+            "from the base, `--lr 3e-4`": ("ei_lr/base_3e-4", ["ei_lr/base_3e-4"]),
             "harder task, two rounds, `--lr 1e-3`": ("hard/ei", ["hard/ei"]),
             "harder task, two rounds, `--lr 3e-4`": ("ei_lr/hard_3e-4", ["ei_lr/hard_3e-4"]),
         },

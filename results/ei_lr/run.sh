@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What rounding does to expert iteration at two learning rates: one round of seed 0 with micro-batches of four sizes, which
-# changes nothing of a run but the order in which its sums are rounded. And two rounds on the harder task at the lower one of
-# them, three seeds, beside those of results/hard. Restartable; LR= leaves out the first.
+# changes nothing of a run but the order in which its sums are rounded. And at the lower one of them two rounds, from SFT and
+# from the base, one seed, beside those of results/arithmetic, and on the harder task, three seeds, beside those of
+# results/hard. Restartable; LR= leaves out the first.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 for lr in ${LR-1e-3 3e-4}; do
@@ -13,6 +14,15 @@ for lr in ${LR-1e-3 3e-4}; do
         python evaluate.py --model "$run/model" --samples 4 --resume --out "$run/test.json" >"$run/test.txt"
         keep round_${lr}_$tokens "$run"/{args.json,metrics.jsonl,test.json}
     done
+done
+for start in easy base; do # two rounds, of seed 0 alone
+    run=$work/ei_lr_${start}_3e-4
+    [ -f "$here/${start}_3e-4_0/test.json" ] && continue
+    fine_tune "$work/sft_0" 0
+    how="--model $work/sft_0/model" && [ $start = easy ] || how="--model tiny --samples 8 --epochs 3"
+    python expert_iteration.py $how --lr 3e-4 --token-budget 1024 --out "$run" --resume
+    python evaluate.py --model "$run/model" --samples 4 --resume --out "$run/test.json" >"$run/test.txt"
+    keep ${start}_3e-4_0 "$run"/{args.json,metrics.jsonl,test.json}
 done
 dataset=arithmetic-hard
 for seed in ${SEEDS:-0 1 2}; do
