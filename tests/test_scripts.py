@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -318,6 +319,33 @@ def test_expert_iteration_says_when_it_gained_nothing(cli, tmp_path, monkeypatch
     assert code == 0 and "no round was better than what it started from" in message
     code, message = cli(expert_iteration, *EI, "--temperature", "0", "--out", tmp_path / "greedy")
     assert code == 2 and "--samples 1" in message
+
+
+def written_commands() -> list[tuple[str, str, list[str]]]:
+    """Where it stands, script and arguments of every command in README.md and in the docstrings of the scripts."""
+    pages = {"README.md": (ROOT / "README.md").read_text()}
+    pages |= {f"{m.__name__}.py": m.__doc__ for m in (sft, expert_iteration, evaluate, ppo, reward_model, rcrl)}
+    found = []
+    for page, text in pages.items():
+        variables = re.findall(r'\b([A-Z])=(?:"([^"]*)"|([^\s;"]+);)', text)
+        for script, arguments in re.findall(r"python (\w+)\.py([^`&#|\n]*)", text.replace("\\\n", " ")):
+            for name, quoted, plain in variables:
+                arguments = arguments.replace(f"${name}", quoted or plain)
+            found.append((page, script, arguments.replace("...", "").split()))
+    return found
+
+
+def test_the_commands_of_the_pages_are_understood(capsys):
+    scripts, commands = (
+        {m.__name__: m for m in (sft, expert_iteration, evaluate, ppo, reward_model, rcrl)},
+        written_commands(),
+    )
+    assert len(commands) > 30 and {script for _, script, _ in commands} == scripts.keys()
+    for page, script, argv in commands:
+        try:
+            scripts[script].parse_args(argv)
+        except SystemExit:
+            pytest.fail(f"{page}: {script}.py {' '.join(argv)}: {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("script", [expert_iteration, rcrl], ids=lambda m: m.__name__)
