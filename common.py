@@ -804,6 +804,12 @@ class GenerativeRewardModel(Policy):
         ids = self.encode_prompt(text)
         return ids[:-1], ids[-1:]
 
+    def check_lengths(self, problems: Iterable[Problem], max_new_tokens: int) -> None:
+        """UserError if a question with its reference, gold or sampled, and a sample might not fit into the positions."""
+        gold = [(self.encode(p, "", p.gold or "")[0], 1 if p.gold else 2) for p in problems]
+        longest = max((len(ids) + n * max_new_tokens for ids, n in gold), default=0)
+        check_length(self, longest, f"the longest question with a reference and a sample of {max_new_tokens} tokens")
+
     def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
         """Of verdict A over verdict B, for every comparison that `encode` made: [comparisons]."""
         ids = right_padded(self, [prompt for prompt, _ in examples], "the longest question with its two solutions")
@@ -1865,6 +1871,13 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: missing or broken ({error})") from None
 
 
+INPUTS = ("train_samples", "selection", "dataset", "pool")  # settings that may name files
+
+
+def listed(value) -> list:
+    return value if isinstance(value, list) else [value] if value else []
+
+
 class Run:
     """The folder --out: args.json, metrics.jsonl, samples/, model/ and checkpoint/state.pt (of a finished run without
     the weights).
@@ -1892,9 +1905,8 @@ class Run:
             hold(self.out)
         models = {key: self.settings.get(key) for key in ("model", "base", "orm", "genrm")}
         self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items() if name}
-        for key in ("train_samples", "selection", "dataset", "pool"):
-            names = self.settings.get(key) or []
-            paths = [Path(name) for name in (names if isinstance(names, list) else [names])]
+        for key in INPUTS:
+            paths = [Path(name) for name in listed(self.settings.get(key))]
             files = [f for p in paths for f in (sorted(p.glob("train.json*")) if p.is_dir() else [p])]
             if key in ("dataset", "pool"):
                 files = [file for file in files if file.exists()]  # not "arithmetic", "gsm8k", ...
@@ -1918,6 +1930,15 @@ class Run:
                 "or choose another --out"
             )
         beside = [name for name in ("quality.json", "selection.json") if (self.out / name).exists()]
+        if occupied and not resume:
+            read = [
+                *models.values(),
+                *(name for key in INPUTS if key != "selection" for name in listed(self.settings.get(key))),
+            ]
+            lost = {(self.out / name).resolve() for name in occupied + beside}
+            for name in filter(None, read):
+                if lost & {path := Path(name).resolve(), *path.parents}:
+                    raise UserError(f"--overwrite would delete {name}, which this run reads; choose another --out")
         goes_on = bool(occupied) and resume and self.state_file.exists()
         return [] if resume or not occupied else occupied + beside, goes_on
 

@@ -64,6 +64,8 @@ def parse_args(argv: list[str]):
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0: greedy samples of a question are all the same; use --samples 1")
+    if args.temperature == 0 and args.pass_k > 1:
+        parser.error("--temperature 0: all samples of a problem are the same; use --pass-k 0, the greedy one is maj@1")
     return args
 
 
@@ -96,7 +98,8 @@ def main(argv: list[str]) -> None:
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
     if args.sft_data is None:
-        args.sft_data = args.model != args.base
+        starts = (args.model, "--model"), (args.base, "--base")
+        args.sft_data = len({Path(common.model_folder(*start)).resolve() for start in starts}) > 1
     run = common.Run(args, may_grow="rounds")
     if run.is_finished and run.state.get("progress", {}).get("round", math.inf) > args.rounds:
         print(f"{args.out} is complete")
@@ -115,6 +118,10 @@ def main(argv: list[str]) -> None:
     if run.state:
         policy.condition("none")
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
+    if args.sft_data:  # now, not after the sampling
+        written = [common.prompt_text(p) + p.solution for p in train if p.solution]
+        longest = max((len(policy.encode_solution(text)) for text in written), default=0)
+        common.check_length(policy, longest, "the longest solution with its prompt")
     run.begin()
     kept = {p.id: {common.equations(p.solution): p.solution} for p in train if p.solution and args.sft_data}
 
@@ -219,7 +226,7 @@ def main(argv: list[str]) -> None:
         run.checkpoint(now=True, progress=progress, model=policy.model.state_dict())
     else:
         run.finish(progress=progress)
-    if progress["best"] < progress["start"]:
+    if progress["best"] <= progress["start"]:
         common.warn(f"no round was better than what it started from, with maj@1 {progress['start']:.3f} on dev")
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")
 

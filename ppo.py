@@ -101,7 +101,12 @@ def parse_args(argv: list[str]):
     add("--select", choices=["lowest", "floor", "frontier", "random"], help="add questions of a pool to the first "
         "--limit-train ones: those that the initial policy scores lowest; lowest of those that it solves at least once; "
         "those that it solves nearest to half of the time; any")  # fmt: skip
-    add("--select-fraction", type=share, default=0.1, help="share of the pool to add (paper: 0.1)")
+    add(
+        "--select-fraction",
+        type=common.number(float, 1e-6, 1),
+        default=0.1,
+        help="share of the pool to add (paper: 0.1)",
+    )
     add("--select-samples", type=whole, default=8, help="samples per question of the pool, for its score")
     add("--pool", nargs="+", default=[], metavar="DATASET", help="where to select from, each a domain of its own "
         "(default: the training questions of --dataset after the first --limit-train)")  # fmt: skip
@@ -509,7 +514,7 @@ class Curriculum:
         n, rng = len(asked), np.random.default_rng([self.seed, phase, 1])
         fresh = count = min(count, n)  # a question that came twice would get the same samples twice
         if self.kind == "plr":  # half of the questions new as long as there are such, half by score
-            fresh = min(count // 2, self.state["score"].count(-1.0)) if phase > 1 else count
+            fresh = min(max(1, count // 2), self.state["score"].count(-1.0)) if phase > 1 else count
         chosen: list[int] = []
         while len(chosen) < fresh:
             turn, place = divmod(self.state["next"], n)
@@ -591,7 +596,7 @@ def genrm_metrics(judges: Judges, samples: list[common.Sample], rewards: list[np
     reference; of those beside a gold solution the share that it finds better, which none is. None where there are none."""
     judged = [
         (sample.problem.id in judges.golden, sample.correct, float(reward.sum()))
-        for sample, reward in zip(samples, rewards, strict=True) if sample.problem.id in judges.references
+        for sample, reward in zip(samples, rewards, strict=True) if sample.finished and sample.problem.id in judges.references
     ]  # fmt: skip
     return {
         "half_if_wrong": common.mean([score >= 0.5 for _, correct, score in judged if not correct]),
@@ -654,6 +659,10 @@ def main(argv: list[str]) -> None:
         given = ["".join(common.first_solution(p.reference or "").splitlines(keepends=True)[:-1]) for p in everything]
     # now, not in the phase that draws the longest
     common.check_prompts(policy, everything, args.max_new_tokens, given, args.few_shot)
+    if judges.genrm:
+        judges.genrm.check_lengths(
+            [p for p, r in zip(everything, route, strict=True) if r != "verifier"], args.max_new_tokens
+        )
     run.begin()
 
     # 0. references to compare with, and the questions of the pool; a restart takes what was chosen before

@@ -272,13 +272,13 @@ def main(argv: list[str]) -> None:
     optimizer = common.adam_w(policy.model.parameters(), args.lr)
     steps_per_epoch = -(-len(examples) // args.batch_size)
     n_steps = args.epochs * steps_per_epoch
-    progress = {"step": 0, "tokens": 0, "best": -1.0, "losses": []}
+    progress = {"step": 0, "tokens": 0, "best": -1.0, "losses": [], "seconds": 0.0}  # of the epoch
     if run.state:
-        progress = run.state["progress"]
+        progress |= run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
         run.state = None  # as large as the model and its optimizer
-    started, first = time.monotonic(), progress["step"]
+    started, first = time.monotonic() - progress["seconds"], progress["step"]
     for step in tqdm(range(first, n_steps), desc="training", initial=first, total=n_steps, disable=None):
         epoch, place = divmod(step, steps_per_epoch)
         order = common.shuffled(len(examples), args.seed, epoch)
@@ -303,6 +303,7 @@ def main(argv: list[str]) -> None:
             if metrics["maj@1"] > progress["best"]:
                 progress["best"] = metrics["maj@1"]
                 policy.save(run.out / "model")
+        progress["seconds"] = time.monotonic() - started
         run.checkpoint(progress=progress, model=policy.model.state_dict(), optimizer=optimizer.state_dict())
     run.finish()
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {run.out / 'model'}")

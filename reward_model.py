@@ -25,8 +25,8 @@ A question whose samples are all right or all wrong keeps its weight.
 2025): a language model that reads the question, a candidate and a reference and says which is better. Of the same samples
 it learns P(candidate is better) = 0 for a wrong one beside the gold solution, 0.5 for a right one beside it, and 1 for a
 right one beside a wrong one, each in a random order; its score is the mean over both orders. `ppo.py --reward genrm`
-maximises it. Three kinds of candidates that no policy samples (the question repeated, another question's solution, an
-unfinished one) are added as wrong: without them an empty text scored nearly as high as a right one.
+maximises it. Beside gold solutions three kinds of candidates that no policy samples (the question repeated, another
+question's solution, an unfinished one) are added as wrong: without them an empty text scored nearly as high as a right one.
 
 CPU, after `python sft.py` (README.md has the measured numbers):
     python reward_model.py
@@ -203,12 +203,17 @@ NONSENSE = {"empty": "", "colon": ":", "thinking": "Thought process:", "question
 
 def genrm_quality(samples: list[common.Sample], genrm: common.GenerativeRewardModel, token_budget: int) -> dict:
     """What a generative reward model is worth on the samples of questions that it was not trained on, beside the gold
-    solution (or, where there is none, the question's first right sample, whose question is left out if it has none)."""
+    solution (or, where there is none, the question's first right sample; that text is not scored beside itself, and a question
+    without a right sample is left out)."""
     references = {group[0].problem.id: group[0].problem.gold for group in common.by_problem(samples)}
     for sample in samples:
         if references[sample.problem.id] is None and sample.correct:
             references[sample.problem.id] = sample.solution
-    samples = [sample for sample in samples if references[sample.problem.id] is not None]
+    samples = [
+        sample
+        for sample in samples
+        if (reference := references[sample.problem.id]) and (sample.problem.gold or sample.solution != reference)
+    ]
     if not samples:
         raise common.UserError("no dev question has a gold solution or a right sample to compare with")
     problems = {sample.problem.id: sample.problem for sample in samples}
@@ -281,6 +286,8 @@ def main(argv: list[str]) -> None:
     orm = kind(args.base, args.device, args.dtype, flag="--base", new=True)
     common.check_memory(orm.model)  # which the student leaves before the training
     student = common.Policy(args.model, args.device, args.dtype)
+    if generative:  # now, not after the sampling
+        orm.check_lengths([p for p in train + dev if p.gold], args.max_new_tokens)
     run.begin()
 
     # 1. samples of the student (read back where a restart finds them on disk)
@@ -348,7 +355,7 @@ def main(argv: list[str]) -> None:
                 names = {"orm": "rerank", "majority": "maj", "oracle": "pass"}
                 ranked = {f"{names[key]}@{last['n']}": last[key] for key in names}
             run.log(
-                step=step + 1, samples=len(samples), tokens=progress["tokens"], epoch=epoch + 1,
+                step=step + 1, samples=0 if written else len(samples), tokens=progress["tokens"], epoch=epoch + 1,
                 loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr, train_size=len(data), mixed=mixed,
                 sampled_unreadable=common.mean(s.answer is None for s in samples),
                 sampled_cut=common.mean(not s.finished for s in samples),

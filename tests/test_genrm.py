@@ -168,11 +168,14 @@ def test_the_quality_of_a_judge_that_is_known():
     samples = [
         sample_of(bare[0], wrong(bare[0])),
         sample_of(bare[0], PROBLEMS[0].reference),
+        sample_of(bare[0], PROBLEMS[0].reference, 2),  # would be scored beside itself: 0.5, whatever the model
         sample_of(bare[1], "1", 2),
     ]
+    assert reward_model.genrm_quality(samples, Oracle(), 1000)["base_rate"] == 0
+    samples += [sample_of(bare[0], f"0+0=<<0+0=0>>0\n{PROBLEMS[0].reference}", 3)]
     assert reward_model.genrm_quality(samples, Oracle(), 1000)["base_rate"] == 0.5
     with pytest.raises(common.UserError, match="no dev question"):
-        reward_model.genrm_quality(samples[2:], Oracle(), 1000)
+        reward_model.genrm_quality(samples[1:4], Oracle(), 1000)
 
 
 # ---- rewards
@@ -213,6 +216,10 @@ def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, gen
     samples[3].finished = False
     samples[3].text = "1" * 9999  # too long to be compared, and need not be
     assert judges.scores("hybrid", samples) == [*scores[:3], 0]
+    cut = ppo.genrm_metrics(judges, samples, rewards)  # it was not judged, so it is not one that was found wanting
+    assert (
+        cut["half_if_wrong"] is None and cut["above_half"] == 0 and cut["score_if_right"] == metrics["score_if_right"]
+    )
 
 
 def test_who_judges_a_question_does_not_say_when_it_comes():

@@ -284,6 +284,12 @@ def test_prioritised_replay_prefers_large_value_errors_and_still_shows_new_quest
         new |= set(drawn) - set(chosen)
     assert hits > 8 * 10 * 5 / 40 * 2, "more than twice what chance gives the five questions with an error"
     assert len(new) == 8 * 10
+    alone = ppo.Curriculum("plr", problems[:4], 0)  # one question a phase: new ones first
+    asked = []
+    for phase in range(1, 5):
+        asked += alone.draw(phase, 1)[0]
+        alone.update(asked[-1:], [0.5], [1.0])
+    assert sorted(asked) == [0, 1, 2, 3]
 
 
 def test_without_curriculum_every_question_comes_once_a_pass():

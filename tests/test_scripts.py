@@ -312,13 +312,39 @@ def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(cli, tmp_
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_expert_iteration_says_when_it_gained_nothing(cli, tmp_path, monkeypatch):
-    measured = iter([0.9, 0.2, 0.1])
+@pytest.mark.parametrize("first", [0.2, 0.9])
+def test_expert_iteration_says_when_it_gained_nothing(first, cli, tmp_path, monkeypatch):
+    measured = iter([0.9, first, 0.1])
     monkeypatch.setattr(common, "dev_metrics", lambda *args: {"maj@1": next(measured)})
     code, message = cli(expert_iteration, *EI, "--limit-train", "24", "--epochs", "1", "--out", tmp_path / "run")
     assert code == 0 and "no round was better than what it started from" in message
     code, message = cli(expert_iteration, *EI, "--temperature", "0", "--out", tmp_path / "greedy")
     assert code == 2 and "--samples 1" in message
+    code, message = cli(expert_iteration, *EI, "--temperature", "0", "--samples", "1", "--out", tmp_path / "greedy")
+    assert code == 2 and "--pass-k 0" in message
+
+
+def test_what_a_run_reads_is_not_overwritten(cli, nano, tmp_path):
+    """The base is loaded again in every round, when the folder would long have been emptied."""
+    out = tmp_path / "run"
+    assert cli(sft, *SFT, "--model", nano, "--out", out, "--max-new-tokens", "8")[0] == 0
+    before = contents(out)
+    argv = [*EI, "--out", out, "--overwrite"]
+    for flags in (["--model", out / "model", "--base", out / "model"], ["--model", nano, "--base", out / "model"]):
+        code, message = cli(expert_iteration, *argv, *flags)
+        assert code == 2 and "would delete" in message and message.count("\n") == 1
+    assert contents(out) == before
+
+
+def test_expert_iteration_refuses_long_solutions_and_knows_the_base_by_another_name(cli, tmp_path, monkeypatch):
+    rows = [{"question": f"q{i}", "answer": "1+1=<<1+1=2>>2\n" * (200 if i == 3 else 1) + "#### 2"} for i in range(20)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(common, "generate", lambda *_, **__: pytest.fail("sampled"))
+    argv = [*EI, "--dataset", tmp_path / "p.jsonl", "--limit-train", "9", "--out", tmp_path / "run"]
+    code, message = cli(expert_iteration, *argv, "--sft-data")
+    assert code == 2 and "the longest solution with its prompt" in message and not (tmp_path / "run").exists()
+    with pytest.raises(pytest.fail.Exception, match="sampled"):  # tiny is the base: its data has no written solutions
+        cli(expert_iteration, *argv, "--model", ROOT / "tiny", "--base", "tiny")
 
 
 def written_commands() -> list[tuple[str, str, list[str]]]:
