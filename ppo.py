@@ -385,7 +385,7 @@ class Lora(torch.nn.Module):
     def _adapter(self, i: int):
         def hook(module, inputs, output):
             if not self.on:
-                return output
+                return output.float()  # as with the adapters: they begin at a KL of 0, in bfloat16 too
             change = torch.nn.functional.linear(torch.nn.functional.linear(inputs[0], self.down[i]), self.up[i])
             return output.float() + change.float()  # a sum in bfloat16 would round most of a small change off
 

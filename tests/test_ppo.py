@@ -222,6 +222,16 @@ def test_adapters_are_not_rounded_off_in_bfloat16(tiny):
     assert gains["float32"] > 1e-3 and 0.6 < gains["bfloat16"] / gains["float32"] < 1.4
 
 
+def test_adapters_begin_as_the_initial_policy_in_bfloat16(tiny):
+    policy = common.Policy("tiny", "cpu", "bfloat16")
+    lora, problem = ppo.Lora(policy, 4), common.load_problems("arithmetic", "train", 1)[0]
+    example = (tiny.encode_prompt(common.prompt_text(problem)), tiny.encode_solution(problem.reference))
+    with torch.no_grad():
+        with_adapters = common.response_logprobs(policy, [example])
+        with lora.off():
+            assert torch.equal(common.response_logprobs(policy, [example]), with_adapters)
+
+
 def test_adapters_leave_the_cache_in_bfloat16(monkeypatch):
     """Their sums are float32, and keys and values of that type would take twice the memory."""
     policy, dtypes, keep = common.Policy("tiny", "cpu", "bfloat16"), set(), common.PagedCache.keep_prompts
