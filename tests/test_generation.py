@@ -596,3 +596,11 @@ def test_frozen_weights_are_cast_as_seldom_as_others(nano):
         assert all(weight.requires_grad != frozen for weight in policy.model.parameters())
     n_linear = sum(isinstance(module, torch.nn.Linear) for module in policy.model.modules()) - 1  # the head is float32
     assert n_linear <= counts[1] <= counts[0] + n_linear
+
+
+def test_each_problem_has_random_numbers_of_its_own(tmp_path_factory):
+    """Two with one text, as beginnings in rcrl.py have: else the k-th sample of every problem would be as lucky as the others."""
+    policy = random_policy("llama", tmp_path_factory)
+    twins = [common.Problem(name, "How many?", 1) for name in "ab"]
+    samples = common.generate(policy, twins, samples=4, max_new_tokens=20)
+    assert len({tuple(ids) for ids in ids_of(samples)}) == 8

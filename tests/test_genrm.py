@@ -248,6 +248,9 @@ def test_each_selection_keeps_what_it_says():
         "floor", passed, passed, domains, 0.3, 0
     ) == [2, 3, 5]
     assert ppo.choose("frontier", passed, passed, domains, 0.2, 0) == [4, 5]
+    liked = [0.5, 0.9, 0.1]  # by a reward model, which is not what they pass
+    assert ppo.choose("frontier", liked, [0.0, 0.5, 1.0], ["a"] * 3, 0.3, 0) == [1]
+    assert ppo.choose("floor", liked, [0.5, 0.5, 0.0], ["a"] * 3, 0.3, 0) == [0]
     drawn = [ppo.choose("random", passed, passed, domains, 0.3, seed) for seed in range(30)]
     assert {i for d in drawn for i in d} == set(range(10)) and all(len(set(d)) == 3 for d in drawn)
     ties = {tuple(ppo.choose("lowest", passed, passed, domains, 0.1, seed)) for seed in range(30)}
@@ -407,3 +410,24 @@ def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_p
         p.question for split in ("train", "dev", "test") for p in common.load_problems(str(tmp_path / "set"), split)
     }
     assert len(given) == 30 and pool and not given & set(pool) and {"n5", "q35"} <= set(pool)
+
+
+def test_questions_with_a_gold_solution_join_before_those_without(cli, tmp_path, folders, monkeypatch):  # noqa: F811
+    """Whatever the order of the two shares."""
+    stages = []
+
+    def begun(self, kind, problems, seed, given=()):
+        stages.extend(given)
+        raise KeyboardInterrupt  # that is all that is asked
+
+    monkeypatch.setattr(ppo.Curriculum, "__init__", begun)
+    argv = [*PPO, "--limit-train", 24, "--phases", 10, "--reward", "hybrid", "--hide-solutions", 0.5]
+    argv += ["--reference-samples", 1]
+    argv += ["--curriculum", "verifiable_first", "--switch", 0.6, 0.2, "--genrm", folders.genrm, "--orm", folders.orm]
+    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 130
+    route = ppo.routes(PROBLEMS[:24], 0.5, 0.5, 0)
+    verifier, gold, best = ({i for i, r in enumerate(route) if r == kind} for kind in ("verifier", "gold", "best"))
+    assert [(begin, set(asked)) for begin, asked in stages] == [
+        (1, verifier), (3, verifier | gold), (7, verifier | gold | best)
+    ]  # fmt: skip
+    assert verifier and gold and best

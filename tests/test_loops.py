@@ -297,6 +297,8 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
             "cut": np.mean([not s.finished for s in samples]),
             "unreadable": np.mean([s.answer is None for s in samples]),
             "kl_k1": (logprobs - reference)[real].mean().item(),
+            "kl_k3": ((reference - logprobs).exp() - 1 - (reference - logprobs))[real].mean().item(),
+            "reward_if_wrong": 0.0,
             "entropy": -logprobs[real].mean().item(),
         }
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-8)
@@ -352,8 +354,13 @@ def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny,
     problems = common.load_problems("arithmetic", "train", 2)
     args = argparse.Namespace(select_samples=2, temperature=0.7, max_new_tokens=30, rows=16, seed=4, few_shot=False, reward="sparse")  # fmt: skip
     for judges in (ppo.Judges(), ppo.Judges(orm=common.RewardModel("tiny", "cpu", new=True))):
-        ppo.score_pool(tiny, problems, judges, run, args)
+        args.reward = "orm" if judges.orm else "sparse"
+        scores, passed = ppo.score_pool(tiny, problems, judges, run, args)
         (run.out / "samples" / "pool.jsonl").unlink()
+        good = [[s.correct and s.finished for s in group] for group in common.by_problem(drawn[-1].samples)]
+        ended = [[s.finished for s in group] for group in common.by_problem(drawn[-1].samples)]
+        assert passed == np.mean(good, 1).tolist()  # a new reward model says 0.5 of whatever was not cut
+        assert scores == (np.mean(ended, 1) / 2 if judges.orm else np.mean(good, 1)).tolist()
     assert [call.seed for call in drawn] == [[4, 0], [4, 0, 2]]
 
 
@@ -506,3 +513,141 @@ def test_dev_is_measured_greedily(tiny, tmp_path, drawn):
     counts = [sum(s.correct for s in group) for group in common.by_problem(samples.samples)]
     for k in (1, 2, 4):
         assert metrics[f"pass@{k}"] == pytest.approx(np.mean([common.pass_at_k(4, c, k) for c in counts]))
+
+
+@pytest.mark.parametrize("flags", [["--curriculum", "backtracking"], ["--curriculum", "plr", "--few-shot"]])
+def test_a_curriculum_hears_what_became_of_the_questions_that_it_chose(
+    flags, cli, tmp_path, drawn, measured, monkeypatch  # noqa: F811
+):  # fmt: skip
+    """Their share of right samples and the size of the value's error; what it gives away stands before the samples."""
+    chose, told, sizes, draw, update, gae = [], [], [], ppo.Curriculum.draw, ppo.Curriculum.update, ppo.gae
+
+    def spied(kept, function, see=lambda found: found):
+        def call(*args):
+            found = function(*args)
+            kept.append(see(found))
+            return found
+
+        return call
+
+    monkeypatch.setattr(ppo, "gae", spied(sizes, gae, lambda found: found[0].abs()))  # before they are whitened
+    monkeypatch.setattr(ppo.Curriculum, "draw", spied(chose, draw))
+    monkeypatch.setattr(ppo.Curriculum, "update", lambda self, *what: told.append(what) or update(self, *what))
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 6, "--samples", 4, "--phases", 2, *flags]
+    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
+    train = common.load_problems("arithmetic", "train", 16)
+    for call, (chosen, prefixes), (again, solved, errors), size in zip(drawn, chose, told, sizes, strict=True):
+        groups = common.by_problem(call.samples)
+        asked = [(train[i], prefix) for i, prefix in zip(chosen, prefixes, strict=True)]
+        assert [(group[0].problem, group[0].prefix) for group in groups] == asked
+        assert again == chosen and solved == [np.mean([s.correct and s.finished for s in group]) for group in groups]
+        means = [row[: len(s.tokens)].mean().item() for row, s in zip(size, call.samples, strict=True)]
+        assert errors == pytest.approx(np.reshape(means, (6, 4)).mean(1).tolist(), rel=1e-4)
+        assert call.few_shot == ("--few-shot" in flags)
+    assert any(prefixes) == ("backtracking" in flags) and len(drawn) == 2
+
+
+def test_the_value_function_has_a_learning_rate_of_its_own(cli, tmp_path, measured, monkeypatch):  # noqa: F811
+    rates, step = [], common.clipped_step
+
+    def spied(optimizer, loss):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, loss)
+
+    monkeypatch.setattr(common, "clipped_step", spied)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 2, "--samples", 2, "--phases", 2, "--epochs", 1,
+            "--lr", 1e-3, "--lr-warmup", 1, "--value-lr", 3e-3, "--out", tmp_path / "run"]  # fmt: skip
+    assert cli(ppo, *argv)[0] == 0
+    assert rates == [[0.0, 3e-3], [5e-4, 3e-3]]
+
+
+@pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, reward_model], ids=lambda script: script.__name__)
+def test_the_learning_rate_falls_over_the_whole_training(script, cli, tmp_path, measured, monkeypatch):  # noqa: F811
+    rates = []
+    monkeypatch.setattr(common, "cross_entropy_step", lambda p, o, e, lr, *_: rates.append(lr) or (1.0, 1.0))
+    monkeypatch.setattr(reward_model, "orm_step", lambda m, o, e, y, w, lr, *_: rates.append(lr) or (1.0, 1.0))
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 24, "--samples", 2, "--epochs", 2, "--batch-size", 2]
+    argv += {expert_iteration: ["--rounds", 1], rcrl: ["--labels", "outcome"]}.get(script, [])
+    assert cli(script, *argv, "--lr", 1e-3, "--out", tmp_path / "run")[0] == 0
+    assert len(rates) >= 6 and rates == [common.cosine_lr(i, len(rates), 1e-3) for i in range(len(rates))]
+
+
+def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
+    cli, tmp_path, trained, monkeypatch  # noqa: F811
+):  # fmt: skip
+    """Not in what is trained on, nor where what was trained is measured."""
+    shown = []
+
+    def dev_metrics(policy, problems, args, samples, file, few_shot=False):
+        shown.append(few_shot)
+        return {"maj@1": 0.5, "unreadable": 0.0, "cut": 0.0}
+
+    monkeypatch.setattr(common, "dev_metrics", dev_metrics)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 2, "--rounds", 1, "--epochs", 1, "--few-shot"]
+    assert cli(expert_iteration, *argv, "--sft-data", "--out", tmp_path / "run")[0] == 0
+    prompts = {trained[0].policy.decode(prompt) for step in trained for prompt, _ in step.examples}
+    assert shown == [True, False]
+    assert prompts == {common.prompt_text(p) for p in common.load_problems("arithmetic", "train", 16)}
+
+
+def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, monkeypatch):  # noqa: F811
+    accuracies, states = iter([0.1, 0.5, 0.5, 0.9]), []
+
+    def dev_metrics(policy, *_):
+        states.append(weights_of(policy))
+        return {"maj@1": next(accuracies), "unreadable": 0.0, "cut": 0.0}
+
+    monkeypatch.setattr(common, "dev_metrics", dev_metrics)
+    argv = [*SMALL, "--model", "tiny", "--limit-train", 16, "--samples", 2, "--epochs", 1, "--pass-k", 0, "--sft-data"]
+    assert cli(expert_iteration, *argv, "--rounds", 3, "--out", tmp_path / "run")[0] == 0
+    assert len(states) == 3 and saved_weights(tmp_path / "run" / "model") == states[1]
+
+
+def test_rcrl_measures_its_policy_conditioned_on_good(cli, tmp_path, monkeypatch):  # noqa: F811
+    labels = []
+
+    def dev_metrics(policy, *_):
+        labels.append(policy.tokenizer.convert_ids_to_tokens(policy.label))
+        return {"maj@1": 0.5, "unreadable": 0.0, "cut": 0.0}
+
+    monkeypatch.setattr(common, "dev_metrics", dev_metrics)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 2, "--epochs", 1, "--labels", "outcome"]
+    assert cli(rcrl, *argv, "--out", tmp_path / "run")[0] == 0
+    assert labels == [["[GOOD]"]]
+
+
+def test_the_share_of_good_lines_of_wrong_solutions_is_logged(cli, tmp_path, measured):  # noqa: F811
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 3, "--completions", 2, "--epochs", 1]
+    assert cli(rcrl, *argv, "--ratio", 1, "--out", tmp_path / "run")[0] == 0
+    row, labelled = (rows_of(tmp_path / "run" / name) for name in ("metrics.jsonl", "samples/labelled.jsonl"))
+    shares = [
+        [line["label"] == "good" for r in labelled if r["correct"] in kinds for line in r["lines"]]
+        for kinds in ((0,), (0, 1))
+    ]
+    assert [row[0][key] for key in ("good_if_wrong", "good_lines")] == pytest.approx([*map(np.mean, shares)], rel=1e-5)
+
+
+def test_the_dev_loss_is_that_of_the_dev_problems(cli, tmp_path, measured, monkeypatch):  # noqa: F811
+    asked, file = [], tmp_path / "p.jsonl"
+    rows = [{"question": f"q{i}", "answer": f"1+{i}=<<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def cross_entropy(policy, examples, token_budget):
+        asked.append([tuple(map(policy.decode, example)) for example in examples])
+        return 1.5
+
+    monkeypatch.setattr(common, "cross_entropy", cross_entropy)
+    assert cli(sft, "--model", "tiny", "--dataset", file, *SMALL, "--epochs", 1, "--out", tmp_path / "run")[0] == 0
+    dev = common.load_problems(str(file), "dev", 8)
+    assert asked == [[(common.prompt_text(p), p.solution) for p in dev]] * 2 and len(dev) > 1
+    assert [row["dev_loss"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")] == [1.5, 1.5]
+
+
+def test_the_interval_of_a_count_may_lie_above_one(cli, tmp_path, nano, monkeypatch):  # noqa: F811
+    columns = {"maj@1": [1.0, 0.0, 1.0], "distinct@4": [2.0, 3.0, 4.0]}
+    monkeypatch.setattr(evaluate, "metrics_per_problem", lambda *_: columns)
+    argv = ["--model", nano, "--limit-eval", 3, "--samples", 4, "--max-new-tokens", 2]
+    assert cli(evaluate, *argv, "--out", tmp_path / "report.json")[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    for name, highest in (("maj@1", 1), ("distinct@4", 4)):
+        assert report[name]["ci95"] == evaluate.confidence_interval(columns[name], highest)

@@ -407,6 +407,8 @@ def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(flags, c
     rows = rows_of(tmp_path / "whole" / "metrics.jsonl")
     if "--kl-limit" in flags:
         assert rows[-1]["minibatches"] < 6
+    if "--no-detach-value" in flags:
+        assert rows[1]["grad_norm"] > 0  # in the first phase, in which only the value trains
 
 
 def test_merged_adapters_are_measured_in_float32(cli, tmp_path, monkeypatch):  # noqa: F811
@@ -481,3 +483,43 @@ def test_phases_in_which_the_policy_does_not_train_are_said(cli, nano, tmp_path)
     argv = [*TINY_RUN, "--model", nano, "--max-new-tokens", 8, "--phases", 1, "--out", tmp_path / "run"]
     code, message = cli(ppo, *argv)
     assert code == 0 and "only the value function trains" in message
+
+
+def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its_parts():
+    """Three samples of different lengths in two parts, against the formulas over all of their tokens at once; a fourth sample
+    is not in the minibatch."""
+    torch.manual_seed(0)
+    real = torch.arange(4) < torch.tensor([3, 1, 4, 2])[:, None]
+    old_logprobs, old_values, advantages, returns = torch.randn(4, 4, 4) * real
+    logprobs, values = ((old + 0.4 * torch.randn(4, 4)).requires_grad_() for old in (old_logprobs, old_values))
+    rollouts = ppo.Rollouts([0, 1, 2, 3], real, old_logprobs, old_values, advantages, returns)
+    minibatch, wanted = [3, 0, 2], real.clone()
+    wanted[1] = False
+
+    def forward(rows):
+        return logprobs[rows][real[rows]], values[rows][real[rows]]
+
+    policy_loss = ppo.policy_loss(logprobs, old_logprobs, advantages, 0.2)[wanted].mean()
+    value_loss = ppo.value_loss(values, old_values, returns, 0.3)[wanted].mean()
+    change = (logprobs - old_logprobs)[wanted].detach()
+    clipped, kl_old = ((change.exp() - 1).abs() > 0.2).float().mean(), (change.exp() - 1 - change).mean()
+    assert 0.2 < clipped < 0.45 or 0.55 < clipped < 1  # not confused with the others
+    expected = [x.item() for x in (policy_loss, value_loss, clipped, kl_old)]
+    exact = [*torch.autograd.grad(policy_loss, logprobs), *torch.autograd.grad(value_loss, values)]
+    for value_only in (False, True):
+        logprobs.grad = values.grad = None
+        parts = [ppo.add_gradient(forward, rollouts, minibatch, 9, 0.2, 0.3, p, value_only) for p in ([0, 2], [1])]
+        assert np.sum(parts, 0) == pytest.approx(expected, rel=1e-4)
+        torch.testing.assert_close(values.grad, exact[1])
+        if value_only:
+            assert logprobs.grad is None
+        else:
+            torch.testing.assert_close(logprobs.grad, exact[0])
+
+
+def test_a_phase_ends_when_the_policy_has_gone_too_far(cli, tmp_path):  # noqa: F811
+    """Not the first one, in which it does not move."""
+    argv = [*TINY_RUN, "--phases", 2, "--lr", 1e-2, "--lr-warmup", 1, "--kl-limit", 0.01, "--out", tmp_path / "run"]
+    assert cli(ppo, *argv)[0] == 0
+    _, first, second = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert first["minibatches"] == 6 > second["minibatches"] > 0

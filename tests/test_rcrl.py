@@ -1,5 +1,6 @@
 """Return-conditioned RL: the labels, the mixture, what is a target, and sampling with a forced label before every line."""
 
+import argparse
 import copy
 import json
 
@@ -12,6 +13,7 @@ from test_scripts import cli, rows_of, without_time  # noqa: F401
 import common
 import evaluate
 import expert_iteration
+import ppo
 import rcrl
 import sft
 
@@ -322,3 +324,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch): 
     assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(tmp_path / "broken" / "metrics.jsonl")
     names = ["model/model.safetensors", "samples/labelled.jsonl", "samples/completions.jsonl"]
     assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "broken" / n).read_bytes() for n in names)
+
+
+def test_a_completion_that_was_cut_is_not_right(tiny, tmp_path, monkeypatch):
+    """Even if its answer line is complete."""
+    starts = rcrl.beginnings([sample_of(THREE, THREE.reference)])
+
+    def drawn(policy, problems, *_, samples, **__):
+        return [sample_of(p, THREE.reference + "\n", i, finished=i > 0) for p in problems for i in range(samples)]
+
+    monkeypatch.setattr(common, "sample_to_file", drawn)
+    args = argparse.Namespace(temperature=1.0, max_new_tokens=60, rows=8, seed=0)
+    assert all(sample.correct for sample in drawn(tiny, [THREE], samples=4))
+    assert rcrl.estimate_q(tiny, starts, 4, tmp_path / "q.jsonl", None, args, 1) == dict.fromkeys(starts, 0.75)
+
+
+def test_ppo_goes_on_from_a_model_with_labels_without_them(cli, labelled, tmp_path):  # noqa: F811
+    labelled.condition("good")
+    labelled.save(tmp_path / "labelled")
+    argv = ["--model", tmp_path / "labelled", "--questions", 2, "--samples", 2, "--phases", 1, "--max-new-tokens", 20]
+    assert cli(ppo, *argv, "--limit-eval", 2, "--out", tmp_path / "run")[0] == 0
+    before, after = (common.Policy(str(tmp_path / name), "cpu") for name in ("labelled", "run/model"))
+    assert before.label and not after.label

@@ -282,3 +282,10 @@ def test_a_fingerprint_changes_with_any_weight(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     assert common.fingerprint(str(model)) == before
+
+
+def test_no_weight_decays():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.zeros(3)
+    common.adam_w([weight], 0.1).step()
+    assert torch.equal(weight, torch.ones(3))
