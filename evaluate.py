@@ -46,6 +46,8 @@ def parse_args(argv: list[str]):
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0: all samples of a problem are the same; the greedy one is maj@1")
+    if args.orm and args.samples == 1:
+        parser.error("--orm chooses among the samples of a problem: --samples of at least 2")
     return args
 
 

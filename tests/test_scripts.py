@@ -470,6 +470,8 @@ def test_a_reward_model_scores_samples_that_are_there_already(cli, nano, tmp_pat
         assert [row["text"] for row in rows] == texts
         scores.append([row["score"] for row in rows])
     assert scores[0] != scores[1]
+    code, message = cli(evaluate, *argv, "--orm", orms[0], "--samples", 1)
+    assert code == 2 and "--samples of at least 2" in message
     code, message = cli(evaluate, *argv, "--resume")  # would leave their scores out of a report that names none
     assert code == 2 and "other settings" in message
 
