@@ -1180,7 +1180,7 @@ def check_prompts(
 ) -> None:
     """UserError if a prompt with its prefix, or what is sampled after it, does not fit into the model's positions."""
     prompts = [prompt_text(problem, few_shot) + prefix for problem, prefix in zip(problems, prefixes, strict=True)]
-    longest = max(len(policy.encode_prompt(prompt)) for prompt in prompts)
+    longest = max(len(policy.encode_prompt(prompt)) for prompt in prompts) + len(policy.label)
     check_length(policy, longest + max_new_tokens, f"the longest prompt with --max-new-tokens {max_new_tokens}")
 
 

@@ -254,15 +254,16 @@ def routes(problems: list[common.Problem], hide_answers: float, hide_solutions: 
 def best_of_n(
     policy: common.Policy, problems: list[common.Problem], orm: common.RewardModel, run: common.Run, args
 ) -> dict[str, str]:
-    """For every problem the sample of the initial policy that the outcome reward model likes best. Not of the samples that
-    reward_model.py draws from the same policy (seed [.., 0]), whose labels that model has seen."""
+    """For every problem the sample of the initial policy that the outcome reward model likes best, of those that were not cut if
+    there are any. Not of the samples that reward_model.py draws from the same policy (seed [.., 0]), whose labels that model
+    has seen."""
     samples = common.sample_to_file(
         policy, problems, run.out / "samples" / "references.jsonl", run, samples=args.reference_samples,
         temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0, 1],
         few_shot=args.few_shot, progress="references",
     )  # fmt: skip
     orm.grade(samples, args.token_budget)
-    best = [max(group, key=lambda sample: sample.score) for group in common.by_problem(samples)]
+    best = [max(group, key=lambda sample: (sample.finished, sample.score)) for group in common.by_problem(samples)]
     return {sample.problem.id: sample.solution for sample in best}
 
 

@@ -181,6 +181,23 @@ def test_the_quality_of_a_judge_that_is_known():
 # ---- rewards
 
 
+def test_a_reference_is_not_a_sample_that_was_cut(monkeypatch, tmp_path):
+    """Unless all were."""
+    first, second = PROBLEMS[:2]
+    samples = [sample_of(p, f"{n}+1=<<{n}+1=2>>2\n#### 2", n) for p in (first, second) for n in range(3)]
+    for sample, score in zip(samples, [0.9, 0.2, 0.4, 0.1, 0.8, 0.3], strict=True):
+        sample.score, sample.finished = score, sample.problem is first and sample.number > 0
+    monkeypatch.setattr(common, "sample_to_file", lambda *_, **__: samples)
+    run, args = (
+        SimpleNamespace(out=tmp_path),
+        SimpleNamespace(
+            reference_samples=3, temperature=1.0, max_new_tokens=9, rows=9, seed=0, few_shot=False, token_budget=99
+        ),
+    )
+    found = ppo.best_of_n(None, [first, second], SimpleNamespace(grade=lambda *_: None), run, args)
+    assert found == {first.id: samples[2].solution, second.id: samples[4].solution}
+
+
 def test_routes_hide_the_shares_asked_for_and_the_same_ones_again():
     problems = [*PROBLEMS[:30], *[common.Problem(f"bare{i}", "q", PROBLEMS[0].answer) for i in range(10)]]
     route = ppo.routes(problems, 0.5, 0.25, 0)
