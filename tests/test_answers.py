@@ -50,6 +50,8 @@ def test_a_sample_that_was_cut_within_its_answer_line_has_no_answer():
     assert common.Sample(problem, 0, "#### 1", finished=True).correct
     assert not common.Sample(problem, 0, "#### 1", finished=False).correct
     assert common.Sample(problem, 0, "#### 1\n\nQuestion: and", finished=False).correct
+    for rest in ("", " o", " or"):  # " or 2"
+        assert common.Sample(problem, 0, f"4-3=<<4-3=1>>1\n#### 1{rest}", finished=False).answer is None
     assert common.is_correct("#### 1.0", Fraction(1)) and not common.is_correct("1", Fraction(1))
 
 
@@ -99,6 +101,10 @@ def test_the_operations_of_a_solution():
     assert common.equations("14+6=<<14+6=20>>20\n20 * 2 = <<20*2=40>>40\n#### 40") == ("14+6", "20*2")
     assert common.equations("She has 14 + 6 = 20 and then 20 x 2 = $40.\n#### 40") == ("14+6", "20*2")
     assert common.equations("x = 5\n#### 5") == ()
+    assert common.equations("<<-5=-5>>") == () and common.equations("<<-5+7=2>>") == ("-5+7",)  # a sign is no operation
+    for written in ("6 \u00d7 3 = 18", "<<6\u00d73=18>>", "6 x 3 = 18", "<<$6*3=$18>>"):
+        assert common.equations(written) == ("6*3",)
+    assert common.equations("<<1,200\u00f73=400>>") == common.equations("1,200 \u00f7 3 = 400") == ("1200/3",)
     assert common.equations("<<.5*20=10>>") == common.equations("<<0.5*20=10>>") == ("0.5*20",)
     assert common.equations("<<20%*50=10>>") != common.equations("<<20*50=1000>>")
     assert common.equations("3 pens. 5 * 3 = 15 x 1.5 = 22.5") == ("5*3", "15*1.5")

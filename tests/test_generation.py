@@ -210,6 +210,22 @@ def test_a_prompted_model_stops_at_its_answer_line(tiny, monkeypatch):
         assert s.finished == (len(s.tokens) < 200)
 
 
+def test_a_prompted_model_stops_where_it_makes_up_the_next_question(tiny, monkeypatch):
+    """With or without an answer line before it, and only at the end of a line."""
+    texts = ["2+2=4\nQuestion: and?\nAnswer:\n5", "2+2=4\n#### 4\nQuestion:", "A Question: x?\n5\nQuestion"]
+    assert tiny.decodes_fast
+
+    def decode(policy, prompts, wanted, draws, deliver, *, is_complete, **how):
+        for i, text in enumerate(texts):
+            ids = np.array(policy.encode_prefix(text))
+            length = next((n for n in range(1, len(ids)) if is_complete(ids[:n])), len(ids))
+            deliver(i, 0, ids[:length], np.zeros(length, np.float32), True)
+
+    monkeypatch.setattr(common, "decode", decode)
+    samples = common.generate(tiny, [common.Problem(t, "?", 1) for t in texts], few_shot=True)
+    assert [s.text for s in samples] == ["2+2=4\nQuestion: and?\n", "2+2=4\n#### 4\n", *texts[2:]]
+
+
 def test_a_sample_goes_on_from_the_worked_examples_and_the_given_beginning(tiny):
     """The prompt that is logged holds them, and the log-probabilities are those of training after exactly this prompt."""
     problems = common.load_problems("arithmetic", "train", 3)
@@ -282,6 +298,18 @@ def test_a_prompted_model_stops_in_the_same_place_when_looked_at_every_16_steps(
         (s.text, s.finished) for s in expected
     ]
     assert any(s.finished for s in expected)
+
+
+def test_a_row_that_ends_beyond_the_limit_is_cut_at_it(tiny, monkeypatch):
+    """Looked at every 16 steps, a row may run on and end by itself after the limit."""
+    problems = common.load_problems("arithmetic", "dev", 4)
+    whole = common.generate(tiny, problems, temperature=0)
+    shortest = min(len(sample.tokens) for sample in whole if sample.finished)
+    monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
+    for limit in (shortest - 1, shortest - 2):  # one of them is no multiple of 16
+        again = common.generate(tiny, problems, temperature=0, max_new_tokens=limit)
+        for cut, sample in zip(again, whole, strict=True):
+            assert not cut.finished and cut.tokens.tolist() == sample.tokens[:limit].tolist()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

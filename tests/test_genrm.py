@@ -100,6 +100,16 @@ def test_the_score_is_the_mean_over_both_orders_and_of_equal_texts_one_half(genr
     )
 
 
+def test_a_reference_that_is_sampled_takes_the_room_of_a_sample(genrm):
+    """Beside a gold solution one sample has to fit, where there is none two."""
+    for solution, n in (("1+1=2\n#### 2", 1), (None, 2)):
+        problem = common.Problem("p", "How many?", 2, solution)
+        room = genrm.max_length - len(genrm.encode(problem, "", solution or "")[0])
+        genrm.check_lengths([problem], room // n)
+        with pytest.raises(common.UserError, match="a reference and a sample"):
+            genrm.check_lengths([problem], room // n + 1)
+
+
 def test_a_saved_one_is_an_ordinary_language_model_and_others_are_refused(genrm, tmp_path, nano, folders):
     from transformers import AutoModelForCausalLM
 
@@ -135,6 +145,8 @@ def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
     without = common.Problem("x", "q", problem.answer)
     asked, targets = reward_model.comparisons([sample_of(without, gold), sample_of(without, "1")], 5, 0)
     assert len(asked) == 1 and targets[0] in (0.0, 1.0)
+    asked, _ = reward_model.comparisons([sample_of(without, t) for t in (gold, f"so {gold}", "1", "2")], 4, 0)
+    assert len({frozenset(pair[1:]) for pair in asked}) == len(asked) == 4  # two right, two wrong: each pair once
 
 
 class Oracle:
@@ -160,6 +172,7 @@ def test_the_quality_of_a_judge_that_is_known():
     assert report["auc"] == report["auc_within"] == 1 and report["base_rate"] == pytest.approx(1 / 3)
     assert report["score_if_right"] == pytest.approx(0.5) and report["score_if_wrong"] == pytest.approx(0.1)
     assert report["half_if_wrong"] == 0 and report["order_bias"] == pytest.approx(0.1) == report["order_gap"]
+    assert report["above_half"] == 0  # a right one is as good as the reference, no better
     assert [row["candidate"] for row in report["nonsense"]] == ["empty", "colon", "thinking", "question"]
     assert report["nonsense_worst"] == pytest.approx(0.1)
     bare = [
@@ -364,6 +377,24 @@ def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):  # noqa: F
     }  # those are trained on anyway
     code, message = cli(ppo, *argv, "--pool", file, tmp_path / "again" / "more.jsonl", "--out", tmp_path / "twice")
     assert code == 2 and "two files of one name" in message
+
+
+def test_a_pool_of_its_own_is_taken_from_its_first_question_on(tmp_path):
+    """That of the training set from the first question after those to train on."""
+    file, train = tmp_path / "pool.jsonl", PROBLEMS[:20]
+    file.write_text("".join(json.dumps({"question": f"n{i}", "answer": str(i)}) + "\n" for i in range(40)))
+    pool, domains = ppo.load_pool(SimpleNamespace(dataset="arithmetic", pool=[str(file)]), train)
+    assert [p.question for p in pool] == [f"n{i}" for i in range(33)] and set(domains) == {str(file)}
+    pool, domains = ppo.load_pool(SimpleNamespace(dataset="arithmetic", pool=[]), train)
+    assert pool == common.load_problems("arithmetic", "train")[20:] and set(domains) == {"arithmetic"}
+
+
+def test_the_scores_of_another_run_are_found_by_the_question(tmp_path):
+    """Its pool may have been larger, and in another order."""
+    file = tmp_path / "selection.json"
+    rows = [{"id": p.id, "score": i / 10, "passed": i / 5} for i, p in enumerate(PROBLEMS[:5])]
+    file.write_text(json.dumps({"questions": rows[::-1]}))
+    assert ppo.read_scores(str(file), PROBLEMS[1:4]) == ([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
 
 
 def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa: F811

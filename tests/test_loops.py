@@ -336,6 +336,79 @@ def test_the_time_of_samples_that_are_read_back_counts(tiny, run):
     assert 50 < again.clock() < 75
 
 
+def resumed(run) -> common.Run:
+    again = common.Run(argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False))
+    again.begin()
+    return again
+
+
+def test_the_time_before_an_interruption_counts_and_that_of_the_interruption_does_not(run):
+    run.started -= 50
+    run.checkpoint(now=True)
+    run.started -= 50  # after the checkpoint: will be done again
+    assert 50 <= resumed(run).clock() < 75
+
+
+def test_what_was_logged_after_the_checkpoint_does_not_stand_there_twice(run):
+    run.log(step=1)
+    run.checkpoint(now=True)
+    run.log(step=2)
+    resumed(run).log(step=2)
+    assert [row["step"] for row in rows_of(run.metrics_file)] == [1, 2]
+
+
+def test_a_checkpoint_is_written_when_it_is_due_and_at_ctrl_c(run):
+    """Else a run that is killed would begin again, and one that is stopped would lose the last minutes."""
+    run.checkpoint(place=1)
+    assert not run.state_file.exists()
+    run.saved -= run.checkpoint_every
+    for place in (2, 3):  # and not again at once
+        run.checkpoint(place=place)
+        assert resumed(run).state["place"] == 2
+    run.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        run.checkpoint(place=4)
+    assert resumed(run).state["place"] == 4 and not resumed(run).is_finished
+    run.interrupted = False
+    run.finish()
+    assert resumed(run).is_finished
+
+
+def test_a_run_goes_on_on_another_device_and_after_a_model_was_half_replaced(run):
+    settings = dict(out=run.out.with_name("other"), lr=0.1, resume=True, overwrite=False)
+    first = common.Run(argparse.Namespace(**settings, device="cpu", checkpoint_every=100))
+    first.begin()
+    first.checkpoint(now=True)
+    (first.out / "model.old").mkdir()  # killed after the old one was put aside, before the new one had its name
+    (first.out / "model.old" / "config.json").write_text("{}")
+    common.Run(argparse.Namespace(**settings, device="cuda", checkpoint_every=5)).begin()
+    assert [path.name for path in first.out.glob("model*/*")] == ["config.json"] and (first.out / "model").exists()
+    with pytest.raises(common.UserError, match=r"other settings \(lr\)"):
+        common.Run(argparse.Namespace(**settings | {"lr": 0.2}, device="cpu", checkpoint_every=100))
+
+
+def test_sampling_goes_on_with_whole_groups_and_leaves_no_line_twice(tiny, tmp_path, monkeypatch):
+    """Groups of 16 problems. What was written of the second one is sampled again, in the company that it had: the last
+    bits of a sample depend on it."""
+    problems, asked, content = common.load_problems("arithmetic", "train", 40), [], ""
+
+    def made(policy, problems, *, samples, **how):
+        asked.append(len(problems))
+        return [common.Sample(p, k, p.reference, True) for p in problems for k in range(samples)]
+
+    monkeypatch.setattr(common, "generate", made)
+    file, how = tmp_path / "samples.jsonl", dict(samples=2, rows=1, max_new_tokens=4, progress="")
+    for lines, expected in ((0, [16, 16, 8]), (50, [16, 8]), (64, [8]), (79, [8]), (80, [])):
+        if lines:
+            file.write_text("".join(content.splitlines(keepends=True)[:lines]) + '{"problem": "arith' * (lines < 80))
+        asked.clear()
+        samples = common.sample_to_file(tiny, problems, file, **how)
+        assert asked == expected
+        assert [(s.problem.id, s.number) for s in samples] == [(p.id, k) for p in problems for k in range(2)]
+        content = file.read_text()
+        assert content == "".join(s.to_json() + "\n" for s in samples)
+
+
 def test_the_reference_of_a_question_without_a_solution_is_its_best_sample(tiny, run, drawn):
     class Judge:
         def grade(self, samples, token_budget):

@@ -121,6 +121,9 @@ def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of
     assert not ppo.task_rewards("dense", tiny, [sampled(tiny, REFERENCE, text, finished=False)], ppo.Judges())[0].any()
     (reward,) = ppo.task_rewards("dense", tiny, [sampled(tiny, REFERENCE, text, prefix=prefix)], ppo.Judges())
     assert reward.sum() == pytest.approx(1 + 1 / 3), "what was given away earns nothing"
+    run_on = sampled(tiny, REFERENCE, "2+3=<<2+3=5>>5\n#### 5\n\nQuestion: 5*2=<<5*2=10>>10?")
+    (reward,) = ppo.task_rewards("dense", tiny, [run_on], ppo.Judges())
+    assert reward.sum() == pytest.approx(1 / 3), "nor does the next question, made up after the answer"
     whole = sampled(tiny, REFERENCE, REFERENCE.reference)
     assert ppo.task_rewards("dense", tiny, [whole], ppo.Judges())[0].sum() == pytest.approx(2.0)
 

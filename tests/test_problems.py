@@ -101,6 +101,29 @@ def test_local_files_and_folders(tmp_path):
     assert common.load_problems(str(svamp), "train", 1)[0].answer == 2
 
 
+def test_splits_follow_the_order_of_the_file_and_a_limit_takes_their_first(tmp_path):
+    """A limit comes after the split: dev and test stay what they are. Of a folder with both kinds of files .jsonl wins."""
+    rows = [{"question": f"q{i}", "answer": str(i)} for i in range(40)]
+    for dataset in (write_lines(tmp_path / "one.jsonl", rows), "arithmetic"):
+        for split in (*SPLITS, "all")[: 4 if dataset != "arithmetic" else 3]:
+            whole = common.load_problems(dataset, split)
+            assert all(common.load_problems(dataset, split, n) == whole[:n] for n in (1, 2, 3))
+    asked = [[int(p.answer) for p in common.load_problems(str(tmp_path / "one.jsonl"), split)] for split in SPLITS]
+    assert asked == [list(range(33)), [33, 34, 35], [36, 37, 38, 39]]
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.json").write_text(json.dumps(rows[:10]))
+    assert [len(common.load_problems(str(tmp_path), split)) for split in SPLITS] == [9, 1, 10]
+    write_lines(tmp_path / "test.jsonl", rows[:7])
+    assert len(common.load_problems(str(tmp_path), "test")) == 7
+
+
+@pytest.mark.parametrize("end, joined", [("", "."), (".", "."), ("?", "?"), (",", ","), (" . ", " .")])
+def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined, tmp_path):
+    file = tmp_path / "SVAMP.json"
+    file.write_text(json.dumps([{"Body": f"Two pens{end}", "Question": " How many? ", "Answer": 2.0}] * 3))
+    assert common.load_problems(str(file), "all", 1)[0].question == f"Two pens{joined} How many?"
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

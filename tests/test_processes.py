@@ -119,6 +119,22 @@ def test_an_error_of_the_user_stays_one_with_several_processes(tmp_path):
     assert process.returncode != 0 and "error: " in printed and "already holds a run" in printed
 
 
+def test_what_the_first_process_cannot_read_or_write_all_hear_of(monkeypatch):
+    """Else the others would wait for it for days."""
+    said = []
+    monkeypatch.setattr(common, "process_count", lambda: 2)
+    monkeypatch.setattr(common.dist, "broadcast_object_list", lambda values, source: said.append([*values, source]))
+    for error in (OSError(28, "No space left on device"), common.UserError("not a checkpoint")):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(common.UserError, match="No space left|not a checkpoint"):
+            common.on_first(fail)
+    assert common.on_first(lambda: 5) == 5
+    assert said == [[None, "[Errno 28] No space left on device", 0], [None, "not a checkpoint", 0], [5, None, 0]]
+
+
 # ---- memory
 
 

@@ -179,6 +179,7 @@ def test_labels_of_several_tokens_are_forced_on_every_path(name, tmp_path_factor
     policy.condition("good")
     del policy.model.config.return_labels
     policy.label = policy.label if len(policy.label) > 1 else [5, 7, 11]
+    policy.eos_ids = [i for i in range(1, policy.vocabulary, 30) if i not in policy.label]  # rows end at any time
     how = dict(samples=3, max_new_tokens=24, seed=1)
     found = []
     for rows, devices, fast in ((2, set(), True), (9, set(), True), (9, {"cpu"}, True), (4, set(), False)):

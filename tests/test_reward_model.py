@@ -430,6 +430,16 @@ def test_samples_that_are_not_of_this_run_are_refused_with_file_and_line(cli, tm
     assert code == 2 and "no such file" in message
 
 
+def test_samples_of_a_file_come_in_the_order_of_the_problems(tmp_path):
+    """Whatever order another script wrote them in."""
+    file = tmp_path / "samples.jsonl"
+    samples = [sample_of(p, f"#### {i}", i) for p in PROBLEMS[:4] for i in range(3)]
+    mixed = np.random.default_rng(0).permutation(len(samples))
+    file.write_text("".join(samples[i].to_json() + "\n" for i in mixed))
+    read = common.load_samples(file, PROBLEMS)
+    assert [(s.problem, s.number, s.text) for s in read] == [(s.problem, s.number, s.text) for s in samples]
+
+
 def test_a_question_that_is_easier_does_not_count_as_ranked_within():
     """Every right sample lies above the wrong one of its own question, not above those of the easy one."""
     p, q, easy = PROBLEMS[:3]

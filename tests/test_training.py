@@ -11,6 +11,7 @@ import transformers
 from conftest import DEVICES
 from test_generation import ARCHITECTURES, random_policy, write_model
 from test_scripts import cli, rows_of  # noqa: F401
+from tokenizers.processors import TemplateProcessing
 
 import common
 import ppo
@@ -92,6 +93,18 @@ def test_the_end_of_text_token_is_trained_on_even_if_it_is_the_pad_token(nano):
         common.cross_entropy_step(policy, optimizer, [(policy.encode_prompt("Question: a"), solution)], 1e-2, 1000)
     with torch.no_grad():
         assert common.response_logprobs(policy, [(policy.encode_prompt("Question: a"), solution)])[-1] > math.log(0.9)
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(nano):
+    """Trap: the solution would stand after the end of the text."""
+    policy = common.Policy(nano, device="cpu")
+    plain, eos = policy.encode_prompt("Question: a"), policy.tokenizer.eos_token_id
+    policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=["$A", policy.tokenizer.eos_token], special_tokens=[(policy.tokenizer.eos_token, eos)]
+    )
+    assert policy.tokenizer("Question: a").input_ids == [*plain, eos]
+    assert policy.encode_prompt("Question: a") == plain and policy.encode_prompt("") == []
+    assert policy.encode_solution("1").count(eos) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(nano):
