@@ -1618,6 +1618,16 @@ def warn(text: str) -> None:
 Example = tuple[list[int], list[int]]  # prompt ids, response ids
 
 
+def written_examples(policy: Policy, problems: Iterable[Problem]) -> list[Example]:
+    """The prompts and written solutions of those problems that have one. UserError, before anything is sampled or trained, if
+    the longest does not fit into the model's positions."""
+    written = [p for p in problems if p.solution]
+    examples = [(policy.encode_prompt(prompt_text(p)), policy.encode_solution(p.solution)) for p in written]
+    longest = max((len(prompt) + len(response) for prompt, response in examples), default=0)
+    check_length(policy, longest, "the longest solution with its prompt")
+    return examples
+
+
 def response_places(examples: Sequence[Example], device: torch.device) -> torch.Tensor:
     """Row and column of every response token in the right-padded batch: [2, response tokens of all examples]."""
     rows = np.repeat(np.arange(len(examples)), [len(response) for _, response in examples])
@@ -1930,7 +1940,7 @@ class Run:
                 "or choose another --out"
             )
         beside = [name for name in ("quality.json", "selection.json") if (self.out / name).exists()]
-        if occupied and not resume:
+        if occupied and not resume:  # a selection is read before anything is deleted, the others again by a resumed run
             read = [
                 *models.values(),
                 *(name for key in INPUTS if key != "selection" for name in listed(self.settings.get(key))),

@@ -14,10 +14,10 @@ paper. A round is
     4. greedy accuracy on dev; keep the best round as model/; stop when a round does not improve on the one before (the
        policy it begins with is measured, too, but never chosen: a warning says so if no round was better)
 
-Whether the paper trains on de-duplicated solutions we could not check; it counts distinct solutions that way. Training on them
-is quicker, and worse where luck is common: a lucky solution that is sampled once then weighs as much as a faithful one that is
-sampled often (README.md has the numbers). Where this differs from the paper: the SFT data stays in the mix (--no-sft-data leaves it out; it is out by
-default when --model is the base itself).
+Whether the paper trains on de-duplicated solutions we could not check; it counts distinct solutions that way. Training on
+them is quicker, and worse where luck is common: a lucky solution that is sampled once then weighs as much as a faithful one
+that is sampled often (README.md has the numbers). Where this differs from the paper: the SFT data stays in the mix
+(--no-sft-data leaves it out; it is out by default when --model is the base itself).
 
 At the default --lr the order in which sums are rounded moves the first round by up to ten points of maj@1, at 3e-4 by half
 a point; but two rounds on the harder task are worse with 3e-4 (results/README.md, "What rounding does").
@@ -118,10 +118,8 @@ def main(argv: list[str]) -> None:
     if run.state:
         policy.condition("none")
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
-    if args.sft_data:  # now, not after the sampling
-        written = [common.prompt_text(p) + p.solution for p in train if p.solution]
-        longest = max((len(policy.encode_solution(text)) for text in written), default=0)
-        common.check_length(policy, longest, "the longest solution with its prompt")
+    if args.sft_data:
+        common.written_examples(policy, train)  # whether they fit must show now, not after the sampling
     run.begin()
     kept = {p.id: {common.equations(p.solution): p.solution} for p in train if p.solution and args.sft_data}
 

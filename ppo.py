@@ -101,12 +101,8 @@ def parse_args(argv: list[str]):
     add("--select", choices=["lowest", "floor", "frontier", "random"], help="add questions of a pool to the first "
         "--limit-train ones: those that the initial policy scores lowest; lowest of those that it solves at least once; "
         "those that it solves nearest to half of the time; any")  # fmt: skip
-    add(
-        "--select-fraction",
-        type=common.number(float, 1e-6, 1),
-        default=0.1,
-        help="share of the pool to add (paper: 0.1)",
-    )
+    add("--select-fraction", type=common.number(float, 1e-6, 1), default=0.1,
+        help="share of the pool to add (paper: 0.1)")  # fmt: skip
     add("--select-samples", type=whole, default=8, help="samples per question of the pool, for its score")
     add("--pool", nargs="+", default=[], metavar="DATASET", help="where to select from, each a domain of its own "
         "(default: the training questions of --dataset after the first --limit-train)")  # fmt: skip
@@ -254,9 +250,9 @@ def routes(problems: list[common.Problem], hide_answers: float, hide_solutions: 
 def best_of_n(
     policy: common.Policy, problems: list[common.Problem], orm: common.RewardModel, run: common.Run, args
 ) -> dict[str, str]:
-    """For every problem the sample of the initial policy that the outcome reward model likes best, of those that were not cut if
-    there are any. Not of the samples that reward_model.py draws from the same policy (seed [.., 0]), whose labels that model
-    has seen."""
+    """For every problem the sample of the initial policy that the outcome reward model likes best, of those that were not
+    cut if there are any. Not of the samples that reward_model.py draws from the same policy (seed [.., 0]), whose labels
+    that model has seen."""
     samples = common.sample_to_file(
         policy, problems, run.out / "samples" / "references.jsonl", run, samples=args.reference_samples,
         temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0, 1],

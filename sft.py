@@ -61,12 +61,7 @@ def main(argv: list[str]) -> None:
         return
     policy = common.Policy(args.model, args.device, args.dtype)
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
-    examples, dev_examples = (
-        [(policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(p.solution)) for p in problems]
-        for problems in (train, [p for p in dev if p.solution])
-    )
-    longest = max(len(prompt) + len(solution) for prompt, solution in examples + dev_examples)
-    common.check_length(policy, longest, "the longest solution with its prompt")  # now, not in the middle of an epoch
+    examples, dev_examples = (common.written_examples(policy, problems) for problems in (train, dev))
     run.begin()
     optimizer = common.adam_w(policy.model.parameters(), args.lr)
     steps_per_epoch = -(-len(examples) // args.batch_size)

@@ -43,10 +43,10 @@ def over_rollouts(axis, name: str, key: str, style: str, colour: str, label: str
         band(axis, logs, style, colour, label)
 
 
-def variant(name: str) -> str:
-    """The record of a variant of PPO; "sparse" is PPO as it is by default."""
-    folder = "genrm" if name in ("gold", "best", "hybrid") else "ppo_variants"
-    return "arithmetic/ppo" if name == "sparse" else f"{folder}/{name}"
+def variants(*names: str) -> dict[str, str]:
+    """The records of variants of PPO; "sparse" is PPO as it is by default."""
+    folders = {name: "genrm" if name in ("gold", "best", "hybrid") else "ppo_variants" for name in names}
+    return {name: "arithmetic/ppo" if name == "sparse" else f"{folders[name]}/{name}" for name in names}
 
 
 def figure(file: str, rows: dict[str, dict[str, str]], panels: list[tuple[str, str]], proxy: bool) -> None:
@@ -66,21 +66,21 @@ def figure(file: str, rows: dict[str, dict[str, str]], panels: list[tuple[str, s
 
 
 figure(
-    "ppo_rewards.png", {"": {name: variant(name) for name in ("sparse", "dense", "orm", "orm_dense")}},
+    "ppo_rewards.png", {"": variants("sparse", "dense", "orm", "orm_dense")},
     [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("kl_k3", "KL to the SFT policy, nats per token")],
     proxy=True,
 )  # fmt: skip
 figure(
     "ppo_stability.png",
     {
-        "": {name: variant(name) for name in ("sparse", "kl0", "attached")},
+        "": variants("sparse", "kl0", "attached"),
         "five times the learning rate\n": {"sparse": "ppo_stability/kl", "kl0": "ppo_stability/kl0", "attached": "ppo_stability/attached"},
     },
     [("maj@1", "dev: share of greedy solutions right"), ("kl_k3", "KL to the SFT policy, nats per token"), ("explained_variance", "explained variance of the value")],
     proxy=False,
 )  # fmt: skip
 figure(
-    "genrm.png", {"": {name: variant(name) for name in ("sparse", "gold", "best", "hybrid")}},
+    "genrm.png", {"": variants("sparse", "gold", "best", "hybrid")},
     [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("half_if_wrong", "share of wrong samples scored 0.5 or more")],
     proxy=True,
 )  # fmt: skip

@@ -36,6 +36,13 @@ def test_metric(name: str | Path, metric: str, file: str = "test.json") -> dict[
     return {seed: report[metric]["value"] for seed, report in recorded(name, file).items() if metric in report}
 
 
+def spread(values: dict[int, float]) -> str:
+    """The mean of the seeds, of several with the lowest and the highest."""
+    # numpy's mean, because Python's sum rounds otherwise from 3.12 on, and some means lie in the middle of two numbers
+    mean, low, high = np.mean(list(values.values())), min(values.values()), max(values.values())
+    return f"{mean:.3f}" + (f" ({low:.3f} - {high:.3f})" if len(values) > 1 else "")
+
+
 def paired(values: dict[int, float], control: dict[int, float]) -> tuple[list[float], str]:
     """The differences of the seeds that both have, and their mean with its 95 % interval as text (Student's t: with three
     seeds its half-width is 4.30 standard errors)."""

@@ -8,8 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-from records import methods, recorded, test_metric
+from records import methods, recorded, spread, test_metric
 
 METRIC = r"(maj|rerank|weighted|pass|distinct)@\d+"
 rows = [Path(folder).resolve() / name for folder in sys.argv[1:] for name in methods(Path(folder).resolve())]
@@ -24,10 +23,8 @@ print("|---" * (len(columns) + 4) + "|")
 for row in rows:
     cells = []
     for metric, file in columns.values():
-        values = list(test_metric(row, metric, file).values())
-        spread = f" ({min(values):.3f} - {max(values):.3f})" if len(values) > 1 else ""
-        # numpy's mean, because Python's sum rounds otherwise from 3.12 on, and some means lie in the middle of two numbers
-        cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        values = test_metric(row, metric, file)
+        cells.append(spread(values) if values else "")
     last = [log[-1] for log in recorded(row).values()]
     spent = f"{sum(r['seconds'] for r in last) / len(last) / 60:.1f}" if last else ""
     drawn = f"{sum(r.get('samples', 0) for r in last) / len(last):,.0f}" if last else ""

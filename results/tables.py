@@ -4,12 +4,7 @@ One row per method: the mean over its seeds, of some metrics with the lowest and
 compares what this prints with what stands there."""
 
 import numpy as np
-from records import recorded, test_metric
-
-
-def spread(values: dict[int, float]) -> str:
-    mean, low, high = np.mean(list(values.values())), min(values.values()), max(values.values())
-    return f"{mean:.3f}" + (f" ({low:.3f} - {high:.3f})" if len(values) > 1 else "")
+from records import recorded, spread, test_metric
 
 
 def logged(name: str, key: str) -> dict[int, float]:

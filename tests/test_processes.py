@@ -92,9 +92,9 @@ def test_several_processes_give_the_samples_and_the_weights_of_one(script, count
 def test_killed_processes_resume_to_the_same_weights(tmp_path):
     """PPO with one process and with two; then both killed at a random moment (seeded), and --resume: as if nothing had
     happened."""
-    every = ["--checkpoint-every", "0", "--resume"]
-    finished(launch("ppo", 1, tmp_path / "one", *every))
-    finished(launch("ppo", 2, tmp_path / "whole", *every))
+    every = ["--checkpoint-every", "0", "--phases", "4", "--resume"]
+    once, printed = (finished(launch("ppo", n, tmp_path / name, *every)) for n, name in ((1, "one"), (2, "whole")))
+    assert once.count("; model in ") == printed.count("; model in ") == 1, "only the first process prints"
     assert_equal_runs("ppo", tmp_path / "one", tmp_path / "whole")
     process = launch("ppo", 2, tmp_path / "broken", *every)
     changes, last = random.Random(3).randrange(4, 9), snapshot(tmp_path / "broken")
