@@ -1913,44 +1913,55 @@ class Run:
         """What to replace in the folder, and whether to go on from its checkpoint."""
         if self.out.is_dir():
             hold(self.out)
-        models = {key: self.settings.get(key) for key in ("model", "base", "orm", "genrm")}
-        self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items() if name}
-        for key in INPUTS:
-            paths = [Path(name) for name in listed(self.settings.get(key))]
-            files = [f for p in paths for f in (sorted(p.glob("train.json*")) if p.is_dir() else [p])]
-            if key in ("dataset", "pool"):
-                files = [file for file in files if file.exists()]  # not "arithmetic", "gsm8k", ...
-            if files:
-                self.settings[f"{key}_fingerprint"] = [f"{zlib.crc32(f.read_bytes()):08x}" for f in files]
+        models = {key: name for key in ("model", "base", "orm", "genrm") if (name := self.settings.get(key))}
+        files = {key: names for key in INPUTS if (names := listed(self.settings.get(key)))}
+        self._identify(models, files)
         folders = ("checkpoint", "samples", "model", "model.old")
         logged = self.metrics_file.exists() and self.metrics_file.stat().st_size
         occupied = [name for name in folders if any((self.out / name).glob("*"))] + ["metrics.jsonl"] * bool(logged)
-        if occupied and resume:
-            before = read_json(self.settings_file)
-            both = self.settings.keys() | before.keys()
-            same = {"token_budget", "rows"}  # which fit the machine, and change nothing but rounding
-            if self.may_grow and self.settings[self.may_grow] >= before.get(self.may_grow, math.inf):
-                same.add(self.may_grow)
-            changed = sorted(k for k in both - same if before.get(k) != self.settings.get(k))
-            if changed:
-                raise UserError(f"--resume: {self.out} was started with other settings ({', '.join(changed)})")
-        elif occupied and not overwrite:
+        if not occupied:
+            return [], False
+        if resume:
+            self._check_settings()
+            return [], self.state_file.exists()
+        if not overwrite:
             raise UserError(
                 f"{self.out} already holds a run: add --resume to continue it, --overwrite to replace it, "
                 "or choose another --out"
             )
-        beside = [name for name in ("quality.json", "selection.json") if (self.out / name).exists()]
-        if occupied and not resume:  # a selection is read before anything is deleted, the others again by a resumed run
-            read = [
-                *models.values(),
-                *(name for key in INPUTS if key != "selection" for name in listed(self.settings.get(key))),
-            ]
-            lost = {(self.out / name).resolve() for name in occupied + beside}
-            for name in filter(None, read):
-                if lost & {path := Path(name).resolve(), *path.parents}:
-                    raise UserError(f"--overwrite would delete {name}, which this run reads; choose another --out")
-        goes_on = bool(occupied) and resume and self.state_file.exists()
-        return [] if resume or not occupied else occupied + beside, goes_on
+        replaced = occupied + [n for n in ("quality.json", "selection.json") if (self.out / n).exists()]
+        files.pop("selection", None)  # it is read before anything is deleted, the others again by a resumed run
+        self._check_inputs([*models.values(), *itertools.chain(*files.values())], replaced)
+        return replaced, False
+
+    def _identify(self, models: dict[str, str], files: dict[str, list[str]]) -> None:
+        """Add to the settings what shows after a change of these models and files that they are not the same any more."""
+        self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items()}
+        for key, names in files.items():
+            paths = [Path(name) for name in names]
+            found = [f for p in paths for f in (sorted(p.glob("train.json*")) if p.is_dir() else [p])]
+            if key in ("dataset", "pool"):
+                found = [file for file in found if file.exists()]  # not "arithmetic", "gsm8k", ...
+            if found:
+                self.settings[f"{key}_fingerprint"] = [f"{zlib.crc32(f.read_bytes()):08x}" for f in found]
+
+    def _check_settings(self) -> None:
+        """UserError if the run that is resumed was started with other settings."""
+        before = read_json(self.settings_file)
+        both = self.settings.keys() | before.keys()
+        same = {"token_budget", "rows"}  # which fit the machine, and change nothing but rounding
+        if self.may_grow and self.settings[self.may_grow] >= before.get(self.may_grow, math.inf):
+            same.add(self.may_grow)
+        changed = sorted(k for k in both - same if before.get(k) != self.settings.get(k))
+        if changed:
+            raise UserError(f"--resume: {self.out} was started with other settings ({', '.join(changed)})")
+
+    def _check_inputs(self, names: list[str], replaced: list[str]) -> None:
+        """UserError if one of these models and files lies in what --overwrite would replace."""
+        lost = {(self.out / name).resolve() for name in replaced}
+        for name in names:
+            if lost & {path := Path(name).resolve(), *path.parents}:
+                raise UserError(f"--overwrite would delete {name}, which this run reads; choose another --out")
 
     def _read_checkpoint(self) -> dict:
         try:

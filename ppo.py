@@ -12,8 +12,9 @@ surrogate of "Proximal Policy Optimization Algorithms" (Schulman et al. 2017).
 Then, in every phase,
 
     1. draw questions (--curriculum) and sample solutions from the policy
-    2. task reward of every token: 1 at the end of a correct solution (--reward dense: also along the way; --reward orm:
-       what a reward model thinks of it; --reward genrm, hybrid: how it compares with a reference solution)
+    2. task reward of every token: 1 at the end of a solution with the right answer, as the answer check, the "verifier",
+       finds it (--reward dense: also along the way; --reward orm: what a reward model thinks of it; --reward genrm,
+       hybrid: how it compares with a reference solution)
     3. one forward pass: log-probabilities and values; another for the reference; reward of a token =
        task reward - kl_coef * (log pi - log pi_ref)
     4. advantages by GAE, whitened

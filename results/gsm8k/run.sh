@@ -7,21 +7,22 @@
 #
 # Smaller: K and N samples per training and test problem (paper: 96), PHASES of PPO (250), RCRL_K (32), LIMIT_TRAIN and
 # LIMIT_EVAL problems, MAX_NEW_TOKENS (512), ROWS that are sampled at a time (1024), EPOCHS (4) of SFT and of what trains
-# like it. LR (2e-5) is theirs, too; SEEDS as elsewhere, here 0 alone.
+# like it. LR (2e-5) and BATCH (128) are theirs, too; PPO_LR (1e-6) and ORM_LR (1e-5) of the others; SEEDS as elsewhere, here
+# 0 alone. For SmolLM2-135M LR=1e-3 BATCH=64 was the best of three in SFT; the other two have not been tried.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M} dataset=${DATASET:-gsm8k} k=${K:-96}
 test=(--dataset $dataset --max-new-tokens ${MAX_NEW_TOKENS:-512} --rows ${ROWS:-1024} ${LIMIT_EVAL:+--limit-eval $LIMIT_EVAL} --resume)
 train=("${test[@]}" --token-budget $budget ${LIMIT_TRAIN:+--limit-train $LIMIT_TRAIN})
-fit=(--epochs ${EPOCHS:-4} --lr ${LR:-2e-5} --batch-size 128)
+fit=(--epochs ${EPOCHS:-4} --lr ${LR:-2e-5} --batch-size ${BATCH:-128})
 
 for seed in ${SEEDS:-0}; do
     run=$work/gsm8k_$seed
     python sft.py --model "$model" "${train[@]}" "${fit[@]}" --seed $seed --out "$run/sft"
     python expert_iteration.py --model "$run/sft/model" --base "$model" "${train[@]}" "${fit[@]}" --samples $k --seed $seed --out "$run/ei"
-    python ppo.py --model "$run/sft/model" "${train[@]}" --lr 1e-6 --value-lr 1e-5 --questions ${QUESTIONS:-256} --epochs 4 \
+    python ppo.py --model "$run/sft/model" "${train[@]}" --lr ${PPO_LR:-1e-6} --value-lr 1e-5 --questions ${QUESTIONS:-256} --epochs 4 \
         --batch-size 256 --phases ${PHASES:-250} --seed $seed --out "$run/ppo"
-    python reward_model.py --model "$run/sft/model" "${train[@]}" --samples $k --epochs 2 --lr 1e-5 --batch-size 128 --seed $seed --out "$run/orm"
+    python reward_model.py --model "$run/sft/model" "${train[@]}" --samples $k --epochs 2 --lr ${ORM_LR:-1e-5} --batch-size 128 --seed $seed --out "$run/orm"
     python rcrl.py --model "$run/ei/model" --base "$model" "${train[@]}" "${fit[@]}" --samples ${RCRL_K:-32} --seed $seed --out "$run/rcrl"
     keep orm_$seed "$run"/orm/{args.json,metrics.jsonl,quality.json}
     for name in sft ei ppo rcrl; do

@@ -14,6 +14,8 @@ declare -A flags=(
     [ei]="expert_iteration.py --model SFT"
     [ppo]="ppo.py --model SFT"
     [phases36]="ppo.py --model SFT --phases 36"
+    [backtracking]="ppo.py --model SFT --curriculum backtracking"
+    [plr]="ppo.py --model SFT --curriculum plr"
     [rounds3]="expert_iteration.py --model SFT --rounds 3"
     [continue]="expert_iteration.py --model SFT --continue"
     [k16_once]="expert_iteration.py --model SFT --samples 16 --epochs 1"
@@ -23,7 +25,7 @@ declare -A flags=(
     [k16_round]="expert_iteration.py --model SFT --samples 16 --rounds 1"
 )
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-sft ei ppo phases36 rounds3 continue k16_once ei_dedup long_dedup k16_dedup k16_round}; do
+    for name in ${VARIANTS:-sft ei ppo phases36 backtracking plr rounds3 continue k16_once ei_dedup long_dedup k16_dedup k16_round}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         run=$work/hard_${name}_$seed ei=$work/hard_ei_$seed
         if [ $name = rounds3 ] && [ -d "$ei/model" ] && [ ! -e "$run" ]; then # its first two rounds are those of ei
