@@ -547,12 +547,12 @@ class Policy:
             self.model = self._load(folder).to(self.device).eval()
             ids = torch.tensor([[0, 1], [0, 2]], device=self.device)
             with torch.no_grad(), self.in_float32():
-                logits = self.model(ids).logits
+                logits = self.model(ids, use_cache=False).logits
                 if not (logits[0, 0] - logits[1, 0]).abs().max() < 1e-3:
                     raise UserError("not a causal language model, what it says of a token depends on later ones")
                 # `response_logprobs` makes the logits itself, a few at a time
                 if not (logits - self.head(self.hidden_states(ids))).abs().max() < 1e-3:
-                    raise UserError("its logits are not a plain linear head on its hidden states")
+                    raise UserError("its logits are not a linear head on its hidden states, scaled or capped")
             if self.tokenizer.eos_token_id is None:
                 raise UserError("its tokenizer has no end-of-text token")
         except UserError as error:
@@ -624,8 +624,16 @@ class Policy:
         """Hidden states [..., width] -> logits [..., vocabulary], in float32 whatever the rest is computed in: in bfloat16
         those between 16 and 32 are 0.125 apart, which moves the log-probabilities of SmolLM2 more than bfloat16 in all of its
         layers does (0.027 and 0.020 rms)."""
+        config = self.model.config.get_text_config()
         with torch.autocast(self.device.type, enabled=False):
-            return self.model.get_output_embeddings()(hidden.float())
+            logits = self.model.get_output_embeddings()(hidden.float())
+            if divisor := getattr(config, "logits_scaling", None):  # of Granite
+                logits = logits / divisor
+            if factor := getattr(config, "logit_scale", None):  # of Cohere
+                logits = logits * factor
+            if cap := getattr(config, "final_logit_softcapping", None):  # of Gemma 2, 3n, 4, nanochat
+                logits = cap * (logits / cap).tanh()
+            return logits
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids as the tokenizer makes them for a whole text, a begin-of-text token included if it adds one."""

@@ -309,7 +309,10 @@ def step_rewards(policy: common.Policy, sample: common.Sample) -> np.ndarray:
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The stack of layers of any decoder."""
     depth = model.config.get_text_config().num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    raise common.UserError(f"--model: a {type(model).__name__} has no plain stack of layers, which PPO builds on")
 
 
 class ValueFunction(torch.nn.Module):
@@ -357,7 +360,7 @@ class ValueFunction(torch.nn.Module):
             for layer, (args, kwargs) in zip(self.layers, calls, strict=True):
                 args, kwargs = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
                 hidden = layer(hidden, *args, **kwargs)
-                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+                hidden = hidden[0] if isinstance(hidden, (tuple, list)) else hidden
         return self.head(self.norm(hidden[rows, columns - 1].float()))[:, 0]
 
 
@@ -371,7 +374,7 @@ class Lora(torch.nn.Module):
         policy.model.requires_grad_(False)
         self.on, self.targets, self.down, self.up = True, [], torch.nn.ParameterList(), torch.nn.ParameterList()
         for module in decoder_layers(policy.model).modules():
-            if not isinstance(module, (torch.nn.Linear, Conv1D)):
+            if type(module) not in (torch.nn.Linear, Conv1D):  # what is derived from them may compute something else
                 continue
             weight, transposed = module.weight, isinstance(module, Conv1D)  # of GPT-2; keeps [in, out]
             n_out, n_in = weight.T.shape if transposed else weight.shape

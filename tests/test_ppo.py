@@ -251,9 +251,11 @@ def test_adapters_leave_the_cache_in_bfloat16(monkeypatch):
     assert dtypes == {torch.bfloat16}
 
 
-def test_experts_and_their_routers_get_no_adapters(tmp_path):
+@pytest.mark.parametrize("family", ["Mixtral", "Phimoe"])
+def test_experts_and_their_routers_get_no_adapters(family, tmp_path):
+    """The router of Phimoe is derived from a linear layer and returns two things."""
     sizes = SMALL | dict(num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4)
-    write_model(lambda v: transformers.MixtralConfig(vocab_size=v, **sizes), tmp_path)
+    write_model(lambda v: getattr(transformers, f"{family}Config")(vocab_size=v, **sizes), tmp_path)
     policy = common.Policy(str(tmp_path), "cpu")
     with torch.no_grad():
         initial = common.response_logprobs(policy, EXAMPLES)

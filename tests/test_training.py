@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import DEVICES
-from test_generation import ARCHITECTURES, random_policy, write_model
+from test_generation import ARCHITECTURES, SMALL, random_policy, write_model
 from test_scripts import cli, rows_of  # noqa: F401
 from tokenizers.processors import TemplateProcessing
 
@@ -254,8 +254,29 @@ def test_a_head_that_is_not_linear_is_refused(nano, monkeypatch):
         return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", softcapped)
-    with pytest.raises(common.UserError, match="plain linear head"):
+    with pytest.raises(common.UserError, match="scaled or capped"):
         common.Policy(nano)
+
+
+@pytest.mark.parametrize("family, setting", [("Granite", "logits_scaling"), ("Cohere", "logit_scale"), ("NanoChat", "final_logit_softcapping")])  # fmt: skip
+def test_scaled_and_capped_logits_are_the_models_own(family, setting, tmp_path):
+    """Granite divides its logits, Cohere multiplies them, Gemma 2 and nanochat bound them. Without that the policy would
+    train and sample at another temperature than the model that is saved."""
+    config = getattr(transformers, f"{family}Config")
+    write_model(lambda v: config(vocab_size=v, num_key_value_heads=2, **{setting: 0.3}, **SMALL), tmp_path)
+    policy = common.Policy(str(tmp_path), device="cpu")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    prompt, response = [3, 4, 5], [6, 7, 8, 9]
+    with torch.no_grad():
+        logits = plain(torch.tensor([prompt + response])).logits[0, 2:-1]
+        last = policy.head(policy.hidden_states(torch.tensor([prompt])))[0, -1]
+        torch.testing.assert_close(last, logits[0], atol=1e-4, rtol=1e-4)
+        found = common.response_logprobs(policy, [(prompt, response)])
+    torch.testing.assert_close(found, logits.log_softmax(-1)[range(4), response], atol=1e-4, rtol=1e-4)
+    assert policy.decodes_fast
+    setattr(policy.model.config, setting, 1.0)
+    with torch.no_grad():
+        assert (common.response_logprobs(policy, [(prompt, response)]) - found).abs().max() > 1e-2
 
 
 def test_the_cosine_schedule_warms_up_and_ends_at_a_hundredth():
