@@ -660,9 +660,21 @@ class Policy:
 
     @functools.cached_property
     def decodes_fast(self) -> bool:
-        """Whether the cache and the attention of section 4 fit this model: tokens decoded with them, from made-up
-        prompts, must have the log-probabilities that the plain forward pass gives. If not, `generate` runs whole
-        sequences again for every token, which is right for any causal model, and slow."""
+        """Whether the cache and the attention of section 4 fit this model. If not, `generate` uses `decode_plainly`."""
+        if reason := self._differs(decode):
+            warn(f"sampling is slower, because this model does not work with the shared key cache ({reason})")
+        return not reason
+
+    @functools.cached_property
+    def has_cache(self) -> bool:
+        """Whether the cache that the model makes itself is one that `decode_plainly` can use."""
+        if reason := self._differs(functools.partial(decode_plainly, cached=True)):
+            warn(f"sampling is slow, because this model has no cache that can be used ({reason})")
+        return not reason
+
+    def _differs(self, decode: Callable) -> str | None:
+        """Tokens decoded from made-up prompts must have the log-probabilities that the plain forward pass gives -> what is
+        wrong if they do not."""
         prompts = [[i % self.vocabulary for i in ids] for ids in (range(10, 22), range(5, 8), range(1))]
         decoded = []
         try:
@@ -674,15 +686,12 @@ class Policy:
                 )  # fmt: skip
                 again = response_logprobs(self, [(prompt, ids) for prompt, ids, _ in decoded]).cpu()
             said = torch.from_numpy(np.concatenate([logprobs for *_, logprobs in decoded]))
-            reason = f"log-probabilities differ by {(again - said).abs().max():.2g}"
             fits = torch.allclose(again, said, atol=1e-2)
+            return None if fits else f"log-probabilities differ by {(again - said).abs().max():.2g}"
         except Exception as error:  # whatever an unusual model raises
             if is_out_of_memory(error):
                 raise
-            fits, reason = False, f"{type(error).__name__}: {first_line(error)}"
-        if not fits:
-            warn(f"sampling is slow, because this model does not work with the shared key cache ({reason})")
-        return fits
+            return f"{type(error).__name__}: {first_line(error)}"
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -1229,6 +1238,31 @@ def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
     return tokens[:, 0], weights.gather(-1, tokens).clamp_min_(tiny).log()[:, 0]
 
 
+def next_tokens(
+    policy: Policy, hidden: torch.Tensor, uniforms: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pick_tokens` after hidden states [rows, width], so few rows at a time that on a CPU their logits stay in its cache."""
+    at_once = max(1, (1 << 28 if policy.device.type in GRAPH_DEVICES else 1 << 22) // policy.vocabulary)
+    n_parts = -(-len(hidden) // at_once)  # of equal size: one row left over costs a fifth of a whole part
+    parts = zip(hidden.chunk(n_parts), uniforms.chunk(n_parts), strict=True)
+    picked = [pick_tokens(policy.head(h), u, temperature) for h, u in parts]
+    return tuple(torch.cat(t) for t in zip(*picked, strict=True))
+
+
+def forced(tokens, logprobs, owed, label, breaks_line) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The picked tokens [rows] and log-probabilities, but where ids of the `label` [ids] are owed [rows] the next of these,
+    and how many are owed from now on: all of them after a token that breaks the line (breaks_line [vocabulary])."""
+    due, size = owed > 0, len(label)
+    tokens = torch.where(due, label[(size - owed).clamp(max=size - 1)], tokens)
+    return tokens, logprobs.masked_fill(due, 0.0), torch.where(due, owed - 1, breaks_line[tokens] * size)
+
+
+def cache_argument(base: torch.nn.Module) -> str:
+    """How a model calls its cache: by the first name in transformers 5.24 and newer, before by the second."""
+    known = inspect.signature(type(base).forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")
+
+
 def decode(
     policy: Policy,
     prompts: Sequence[list[int]],
@@ -1241,7 +1275,6 @@ def decode(
     rows: int,
     is_complete: Callable[[np.ndarray], bool] | None = None,
     stop: Callable[[], bool] = lambda: False,
-    fast: bool = True,
     label: Sequence[int] = (),
 ) -> None:
     """The loop of `generate`, on token ids. wanted: prompt index -> sample numbers; draws(prompt, number): the uniforms
@@ -1252,16 +1285,13 @@ def decode(
     step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
     for each of the few sizes that `size_of` leaves."""
     device, config, base = policy.device, policy.model.config.get_text_config(), policy.model.base_model
-    # its name in transformers 5.24 and newer, and before
-    cache_argument = "cache" if "cache" in inspect.signature(type(base).forward).parameters else "past_key_values"
-    on_gpu = fast and device.type in GRAPH_DEVICES
+    on_gpu = device.type in GRAPH_DEVICES
     stride = 16 if on_gpu else 1
     width = max_new_tokens + stride - 1  # a row may run on until the host looks
     uniforms, tokens, logprobs = (torch.zeros(rows, width, device=device, dtype=t) for t in (torch.float, torch.long, torch.float))  # fmt: skip
     ages, starts, inputs, owed = torch.zeros(4, rows, device=device, dtype=torch.long)  # owed: ids of the label to come
     label_ids = torch.tensor(label, device=device)
     breaks_line = torch.from_numpy(policy.ends_line).to(device) if label else None
-    at_once = max(1, (1 << 28 if on_gpu else 1 << 22) // policy.vocabulary)  # rows whose logits stay in a CPU's cache
     is_eos = np.zeros(policy.vocabulary, bool)
     is_eos[policy.eos_ids] = True
     queue = ((i, number) for i, numbers in wanted.items() for number in numbers)
@@ -1278,6 +1308,7 @@ def decode(
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     cache = PagedCache(max(1, max(map(len, prompts)) - 1), on_growth=forget_graphs)
+    with_cache = {cache_argument(base): cache, "use_cache": True}
 
     def size_of(used: Size) -> Size:
         """What to compute so that a graph can be replayed: the smallest recorded size that is nowhere more than twice too
@@ -1299,8 +1330,7 @@ def decode(
         where = torch.arange(length, device=device)[None].expand(len(ids), -1)
         cache.recorded = []
         base(
-            input_ids=ids, position_ids=where, attention_mask=attention_masks(config, where, length), use_cache=True,
-            **{cache_argument: cache},
+            input_ids=ids, position_ids=where, attention_mask=attention_masks(config, where, length), **with_cache
         )  # fmt: skip
         slot_of.update(zip(batch, cache.keep_prompts(), strict=True))
 
@@ -1310,7 +1340,7 @@ def decode(
         for row in free:
             if (job := next(queue, None)) is None:
                 break
-            if fast and job[0] not in slot_of:
+            if job[0] not in slot_of:
                 prefill(max(1, min(64, rows // len(wanted[job[0]]))))
             work[row] = job
             taken.append(row)
@@ -1321,8 +1351,7 @@ def decode(
             inputs[at] = torch.tensor([prompts[i][-1] for i, _ in jobs], device=device)
             ages[at] = owed[at] = 0
             lengths[taken] = 0
-            if fast:
-                row_slot[taken] = [slot_of[i] for i, _ in jobs]
+            row_slot[taken] = [slot_of[i] for i, _ in jobs]
         return free[len(taken) :]
 
     def step(n: int, view: View) -> None:
@@ -1330,32 +1359,15 @@ def decode(
         cache.begin_step(ages[:n], starts[:n], view)
         where = (starts[:n] + ages[:n]).clamp_(max=policy.max_length - 1)
         hidden = base(
-            input_ids=inputs[:n, None], position_ids=where[:, None], use_cache=True, **{cache_argument: cache},
+            input_ids=inputs[:n, None], position_ids=where[:, None], **with_cache,
             attention_mask=attention_masks(config, where[:, None] * 0, 1),  # not used, but without one it makes its own
         ).last_hidden_state[:, -1]  # fmt: skip
-        accept(n, hidden)
-
-    def slow_step(n: int) -> None:
-        """The same for a model that PagedCache does not fit: run whole sequences again."""
-        sequences = [prompts[work[row][0]] + tokens[row, : lengths[row]].tolist() for row in range(n)]
-        last = torch.tensor([len(s) - 1 for s in sequences], device=device)
-        accept(n, policy.hidden_states(right_padded(policy, sequences))[torch.arange(n, device=device), last])
-
-    def accept(n: int, hidden: torch.Tensor) -> None:
         age = ages[:n, None]
-        draw = uniforms[:n].gather(1, age)[:, 0]
-        n_parts = -(-n // at_once)  # of equal size: one row left over costs a fifth of a whole part
-        parts = zip(hidden.chunk(n_parts), draw.chunk(n_parts), strict=True)
-        picked, picked_logprobs = (
-            torch.cat(t) for t in zip(*(pick_tokens(policy.head(h), u, temperature) for h, u in parts), strict=True)
-        )
+        picked, said = next_tokens(policy, hidden, uniforms[:n].gather(1, age)[:, 0], temperature)
         if label:
-            due = owed[:n]
-            picked = torch.where(due > 0, label_ids[(len(label) - due).clamp(max=len(label) - 1)], picked)
-            picked_logprobs = picked_logprobs.masked_fill(due > 0, 0.0)
-            owed[:n] = torch.where(due > 0, due - 1, breaks_line[picked] * len(label))
+            picked, said, owed[:n] = forced(picked, said, owed[:n], label_ids, breaks_line)
         tokens[:n].scatter_(1, age, picked[:, None])
-        logprobs[:n].scatter_(1, age, picked_logprobs[:, None])
+        logprobs[:n].scatter_(1, age, said[:, None])
         inputs[:n] = picked
         ages[:n] += 1
 
@@ -1429,14 +1441,14 @@ def decode(
         if stop():
             raise KeyboardInterrupt
         # 1. the next token of the first n rows; on a GPU the next 16
-        advance(n) if fast else slow_step(n)
+        advance(n)
         before, host_tokens, host_logprobs = lengths[:n].copy(), tokens[:n].cpu().numpy(), logprobs[:n].cpu().numpy()
         lengths[:n] += stride
         # 2. which have ended, and after how many tokens
         columns = before[:, None] + np.arange(stride)
         new = np.take_along_axis(host_tokens, columns, 1)
         if not np.isfinite(np.take_along_axis(host_logprobs, columns, 1)).all():
-            raise UserError("the model's probabilities are not finite: its weights are broken")
+            raise UserError(NOT_FINITE)
         ends = is_eos[new]
         if is_complete:
             for row, column in np.argwhere(policy.ends_line[new] & ~ends):
@@ -1450,11 +1462,10 @@ def decode(
             ids, said = host_tokens[row, : length[row]].astype(np.int32), host_logprobs[row, : length[row]].copy()
             deliver(i, number, ids, said, bool(ended[row]))
             left[i] -= 1
-            if fast:
-                cache.give_back("own", table[row][table[row] > 0].tolist())
-                table[row] = 0
-                if not left[i]:
-                    cache.give_back("prompts", [slot_of.pop(i)])
+            cache.give_back("own", table[row][table[row] > 0].tolist())
+            table[row] = 0
+            if not left[i]:
+                cache.give_back("prompts", [slot_of.pop(i)])
         # 3. hand their rows to the next samples; where there is none left, move the last rows into the gaps
         vacant = set(fill(vacant))
         n -= len(vacant)
@@ -1465,6 +1476,74 @@ def decode(
             table[last] = 0
             for gap, row in zip(gaps, last, strict=True):
                 work[gap] = work[row]
+
+
+def decode_plainly(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    wanted: dict[int, Sequence[int]],
+    draws: Callable[[int, int], np.ndarray],
+    deliver: Callable[[int, int, np.ndarray, np.ndarray, bool], None],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    rows: int,
+    is_complete: Callable[[np.ndarray], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    label: Sequence[int] = (),
+    cached: bool = True,
+) -> None:
+    """What `decode` does, for a model that PagedCache does not fit: with the cache that the model makes itself, or with none
+    (`cached` False), running whole sequences again for every token, which is right for any causal model, and slow.
+
+    The prompts of a batch have one length, so nothing is padded. Rows that have finished run on until they are half of
+    the batch, and no others take their place."""
+    device, base = policy.device, policy.model.base_model
+    argument, label_ids = cache_argument(base), torch.tensor(label, device=device)
+    breaks_line = torch.from_numpy(policy.ends_line).to(device) if label else None
+    jobs = sorted(
+        ((i, number) for i, numbers in wanted.items() for number in numbers), key=lambda job: len(prompts[job[0]])
+    )
+    same_length = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: len(prompts[job[0]]))]
+    for batch in [group[first : first + rows] for group in same_length for first in range(0, len(group), rows)]:
+        ids = torch.tensor([prompts[i] for i, _ in batch], device=device)  # [rows, length so far]
+        uniforms = torch.from_numpy(np.stack([draws(*job) for job in batch])).to(device)
+        logprobs = uniforms.new_zeros(len(batch), 0)  # [rows, sampled so far]
+        owed, running, cache = ids.new_zeros(len(batch)), np.ones(len(batch), bool), None
+        while running.any():
+            if stop():
+                raise KeyboardInterrupt
+            # 1. the next token of all rows
+            age = logprobs.shape[1]
+            held = {} if cache is None else {argument: cache}
+            out = base(input_ids=ids if cache is None else ids[:, -1:], use_cache=cached, **held)
+            if cached and (cache := out.get(argument) or out.get("past_key_values")) is None:
+                raise NotImplementedError("it returns none")
+            picked, said = next_tokens(policy, out.last_hidden_state[:, -1], uniforms[:, age], temperature)
+            if label:
+                picked, said, owed = forced(picked, said, owed, label_ids, breaks_line)
+            ids, logprobs = torch.cat([ids, picked[:, None]], 1), torch.cat([logprobs, said[:, None]], 1)
+            # 2. which have ended
+            host_ids, host_logprobs = ids[:, -age - 1 :].cpu().numpy().astype(np.int32), logprobs.cpu().numpy()
+            if not np.isfinite(host_logprobs[:, -1]).all():
+                raise UserError(NOT_FINITE)
+            ended = np.isin(host_ids[:, -1], policy.eos_ids)
+            if is_complete:
+                for row in np.flatnonzero(policy.ends_line[host_ids[:, -1]] & ~ended):
+                    ended[row] = is_complete(host_ids[row])
+            for row in np.flatnonzero(running & (ended | (age + 1 == max_new_tokens))):
+                deliver(*batch[row], host_ids[row], host_logprobs[row].copy(), bool(ended[row]))
+                running[row] = False
+            # 3. drop them
+            keep = np.flatnonzero(running)
+            if 0 < len(keep) <= len(running) * (0.5 if cached else 0.99) and (
+                not cached or hasattr(cache, "reorder_cache")
+            ):
+                index = torch.from_numpy(keep).to(device)
+                ids, uniforms, logprobs, owed = (t[index] for t in (ids, uniforms, logprobs, owed))
+                batch, running = [batch[row] for row in keep], running[keep]
+                if cached:
+                    cache.reorder_cache(index)
 
 
 @contextlib.contextmanager
@@ -1487,6 +1566,7 @@ def packed_weights(policy: Policy):
             del layer.forward
 
 
+NOT_FINITE = "the model's probabilities are not finite: its weights are broken"
 GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
 
 
@@ -1582,15 +1662,17 @@ def generate(
         lines = "\n" + policy.decode(ids).rpartition("\n")[0]
         return MARKER in lines or "\nQuestion:" in lines
 
-    fast, interrupted = not mine or policy.decodes_fast, False
+    interrupted, loop = False, decode
+    if mine and not policy.decodes_fast:
+        loop = functools.partial(decode_plainly, cached=policy.has_cache)
     while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
         precision = policy.autocast is contextlib.nullcontext
         rows = min(rows, policy.most_rows[precision], sum(map(len, wanted.values())))
         try:
             with policy.autocast(), packed_weights(policy), casts_kept(policy):
-                decode(
+                loop(
                     policy, prompts, wanted, draws, deliver, temperature=temperature, max_new_tokens=max_new_tokens,
-                    rows=rows, is_complete=is_complete if few_shot else None, stop=stop, fast=fast,
+                    rows=rows, is_complete=is_complete if few_shot else None, stop=stop,
                     label=policy.label if policy.label_every_line else (),
                 )  # fmt: skip
         except (RuntimeError, MemoryError) as error:

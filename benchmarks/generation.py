@@ -5,6 +5,8 @@
     generate_batch    transformers' continuous batching, with its own choice of batch size
     plain             for a model of rcrl.py: `generate` without its labels, where generate puts [GOOD] before every line;
                       the labels are not counted as tokens
+    own cache         `generate` as it samples from a model that its shared cache does not fit: with the model's own
+    no cache          and from one that has none
 
 The same prompts and as many samples of each; lengths are natural, so they agree in distribution. Every engine runs once
 to warm up and then `--repeats` times in turn; medians are printed. Tokens: those of the samples, the end-of-text token
@@ -33,6 +35,7 @@ machine's rates are the sums of what the processes measure at the same time. The
 
 import contextlib
 import copy
+import functools
 import platform
 import statistics
 import sys
@@ -48,7 +51,7 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
-ENGINES = ["generate", "model.generate", "generate_batch", "plain"]
+ENGINES = ["generate", "model.generate", "generate_batch", "plain", "own cache", "no cache"]
 
 
 def parse_args(argv: list[str]):
@@ -203,6 +206,12 @@ def run_plain(policy, problems, samples, rows, args, seed) -> list[int]:
         policy.condition("good")
 
 
+def run_without_shared_cache(policy, problems, samples, rows, args, seed, *, has_cache: bool) -> list[int]:
+    policy = copy.copy(policy)
+    policy.decodes_fast, policy.has_cache = False, has_cache
+    return run_generate(policy, problems, samples, rows, args, seed)
+
+
 def sampling_config(policy, args, samples: int) -> GenerationConfig:
     return GenerationConfig(
         do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0, num_return_sequences=samples,
@@ -246,7 +255,9 @@ def run_generate_batch(policy, problems, samples, rows, args, seed) -> list[int]
     return [len(output.generated_tokens) for output in said.values()]
 
 
-RUNNERS = dict(zip(ENGINES, (run_generate, run_model_generate, run_generate_batch, run_plain), strict=True))
+run_own_cache, run_no_cache = (functools.partial(run_without_shared_cache, has_cache=has) for has in (True, False))
+runners = run_generate, run_model_generate, run_generate_batch, run_plain, run_own_cache, run_no_cache
+RUNNERS = dict(zip(ENGINES, runners, strict=True))
 
 
 def measure(policy, problems, samples: int, rows: int, args) -> dict:
@@ -260,7 +271,7 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
             if engine in broken:
                 continue
             part = problems if repeat else problems[: max(1, len(problems) // 8)]  # the first time is to warm up
-            runs = policy if engine in ("generate", "plain") else usual
+            runs = usual if engine in ("model.generate", "generate_batch") else policy
             try:
                 with counted(runs) as counts, peak_memory(policy.device) as peak:
                     synchronize(policy.device)
@@ -299,6 +310,8 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
             ("model.generate", "speedup"),
             ("generate_batch", "speedup_over_generate_batch"),
             ("plain", "speed_conditioned_over_plain"),
+            ("own cache", "speedup_over_own_cache"),
+            ("no cache", "speedup_over_no_cache"),
         ):
             if "tokens_per_second" in row.get(engine, {}):
                 row[key] = speed / row[engine]["tokens_per_second"]

@@ -451,12 +451,76 @@ def test_logits_are_not_rounded_to_bfloat16(tiny):
     assert policy.model.get_output_embeddings().weight.grad.dtype == torch.float32
 
 
-def test_a_model_without_key_cache_is_sampled_slowly(tmp_path):
-    """A state-space model: nothing in it calls the attention or the cache."""
-    config = dict(hidden_size=16, num_hidden_layers=2, state_size=4)
-    write_model(lambda v: transformers.MambaConfig(vocab_size=v, **config), tmp_path, scale=1.0)
+_GROUPED = dict(num_key_value_heads=2, **SMALL)
+FAST = {  # beside ARCHITECTURES; README.md names them
+    "Cohere2": _GROUPED, "Gemma": dict(head_dim=8, **_GROUPED), "Glm4": dict(head_dim=8, **_GROUPED), "Granite": _GROUPED,
+    "Mixtral": dict(num_local_experts=2, **_GROUPED), "NanoChat": _GROUPED, "Olmo2": _GROUPED, "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, **SMALL),
+    "Phi3": _GROUPED, "Qwen2": _GROUPED, "SmolLM3": _GROUPED, "Starcoder2": _GROUPED,
+    "Gemma4Text": dict(
+        head_dim=8, sliding_window=8, final_logit_softcapping=3.0, vocab_size_per_layer_input=400, hidden_size_per_layer_input=8,
+        **_GROUPED,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_other_families_sample_with_the_shared_cache(name, tmp_path):
+    config = getattr(transformers, f"{name}Config")
+    write_model(lambda v: config(vocab_size=v, **FAST[name]), tmp_path, scale=4.0)
     policy = common.Policy(str(tmp_path), "cpu")
-    assert not policy.decodes_fast
+    assert policy.decodes_fast
+    samples = common.generate(policy, PROBLEMS, samples=2, max_new_tokens=12, rows=4)
+    with torch.no_grad():
+        again = common.response_logprobs(policy, [(s.prompt, s.tokens.tolist()) for s in samples])
+    said = torch.from_numpy(np.concatenate([s.logprobs for s in samples]))
+    torch.testing.assert_close(said, again, atol=1e-3, rtol=1e-3)
+
+
+PLAIN = {  # attention with capped scores, with sinks, with biases of its own; states in place of keys; both
+    "Gemma2": dict(num_key_value_heads=2, head_dim=8, sliding_window=8, attn_logit_softcapping=5.0, **SMALL),
+    "GptOss": dict(num_key_value_heads=2, head_dim=8, sliding_window=8, num_local_experts=2, num_experts_per_tok=1, **SMALL),
+    "Bloom": dict(hidden_size=32, n_layer=2, n_head=4),
+    "Mamba": dict(hidden_size=16, num_hidden_layers=2, state_size=4),
+    "Qwen3_5Text": dict(
+        num_key_value_heads=2, head_dim=8, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, **SMALL | {"num_hidden_layers": 4},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(name, tmp_path, monkeypatch, capsys):
+    """The same samples as with no cache at all, whatever the number of rows, with the log-probabilities of training; and
+    greedy those of `model.generate`. Rows end after 2 to 24 tokens, so some are dropped on the way."""
+    config = getattr(transformers, f"{name}Config")
+    write_model(lambda v: config(vocab_size=v, **PLAIN[name]), tmp_path, scale=1.0 if name == "Mamba" else 4.0)
+    policy = common.Policy(str(tmp_path), "cpu")
+    assert not policy.decodes_fast and policy.has_cache
+    assert "is slower" in capsys.readouterr().err
+    policy.eos_ids += range(20, 60)  # one of seven tokens ends a sample
+    how = dict(samples=5, temperature=1.0, max_new_tokens=24)
+    dropped, reorder_cache = [], transformers.Cache.reorder_cache
+    monkeypatch.setattr(
+        transformers.Cache, "reorder_cache", lambda cache, rows: dropped.append(len(rows)) or reorder_cache(cache, rows)
+    )
+    samples = common.generate(policy, PROBLEMS, rows=8, **how)
+    assert dropped and len({len(s.tokens) for s in samples}) > 3
+    with torch.no_grad():
+        again = common.response_logprobs(policy, [(s.prompt, s.tokens.tolist()) for s in samples])
+    torch.testing.assert_close(torch.from_numpy(np.concatenate([s.logprobs for s in samples])), again, atol=1e-3, rtol=1e-3)  # fmt: skip
+    assert ids_of(common.generate(policy, PROBLEMS, rows=2, **how)) == ids_of(samples)
+    policy.has_cache = False
+    assert ids_of(common.generate(policy, PROBLEMS, rows=64, **how)) == ids_of(samples)
+    policy.has_cache = True
+    greedy = common.generate(policy, PROBLEMS, temperature=0, max_new_tokens=6)
+    assert ids_of(greedy) == reference_greedy(policy, PROBLEMS, 6)
+
+
+def test_a_model_without_any_cache_is_sampled_slowly(tmp_path, capsys):
+    write_model(lambda v: transformers.OpenAIGPTConfig(vocab_size=v, n_embd=16, n_layer=2, n_head=2), tmp_path)
+    policy = common.Policy(str(tmp_path), "cpu")
+    assert not policy.decodes_fast and not policy.has_cache
+    assert "no cache that can be used" in capsys.readouterr().err
     got = common.generate(policy, PROBLEMS[:3], temperature=0, max_new_tokens=6, rows=2)
     for sample in got:
         ids = torch.tensor([policy.encode_prompt(common.prompt_text(sample.problem))])
