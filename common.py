@@ -49,6 +49,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.utils import logging as transformers_logging
 
 try:
@@ -722,7 +723,8 @@ class RewardModel(Policy):
     after every token. (A probability, with reward_model.py's weights, under equal odds within a question.)
 
     The network of a policy with a scalar head in place of the vocabulary's: what transformers calls token
-    classification with one label, so that `AutoModelForTokenClassification.from_pretrained` loads a saved folder.
+    classification with one label, so that `AutoModelForTokenClassification.from_pretrained` loads a saved folder. Where
+    transformers has no such class, as for Gemma 3, Qwen 3.5, OLMo and Granite, only this one does.
     new: start from the weights of a language model, with a head of zeros (P = 0.5 everywhere)."""
 
     def __init__(self, name: str, device: str = "auto", dtype: str = "auto", flag: str = "--orm", new: bool = False):
@@ -734,10 +736,13 @@ class RewardModel(Policy):
             raise UserError("this is not a reward model; reward_model.py trains one")
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # that a new head is new needs no table of warnings
+        how = dict(dtype=torch.float32, num_labels=1, use_safetensors=True)
         try:
-            model = AutoModelForTokenClassification.from_pretrained(
-                folder, dtype=torch.float32, num_labels=1, use_safetensors=True
-            )
+            model = AutoModelForTokenClassification.from_pretrained(folder, **how)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            model = token_classifier(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **how)
         finally:
             transformers_logging.set_verbosity(verbosity)
         self.linear = next(m for m in model.children() if getattr(m, "out_features", None) == 1)
@@ -781,6 +786,26 @@ class RewardModel(Policy):
         """Fill in `score` of every sample: the probability after its last token."""
         for sample, probabilities in zip(samples, self.scores(samples, token_budget), strict=True):
             sample.score = float(probabilities[-1])
+
+
+def token_classifier(config) -> type:
+    """What transformers has for most families, made of a family's causal language model: its network with a scalar head
+    beside that of the vocabulary, which is kept and not used."""
+    with torch.device("meta"):
+        language_model = type(AutoModelForCausalLM.from_config(config))
+
+    class Classifier(language_model):
+        def __init__(self, config):
+            super().__init__(config)
+            self.score = torch.nn.Linear(config.get_text_config().hidden_size, 1)
+
+        def forward(self, input_ids, **kwargs):
+            hidden = self.base_model(input_ids=input_ids, **kwargs).last_hidden_state
+            return TokenClassifierOutput(logits=self.score(hidden))
+
+    Classifier.__name__ = re.sub("ForCausalLM|ForConditionalGeneration|LMHeadModel", "", language_model.__name__)
+    Classifier.__name__ += "ForTokenClassification"
+    return Classifier
 
 
 class GenerativeRewardModel(Policy):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_generation import ARCHITECTURES, random_policy
+import transformers
+from test_generation import ARCHITECTURES, SMALL, random_policy, write_model
 from test_scripts import cli, rows_of, without_time  # noqa: F401
 
 import common
@@ -161,6 +162,38 @@ def test_long_solutions_do_not_count_more(orm):
     assert alone == pytest.approx([mean.item() for mean in means], rel=1e-4)
     both = reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0], [1.0, 1.0], 0.0, 9999)[0]
     assert both == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
+def test_a_family_without_a_token_classifier_has_reward_models(tmp_path):
+    """Gemma 3, beside the embeddings of images: its settings are those of text and vision, and have no width of their own.
+    All that is saved comes back, and the network is trained, with no gradient for a head that is not used."""
+    text = dict(num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, **SMALL)
+    sight = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)  # fmt: skip
+    write_model(
+        lambda v: transformers.Gemma3Config(
+            text_config=text | {"vocab_size": v}, vision_config=sight, mm_tokens_per_image=4,
+            image_token_index=v - 1, boi_token_index=v - 2, eoi_token_index=v - 3,
+        ),
+        tmp_path / "policy",
+    )  # fmt: skip
+    policy = common.Policy(str(tmp_path / "policy"), "cpu")
+    orm = common.RewardModel(str(tmp_path / "policy"), "cpu", new=True)
+    samples = [sample_of(p, right(p)) for p in PROBLEMS[:3]]
+    assert all((p == 0.5).all() for p in orm.scores(samples))
+    examples = [orm.encode(sample) for sample in samples]
+    ids = torch.tensor([examples[0][0]])
+    with torch.no_grad():
+        assert torch.equal(orm.hidden_states(ids), policy.hidden_states(ids)), "the policy's network"
+    torch.nn.init.normal_(orm.linear.weight)
+    before, optimizer = orm.scores(samples), common.adam_w(orm.model.parameters(), 1e-3)
+    assert reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0, 1.0], [1.0] * 3, 1e-3, 999)[1] > 0
+    assert not np.allclose(before[0], orm.scores(samples)[0], atol=1e-4)
+    orm.save(tmp_path / "orm")
+    assert common.is_reward_model(str(tmp_path / "orm"))
+    again = common.RewardModel(str(tmp_path / "orm"), "cpu")
+    assert all(np.allclose(a, b) for a, b in zip(again.scores(samples), orm.scores(samples), strict=True))
+    with pytest.raises(common.UserError, match="a reward model, not a language model"):
+        common.Policy(str(tmp_path / "orm"))
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gemma3"])  # transformers has no such class
