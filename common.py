@@ -1561,13 +1561,11 @@ def decode_plainly(
                 running[row] = False
             # 3. drop them
             keep = np.flatnonzero(running)
-            if 0 < len(keep) <= len(running) * (0.5 if cached else 0.99) and (
-                not cached or hasattr(cache, "reorder_cache")
-            ):
+            if 0 < len(keep) <= len(running) / 2 and (cache is None or hasattr(cache, "reorder_cache")):
                 index = torch.from_numpy(keep).to(device)
                 ids, uniforms, logprobs, owed = (t[index] for t in (ids, uniforms, logprobs, owed))
                 batch, running = [batch[row] for row in keep], running[keep]
-                if cached:
+                if cache is not None:
                     cache.reorder_cache(index)
 
 
