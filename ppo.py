@@ -364,6 +364,16 @@ class ValueFunction(torch.nn.Module):
         return self.head(self.norm(hidden[rows, columns - 1].float()))[:, 0]
 
 
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module computes W x + b. What is derived from a linear layer may (Falcon) or not (the router of Phimoe)."""
+    if type(module) in (torch.nn.Linear, Conv1D) or not isinstance(module, torch.nn.Linear):
+        return type(module) in (torch.nn.Linear, Conv1D)
+    x = torch.ones(1, 1, module.in_features, device=module.weight.device)
+    with torch.no_grad(), contextlib.suppress(Exception):
+        return torch.allclose(module(x), torch.nn.functional.linear(x, module.weight, module.bias), atol=1e-4)
+    return False
+
+
 class Lora(torch.nn.Module):
     """Low-rank adapters (Hu et al. 2021) on every linear map within the layers: W x + B A x, with B = 0 at first. They
     hang on the modules as hooks, so the model itself, its names and its checkpoint, stay what they are. Experts whose
@@ -374,7 +384,7 @@ class Lora(torch.nn.Module):
         policy.model.requires_grad_(False)
         self.on, self.targets, self.down, self.up = True, [], torch.nn.ParameterList(), torch.nn.ParameterList()
         for module in decoder_layers(policy.model).modules():
-            if type(module) not in (torch.nn.Linear, Conv1D):  # what is derived from them may compute something else
+            if not is_linear(module):
                 continue
             weight, transposed = module.weight, isinstance(module, Conv1D)  # of GPT-2; keeps [in, out]
             n_out, n_in = weight.T.shape if transposed else weight.shape
@@ -382,6 +392,8 @@ class Lora(torch.nn.Module):
             self.up.append(torch.nn.Parameter(torch.zeros(n_out, rank, device=weight.device)))
             self.targets.append((module, transposed))
             module.register_forward_hook(self._adapter(len(self.targets) - 1))
+        if not self.targets:
+            raise common.UserError("--lora-rank: this model has no linear layers for adapters; 0 trains all weights")
 
     def _adapter(self, i: int):
         def hook(module, inputs, output):

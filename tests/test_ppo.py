@@ -528,3 +528,19 @@ def test_a_phase_ends_when_the_policy_has_gone_too_far(cli, tmp_path):  # noqa: 
     assert cli(ppo, *argv)[0] == 0
     _, first, second = rows_of(tmp_path / "run" / "metrics.jsonl")
     assert first["minibatches"] == 6 > second["minibatches"] > 0
+
+
+def test_a_layer_that_is_derived_from_a_linear_one_gets_an_adapter_if_it_is_linear(tmp_path):
+    write_model(
+        lambda v: transformers.FalconConfig(
+            vocab_size=v, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2
+        ),
+        tmp_path,
+    )
+    policy = common.Policy(str(tmp_path), "cpu")
+    assert len(ppo.Lora(policy, 3).targets) == 2 * 4, "of the attention and of the network, two each"
+    policy.model.requires_grad_(False)
+    for layer in ppo.decoder_layers(policy.model):
+        layer.self_attention = layer.mlp = torch.nn.Identity()
+    with pytest.raises(common.UserError, match="no linear layers"):
+        ppo.Lora(policy, 3)

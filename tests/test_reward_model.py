@@ -196,6 +196,42 @@ def test_a_family_without_a_token_classifier_has_reward_models(tmp_path):
         common.Policy(str(tmp_path / "orm"))
 
 
+def test_a_reward_model_begins_with_the_weights_of_the_policy(tmp_path):
+    """Of Qwen 3.5 the saved text part has other names for its weights than the network, which transformers translates only
+    for classes of its own; OPT may have hidden states wider than what its head reads."""
+    narrow = dict(num_key_value_heads=2, head_dim=8, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+                  linear_value_head_dim=8, **SMALL | {"num_hidden_layers": 4})  # fmt: skip
+    sight = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+    families = {
+        "qwen": lambda v: transformers.Qwen3_5Config(text_config=narrow | {"vocab_size": v}, vision_config=sight),
+        "opt": lambda v: transformers.OPTConfig(vocab_size=v, ffn_dim=64, word_embed_proj_dim=16, **SMALL),
+    }
+    ids = torch.tensor([[3, 4, 5, 6]])
+    for name, config_of in families.items():
+        write_model(config_of, tmp_path / name)
+        policy = common.Policy(str(tmp_path / name), "cpu")
+        policy.save(tmp_path / f"{name}_saved")
+        orm = common.RewardModel(str(tmp_path / f"{name}_saved"), "cpu", new=True)
+        torch.nn.init.normal_(orm.linear.weight)
+        orm.save(tmp_path / f"{name}_orm")
+        again = common.RewardModel(str(tmp_path / f"{name}_orm"), "cpu")
+        with torch.no_grad():
+            torch.testing.assert_close(orm.hidden_states(ids), policy.hidden_states(ids), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(again.model(ids).logits, orm.model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reward_model_without_all_its_weights_is_refused(nano, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    common.RewardModel(nano, "cpu", new=True).save(tmp_path / "orm")
+    file = tmp_path / "orm" / "model.safetensors"
+    weights = load_file(file)
+    for lost in ("score.weight", "model.norm.weight"):
+        save_file({key: weight for key, weight in weights.items() if key != lost}, file, metadata={"format": "pt"})
+        with pytest.raises(common.UserError, match=f"no weights for {lost}"):
+            common.RewardModel(str(tmp_path / "orm"), "cpu")
+
+
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gemma3"])  # transformers has no such class
 def test_a_new_reward_model_says_one_half_and_a_saved_one_loads_without_our_help(name, tmp_path_factory, tmp_path):
     from transformers import AutoModelForTokenClassification
