@@ -17,6 +17,14 @@ def dev(name: str, key: str, **where) -> dict[int, float]:
     return {seed: values[-1] for seed, values in rows.items() if values}
 
 
+def over_phases(name: str, key: str, first: int, last: int) -> dict[int, float]:
+    """seed -> the mean of a metric over these phases of PPO"""
+    return {
+        seed: float(np.mean([row[key] for row in log if first <= row["phase"] <= last]))
+        for seed, log in recorded(name).items()
+    }
+
+
 def show(what: str, values: dict[int, float], control: dict[int, float] | None = None) -> None:
     each = ", ".join(f"{v:.3f}" for v in values.values())
     if not values or (control is not None and not values.keys() & control.keys()):
@@ -181,6 +189,24 @@ for metric in ("maj@1", "pass@16"):
         test("arithmetic/ppo", metric),
     )
 show("last KL to the initial policy, ppo", dev("arithmetic/ppo", "kl_k3"))
+
+print("Lambda of GAE, and curricula of PPO")
+for task, name in (
+    ("arithmetic", "ppo_variants/lam095"),
+    ("hard", "hard/backtracking"),
+    ("hard", "hard/plr"),
+    ("arithmetic", "ppo_variants/backtracking"),
+    ("arithmetic", "ppo_variants/plr"),
+):
+    for metric in ("maj@1", "pass@1", "pass@16"):
+        show(f"{task}, test {metric}, {name} - ppo", test(name, metric), test(f"{task}/ppo", metric))
+    for phase in (4, 8, 12, 20):
+        both = (dev(each, "maj@1", phase=phase) for each in (name, f"{task}/ppo"))
+        show(f"{task}, dev maj@1 at phase {phase}, {name} - ppo", *both)
+    for what, first, last in (("2 to 6", 2, 6), ("16 to 20", 16, 20)):
+        for key in ("correct", "mixed", "explained_variance"):
+            both = (over_phases(each, key, first, last) for each in (name, f"{task}/ppo"))
+            show(f"{task}, {key} of phases {what}, {name} - ppo", *both)
 
 print("C9 RL without SFT closes most of the gap to SFT + RL (less than 10 points remain)")
 show(

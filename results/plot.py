@@ -61,7 +61,10 @@ def figure(file: str, rows: dict[str, dict[str, str]], panels: list[tuple[str, s
                     over_rollouts(axis, record, "reward", "--", COLOURS[name], NAMES[name] + ": its reward")
             axis.set(xlabel="rollouts", title=what + title)
             axis.grid(alpha=0.3)
-        line[1].legend(fontsize=8)
+        if not proxy:
+            line[1].legend(fontsize=8)
+    if proxy:  # too many lines for a place among them
+        shown.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     shown.savefig(RESULTS / file, dpi=110)
 
 

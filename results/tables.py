@@ -97,6 +97,8 @@ def main() -> None:
             "SFT": ("hard/sft", ["hard/sft"]),
             "PPO": ("hard/ppo", ["hard/ppo"]),
             "PPO, 36 phases": ("hard/phases36", ["hard/phases36"]),
+            "PPO, `--curriculum backtracking`": ("hard/backtracking", ["hard/backtracking"]),
+            "PPO, `--curriculum plr`": ("hard/plr", ["hard/plr"]),
             "expert iteration, K = 4": ("hard/ei", ["hard/ei"]),
             "the same, `--rounds 3`": ("hard/rounds3", ["hard/rounds3"]),
             "expert iteration, K = 4, `--continue` (on from the last policy)": ("hard/continue", ["hard/continue"]),
@@ -144,6 +146,7 @@ def main() -> None:
             "`--reward orm`": "ppo_variants/orm",
             "`--reward orm_dense`": "ppo_variants/orm_dense",
             "`--lora-rank 16 --lr 2e-3`": "ppo_variants/lora",
+            "`--lam 0.95`": "ppo_variants/lam095",
         }
     )
     print_rerank(
