@@ -1289,7 +1289,8 @@ def forced(tokens, logprobs, owed, label, breaks_line) -> tuple[torch.Tensor, to
 
 
 def cache_argument(base: torch.nn.Module) -> str:
-    """How a model calls its cache: by the first name in transformers 5.24 and newer, before by the second."""
+    """How a model calls its cache: by the first name in transformers 5.24 and newer, before by the second; Mamba by the
+    third."""
     known = inspect.signature(type(base).forward).parameters
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")
 
@@ -1555,15 +1556,19 @@ def decode_plainly(
                 picked, said, owed = forced(picked, said, owed, label_ids, breaks_line)
             ids, logprobs = torch.cat([ids, picked[:, None]], 1), torch.cat([logprobs, said[:, None]], 1)
             # 2. which have ended
-            host_ids, host_logprobs = ids[:, -age - 1 :].cpu().numpy().astype(np.int32), logprobs.cpu().numpy()
-            if not np.isfinite(host_logprobs[:, -1]).all():
+            new = picked.cpu().numpy()
+            if not said.isfinite().all():
                 raise UserError(NOT_FINITE)
-            ended = np.isin(host_ids[:, -1], policy.eos_ids)
+            ended = np.isin(new, policy.eos_ids)
             if is_complete:
-                for row in np.flatnonzero(policy.ends_line[host_ids[:, -1]] & running & ~ended):
-                    ended[row] = is_complete(host_ids[row])
+                for row in np.flatnonzero(policy.ends_line[new] & running & ~ended):
+                    ended[row] = is_complete(ids[row, -age - 1 :].cpu().numpy())
             for row in np.flatnonzero(running & (ended | (age + 1 == max_new_tokens))):
-                deliver(*batch[row], host_ids[row], host_logprobs[row].copy(), bool(ended[row]))
+                own_ids, own_logprobs = (
+                    ids[row, -age - 1 :].int(),
+                    logprobs[row].clone(),
+                )  # not views, which keep all rows
+                deliver(*batch[row], own_ids.cpu().numpy(), own_logprobs.cpu().numpy(), bool(ended[row]))
                 running[row] = False
             # 3. drop them
             keep = np.flatnonzero(running)

@@ -4,7 +4,7 @@ Differences are between runs of the same seed, with the 95 % interval of their m
 metric is that of the epoch, round or phase with the best maj@1 on dev, and so says nothing of what came after it."""
 
 import numpy as np
-from records import RESULTS, methods, paired, recorded
+from records import RESULTS, methods, over_phases, paired, recorded
 from records import test_metric as test
 
 
@@ -15,14 +15,6 @@ def dev(name: str, key: str, **where) -> dict[int, float]:
         for seed, log in recorded(name).items()
     }
     return {seed: values[-1] for seed, values in rows.items() if values}
-
-
-def over_phases(name: str, key: str, first: int, last: int) -> dict[int, float]:
-    """seed -> the mean of a metric over these phases of PPO"""
-    return {
-        seed: float(np.mean([row[key] for row in log if first <= row["phase"] <= last]))
-        for seed, log in recorded(name).items()
-    }
 
 
 def show(what: str, values: dict[int, float], control: dict[int, float] | None = None) -> None:
@@ -195,8 +187,6 @@ for task, name in (
     ("arithmetic", "ppo_variants/lam095"),
     ("hard", "hard/backtracking"),
     ("hard", "hard/plr"),
-    ("arithmetic", "ppo_variants/backtracking"),
-    ("arithmetic", "ppo_variants/plr"),
 ):
     for metric in ("maj@1", "pass@1", "pass@16"):
         show(f"{task}, test {metric}, {name} - ppo", test(name, metric), test(f"{task}/ppo", metric))

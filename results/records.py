@@ -36,6 +36,15 @@ def test_metric(name: str | Path, metric: str, file: str = "test.json") -> dict[
     return {seed: report[metric]["value"] for seed, report in recorded(name, file).items() if metric in report}
 
 
+def over_phases(name: str | Path, key: str, first: int, last: int) -> dict[int, float]:
+    """seed -> the mean of a metric over these phases of PPO, those left out where it is null"""
+    found = {
+        seed: [row[key] for row in log if row.get(key) is not None and first <= row["phase"] <= last]
+        for seed, log in recorded(name).items()
+    }
+    return {seed: float(np.mean(values)) for seed, values in found.items() if values}
+
+
 def spread(values: dict[int, float]) -> str:
     """The mean of the seeds, of several with the lowest and the highest."""
     # numpy's mean, because Python's sum rounds otherwise from 3.12 on, and some means lie in the middle of two numbers

@@ -22,6 +22,11 @@ def test_the_generation_benchmark_compares_and_relates_to_the_limit(tmp_path):
         "40",
         "--repeats",
         "1",
+        "--engines",
+        "generate",
+        "model.generate",
+        "own cache",
+        "no cache",
         "--out",
         out,
     ]
@@ -37,6 +42,7 @@ def test_the_generation_benchmark_compares_and_relates_to_the_limit(tmp_path):
     for row in report["table"]:
         ours, theirs = row["generate"], row["model.generate"]
         assert row["speedup"] * theirs["tokens_per_second"] == pytest.approx(ours["tokens_per_second"])
+        assert row["speedup_over_own_cache"] > 0 and row["speedup_over_no_cache"] > 0
         assert 0 < row["fraction_of_limit"] < 1 and (ours["wasted"] or 0) == 0 <= theirs["wasted"] < 1
         assert row["limit"] * row["fraction_of_limit"] == pytest.approx(ours["tokens_per_second"])
         assert row["weights"] == 385 * 128 + 3 * (4 * 128 * 128 + 3 * 128 * 352), "what a token is multiplied with"

@@ -505,6 +505,10 @@ def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(name, tmp_path,
     )
     samples = common.generate(policy, PROBLEMS, rows=8, **how)
     assert dropped and len({len(s.tokens) for s in samples}) > 3
+    for array in (each for s in samples for each in (s.tokens, s.logprobs)):
+        whole = array if array.base is None else array.base  # a tensor, or what it is a row of
+        held = whole.untyped_storage().nbytes() if isinstance(whole, torch.Tensor) else whole.nbytes
+        assert held == array.nbytes, "a sample keeps the memory of its batch"
     with torch.no_grad():
         again = common.response_logprobs(policy, [(s.prompt, s.tokens.tolist()) for s in samples])
     torch.testing.assert_close(torch.from_numpy(np.concatenate([s.logprobs for s in samples])), again, atol=1e-3, rtol=1e-3)  # fmt: skip

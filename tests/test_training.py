@@ -267,6 +267,8 @@ def test_scaled_and_capped_logits_are_the_models_own(family, setting, tmp_path):
     policy = common.Policy(str(tmp_path), device="cpu")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     prompt, response = [3, 4, 5], [6, 7, 8, 9]
+    common.response_logprobs(policy, [(prompt, response)]).sum().backward()
+    assert policy.model.get_input_embeddings().weight.grad.abs().sum() > 0
     with torch.no_grad():
         logits = plain(torch.tensor([prompt + response])).logits[0, 2:-1]
         last = policy.head(policy.hidden_states(torch.tensor([prompt])))[0, -1]

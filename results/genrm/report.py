@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from records import paired, recorded, test_metric  # noqa: E402
+from records import over_phases, paired, recorded, test_metric  # noqa: E402
 
 ROWS = {
     "verifier": "arithmetic/ppo",
@@ -24,13 +24,8 @@ def spread(values: list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})" if values else ""
 
 
-def over_phases(name: str, key: str, first: int, last: int) -> list[float]:
-    """The mean of a metric over some phases, for each seed."""
-    logs = [
-        [row[key] for row in log if row.get(key) is not None and first <= row["phase"] <= last]
-        for seed, log in recorded(name).items() if seed in SEEDS
-    ]  # fmt: skip
-    return [float(np.mean(values)) for values in logs if values]
+def of_these(values: dict[int, float]) -> list[float]:
+    return [value for seed, value in values.items() if seed in SEEDS]
 
 
 print(
@@ -45,10 +40,11 @@ print("|---" * 7 + "|")
 for label, name in ROWS.items():
     if found := test_metric(name, "maj@1"):
         tested = [test_metric(name, metric) for metric in ("maj@1", "pass@16")]
-        cells = [spread([value for seed, value in values.items() if seed in SEEDS], 3) for values in tested]
-        cells += [spread(over_phases(name, key, 17, 20), 2) for key in ("correct", "reward")]
-        pleased = [spread(over_phases(name, "half_if_wrong", *phases), 2) for phases in ((1, 2), (17, 20))]
-        cells += [" → ".join(pleased) if all(pleased) else "", spread(over_phases(name, "above_half", 17, 20), 2)]
+        cells = [spread(of_these(values), 3) for values in tested]
+        cells += [spread(of_these(over_phases(name, key, 17, 20)), 2) for key in ("correct", "reward")]
+        pleased = [spread(of_these(over_phases(name, "half_if_wrong", *ends)), 2) for ends in ((1, 2), (17, 20))]
+        above = spread(of_these(over_phases(name, "above_half", 17, 20)), 2)
+        cells += [" → ".join(pleased) if all(pleased) else "", above]
         print(f"| {label} | {' | '.join(cells)} |")
 print()
 for place, (label, name) in enumerate(ROWS.items()):

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # What PPO's parts are worth: each variant changes one thing in the runs ppo_0, ppo_1, ppo_2 of results/arithmetic, with the
 # same seeds, start (SFT) and number of rollouts (lora: adapters in place of all weights, and the learning rate that they
-# need; lam095: the usual lambda of GAE; curricula: those of results/hard are recorded, these not). Runs of 5 to 14 minutes
-# on one core. Restartable: what is finished is skipped, what was interrupted goes on. The policies of SFT come from
-# results/arithmetic/run.sh.
+# need; lam095: the usual lambda of GAE). Runs of 5 to 14 minutes on one core. Restartable: what is finished is skipped,
+# what was interrupted goes on. The policies of SFT come from results/arithmetic/run.sh.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 declare -A flags=(
@@ -14,11 +13,9 @@ declare -A flags=(
     [orm_dense]="--reward orm_dense --orm ORM"
     [lora]="--lora-rank 16 --lr 2e-3"
     [lam095]="--lam 0.95"
-    [backtracking]="--curriculum backtracking"
-    [plr]="--curriculum plr"
 )
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-kl0 attached dense orm orm_dense lora lam095 backtracking plr}; do
+    for name in ${VARIANTS:-kl0 attached dense orm orm_dense lora lam095}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         [[ $name != orm* ]] || bash results/orm/run.sh train $seed
         train_and_test "$work/ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" \
