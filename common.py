@@ -1528,54 +1528,60 @@ def decode_plainly(
     """What `decode` does, for a model that PagedCache does not fit: with the cache that the model makes itself, or with none
     (`cached` False), running whole sequences again for every token, which is right for any causal model, and slow.
 
-    The prompts of a batch have one length, so nothing is padded. Rows that have finished run on until they are half of
-    the batch, and no others take their place."""
+    Prompts of about the same length make a batch. It begins with as much of them as the shortest is long, and what is left
+    of the others is fed like sampled tokens, so nothing is padded, which a model with states could not take. Rows that have
+    finished run on until they are half of the batch, and no others take their place."""
     device, base = policy.device, policy.model.base_model
     argument, label_ids = cache_argument(base), torch.tensor(label, device=device)
     breaks_line = torch.from_numpy(policy.ends_line).to(device) if label else None
-    jobs = sorted(
-        ((i, number) for i, numbers in wanted.items() for number in numbers), key=lambda job: len(prompts[job[0]])
-    )
-    same_length = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: len(prompts[job[0]]))]
-    for batch in [group[first : first + rows] for group in same_length for first in range(0, len(group), rows)]:
-        ids = torch.tensor([prompts[i] for i, _ in batch], device=device)  # [rows, length so far]
+    jobs = [(i, number) for i in sorted(wanted, key=lambda i: len(prompts[i])) for number in wanted[i]]
+    for batch in [jobs[first : first + rows] for first in range(0, len(jobs), rows)]:
+        begin = np.array([len(prompts[i]) for i, _ in batch])  # where the sampled tokens begin [rows]
+        lengths, shortest, longest = torch.from_numpy(begin).to(device), begin[0], begin[-1]
+        given = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i, _ in batch], device=device)
         uniforms = torch.from_numpy(np.stack([draws(*job) for job in batch])).to(device)
-        logprobs = uniforms.new_zeros(len(batch), 0)  # [rows, sampled so far]
+        ids, logprobs = given[:, :shortest], uniforms.new_zeros(len(batch), shortest)  # [rows, length so far]
         owed, running, cache = ids.new_zeros(len(batch)), np.ones(len(batch), bool), None
         while running.any():
             if stop():
                 raise KeyboardInterrupt
             # 1. the next token of all rows
-            age = logprobs.shape[1]
             held = {} if cache is None else {argument: cache}
             out = base(input_ids=ids if cache is None else ids[:, -1:], use_cache=cached, **held)
             if cached and (cache := out.get(argument) or out.get("past_key_values")) is None:
                 raise NotImplementedError("it returns none")
-            picked, said = next_tokens(policy, out.last_hidden_state[:, -1], uniforms[:, age], temperature)
+            place = ids.shape[1]
+            age = (place - lengths).clamp(0, max_new_tokens - 1)
+            picked, said = next_tokens(
+                policy, out.last_hidden_state[:, -1], uniforms.gather(1, age[:, None])[:, 0], temperature
+            )
             if label:
                 picked, said, owed = forced(picked, said, owed, label_ids, breaks_line)
+            if place < longest:
+                in_prompt = lengths > place
+                picked, owed = torch.where(in_prompt, given[:, place], picked), owed.masked_fill(in_prompt, 0)
             ids, logprobs = torch.cat([ids, picked[:, None]], 1), torch.cat([logprobs, said[:, None]], 1)
             # 2. which have ended
-            new = picked.cpu().numpy()
             if not said.isfinite().all():
                 raise UserError(NOT_FINITE)
-            ended = np.isin(new, policy.eos_ids)
+            new, sampling = picked.cpu().numpy(), running & (begin <= place)
+            ended = np.isin(new, policy.eos_ids) & sampling
             if is_complete:
-                for row in np.flatnonzero(policy.ends_line[new] & running & ~ended):
-                    ended[row] = is_complete(ids[row, -age - 1 :].cpu().numpy())
-            for row in np.flatnonzero(running & (ended | (age + 1 == max_new_tokens))):
-                own_ids, own_logprobs = (
-                    ids[row, -age - 1 :].int(),
-                    logprobs[row].clone(),
-                )  # not views, which keep all rows
+                for row in np.flatnonzero(policy.ends_line[new] & sampling & ~ended):
+                    ended[row] = is_complete(ids[row, begin[row] :].cpu().numpy())
+            for row in np.flatnonzero(ended | sampling & (place + 1 - begin == max_new_tokens)):
+                # copies, not views, which keep all rows
+                own_ids, own_logprobs = ids[row, begin[row] :].int(), logprobs[row, begin[row] :].clone()
                 deliver(*batch[row], own_ids.cpu().numpy(), own_logprobs.cpu().numpy(), bool(ended[row]))
                 running[row] = False
             # 3. drop them
             keep = np.flatnonzero(running)
             if 0 < len(keep) <= len(running) / 2 and type(cache) in (DynamicCache, type(None)):  # others may hold more
                 index = torch.from_numpy(keep).to(device)
-                ids, uniforms, logprobs, owed = (t[index] for t in (ids, uniforms, logprobs, owed))
-                batch, running = [batch[row] for row in keep], running[keep]
+                ids, uniforms, logprobs, owed, lengths, given = (
+                    t[index] for t in (ids, uniforms, logprobs, owed, lengths, given)
+                )
+                batch, running, begin = [batch[row] for row in keep], running[keep], begin[keep]
                 if cache is not None:
                     cache.reorder_cache(index)
 
