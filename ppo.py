@@ -264,6 +264,21 @@ def best_of_n(
     return {sample.problem.id: sample.solution for sample in best}
 
 
+def find_references(
+    judges: Judges, policy: common.Policy, problems: list[common.Problem], route: list[str], run: common.Run, args
+) -> None:
+    """Tell the judges what the generative reward model compares with: of each problem on the route "gold" the gold solution,
+    on "best" the best of several samples, which lie in samples/references.json after a restart."""
+    by_route = {kind: [p for p, r in zip(problems, route, strict=True) if r == kind] for kind in ("gold", "best")}
+    judges.references = {problem.id: problem.gold for problem in by_route["gold"]}
+    judges.golden = set(judges.references)
+    if by_route["best"]:
+        file = run.out / "samples" / "references.json"
+        if not run.state:
+            common.write_json(file, best_of_n(policy, by_route["best"], judges.orm, run, args))
+        judges.references |= common.on_first(lambda: common.read_json(file))
+
+
 def potential_rewards(
     policy: common.Policy, sample: common.Sample, orm: common.RewardModel, scores: np.ndarray
 ) -> np.ndarray:
@@ -508,14 +523,48 @@ def score_pool(
     return tuple(each.reshape(len(pool), -1).mean(1).tolist() for each in (scores, passed))
 
 
+def select_questions(
+    policy: common.Policy, pool: list[common.Problem], domains: list[str], given_scores: tuple | None, judges: Judges,
+    run: common.Run, args,
+) -> list[int]:  # fmt: skip
+    """Indices of the questions of the pool to train on. They and all scores (new ones, unless they are given) are written to
+    selection.json, which is read after a restart."""
+    file = run.out / "selection.json"
+    if not run.state:
+        scores, passed = given_scores or score_pool(policy, pool, judges, run, args)
+        kept = set(choose(args.select, scores, passed, domains, args.select_fraction, args.seed))
+        questions = [
+            {"id": p.id, "domain": d, "score": s, "passed": share, "standardised": z, "chosen": i in kept}
+            for i, (p, d, s, share, z) in enumerate(
+                zip(pool, domains, scores, passed, standardised(scores, domains).tolist(), strict=True)
+            )
+        ]
+        common.write_json(file, {"model": args.model, "select": args.select, "questions": questions})
+    rows = common.on_first(lambda: common.read_json(file)["questions"])
+    chosen = [i for i, row in enumerate(rows) if row["chosen"]]
+    print(f"{len(chosen)} of {len(pool)} questions of the pool chosen, scored {np.mean([rows[i]['score'] for i in chosen]):.3f} "
+          f"on average (all: {np.mean([row['score'] for row in rows]):.3f})")  # fmt: skip
+    return chosen
+
+
 # ---- curricula -------------------------------------------------------------------------------------------------------
+
+
+def verifiable_first(route: list[str], phases: int, switch: list[float]) -> list[tuple[int, list[int]]]:
+    """The stages of this curriculum: (from which phase on, the questions that are asked then). switch: after which shares of
+    the phases those with a gold solution join, and those without."""
+    stages = []
+    for n_kinds, share in enumerate([0.0, *sorted(switch)], 1):
+        allowed = ("verifier", "gold", "best")[:n_kinds]
+        stages.append((1 + round(share * phases), [i for i, r in enumerate(route) if r in allowed]))
+    return stages
 
 
 class Curriculum:
     """Which questions a phase asks, and how much of the reference solution it gives away. Its state is plain data."""
 
     def __init__(self, kind: str, problems: list[common.Problem], seed: int, stages: list[tuple[int, list[int]]] = ()):
-        """stages: (from which phase on, the questions that are asked then), of verifiable_first."""
+        """stages: as `verifiable_first` returns them; without any, all questions are asked in all phases."""
         self.kind, self.problems, self.seed = kind, problems, seed
         self.stages = list(stages) or [(1, list(range(len(problems))))]
         self.state = {"next": 0, "score": [-1.0] * len(problems), "hidden": 1, "stage": 0}
@@ -682,38 +731,14 @@ def main(argv: list[str]) -> None:
 
     # 0. references to compare with, and the questions of the pool; a restart takes what was chosen before
     if judges.genrm:
-        golden = [problem for problem, r in zip(everything, route, strict=True) if r == "gold"]
-        judges.references = {problem.id: problem.gold for problem in golden}
-        judges.golden = set(judges.references)
-        file = run.out / "samples" / "references.json"
-        if bare and not run.state:
-            common.write_json(file, best_of_n(policy, bare, judges.orm, run, args))
-        judges.references |= common.on_first(lambda: common.read_json(file)) if bare else {}
+        find_references(judges, policy, everything, route, run, args)
     if args.select:
-        file = run.out / "selection.json"
-        if not run.state:
-            scores, passed = given_scores or score_pool(policy, pool, judges, run, args)
-            kept = set(choose(args.select, scores, passed, domains, args.select_fraction, args.seed))
-            questions = [
-                {"id": p.id, "domain": d, "score": s, "passed": share, "standardised": z, "chosen": i in kept}
-                for i, (p, d, s, share, z) in enumerate(
-                    zip(pool, domains, scores, passed, standardised(scores, domains).tolist(), strict=True)
-                )
-            ]
-            common.write_json(file, {"model": args.model, "select": args.select, "questions": questions})
-        rows = common.on_first(lambda: common.read_json(file)["questions"])
-        chosen = [i for i, row in enumerate(rows) if row["chosen"]]
-        scores = [row["score"] for row in rows]
+        chosen = select_questions(policy, pool, domains, given_scores, judges, run, args)
         train, route = train + [pool[i] for i in chosen], route[: len(train)] + [route[len(train) + i] for i in chosen]
-        print(f"{len(chosen)} of {len(pool)} questions of the pool chosen, scored {np.mean([scores[i] for i in chosen]):.3f} "
-              f"on average (all: {np.mean(scores):.3f}); {len(train)} to train on")  # fmt: skip
+        print(f"{len(train)} questions to train on")
     weights, critic_weights = list(trained.parameters()), list(critic.parameters())
     optimizer = common.adam_w([{"params": weights}, {"params": critic_weights, "lr": args.value_lr}], args.lr)
-    stages = []
-    if args.curriculum == "verifiable_first":
-        for n_kinds, share in enumerate([0.0, *sorted(args.switch)], 1):
-            allowed = ("verifier", "gold", "best")[:n_kinds]
-            stages.append((1 + round(share * args.phases), [i for i, r in enumerate(route) if r in allowed]))
+    stages = verifiable_first(route, args.phases, args.switch) if args.curriculum == "verifiable_first" else ()
     curriculum = Curriculum(args.curriculum, train, args.seed, stages)
 
     progress = {"phase": 0, "step": 0, "policy_steps": 0, "samples": 0, "tokens": 0, "best": -1.0}

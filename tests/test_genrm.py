@@ -293,7 +293,9 @@ def test_each_selection_keeps_what_it_says():
 
 
 def test_verifiable_questions_come_first_and_the_others_join_in_turn():
-    stages = [(1, [0, 2, 4]), (3, [0, 2, 4, 1, 3]), (5, list(range(8)))]
+    route = ["verifier", "gold", "verifier", "gold", "verifier", "best", "best", "best"]
+    stages = ppo.verifiable_first(route, 10, [0.4, 0.2])
+    assert stages == [(1, [0, 2, 4]), (3, [0, 1, 2, 3, 4]), (5, list(range(8)))]
     curriculum = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)
     drawn = {phase: curriculum.draw(phase, 5)[0] for phase in range(1, 7)}
     assert set(drawn[1]) == set(drawn[2]) == {0, 2, 4} and set(drawn[3]) == set(drawn[4]) == {0, 1, 2, 3, 4}
