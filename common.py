@@ -231,7 +231,7 @@ def tell_story(rng: random.Random, n_steps: int) -> tuple[str, list[tuple[str, i
 
 def write_solution(steps: list[tuple[str, int]]) -> str:
     """One line a step with the calculator annotation of GSM8K, then the answer: "14+6=<<14+6=20>>20\n#### 20"."""
-    return "\n".join([f"{left}=<<{left}={value}>>{value}" for left, value in steps] + [f"#### {steps[-1][1]}"])
+    return "\n".join([f"{left}=<<{left}={value}>>{value}" for left, value in steps] + [f"{MARKER} {steps[-1][1]}"])
 
 
 @functools.lru_cache  # every split is a slice of the same
@@ -276,8 +276,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
             return problems[:limit]
         if len(problems) < 3:
             raise UserError(f"{path}: {len(problems)} problems; at least 3 are needed for train, dev and test")
-        n_test = max(1, len(problems) // 10)
-        problems = problems[-n_test:] if split == "test" else problems[:-n_test]
+        problems = _divide(dataset, problems, max(1, len(problems) // 10), "test")[split == "test"]
     else:
         raise UserError(
             f"--dataset {dataset}: no such file or folder, and not one of arithmetic, arithmetic-hard, gsm8k, svamp"
@@ -286,10 +285,25 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
         raise UserError(f"--split all is for a single file, and {dataset} has splits of its own")
     if part == "train":
         n_dev = 256 if len(problems) >= 2560 else max(1, len(problems) // 10)
-        problems = problems[-n_dev:] if split == "dev" else problems[:-n_dev]
+        problems = _divide(dataset, problems, n_dev, "dev")[split == "dev"]
     if not problems:
         raise UserError(f"--dataset {dataset}: its {split} split is empty")
     return problems[:limit]
+
+
+@functools.lru_cache  # one warning is enough
+def _warn_of_repeated(dataset: str, name: str, count: int) -> None:
+    warn(
+        f"--dataset {dataset}: {count} questions of {name} are asked before, too: what is measured on it was trained on"
+    )
+
+
+def _divide(dataset: str, problems: list[Problem], n: int, name: str) -> tuple[list[Problem], list[Problem]]:
+    """All but the last `n` problems, and these, which are the split `name`."""
+    rest, last = problems[:-n], problems[-n:]
+    if repeated := {p.question for p in rest} & {p.question for p in last}:
+        _warn_of_repeated(dataset, name, len(repeated))
+    return rest, last
 
 
 def _hub_problems(dataset: str, part: str) -> list[Problem]:
@@ -350,7 +364,7 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
         body = row["Body"].strip()
         question = f"{body if body.endswith(('.', '?', '!', ',')) else body + '.'} {row['Question'].strip()}"
         written = str(row.get("Answer"))
-    elif "question" in row and "answer" in row:
+    elif "question" in row and isinstance(row.get("answer"), str | int | float):
         question, written = row["question"].strip(), str(row["answer"]).strip()
     else:
         raise UserError(f'{place}: needs "question" and "answer" (GSM8K) or "Body", "Question" and "Answer" (SVAMP)')
@@ -469,7 +483,7 @@ def equations(text: str) -> tuple[str, ...]:
 
 def computed_values(text: str) -> list[Fraction]:
     """The results in the calculator annotations of a text, in order: "14+6=<<14+6=20>>20\n#### 20" -> [20]."""
-    found = (extract_answer(f"#### {value}") for value in re.findall(r"<<[^<>]*=([^<>=]*)>>", text))
+    found = (extract_answer(f"{MARKER} {value}") for value in re.findall(r"<<[^<>]*=([^<>=]*)>>", text))
     return [value for value in found if value is not None]
 
 
@@ -497,18 +511,18 @@ def vote(answers: Sequence[Fraction | None], weights: Sequence[float] | None = N
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Two worked examples for a pretrained model that never saw the format; the paper prompts with two as well.
-FEW_SHOT = """\
+FEW_SHOT = f"""\
 Question: A baker fills 6 trays with 8 rolls each. In the morning 29 rolls are sold. How many rolls are left?
 Answer:
 The baker makes 6*8=<<6*8=48>>48 rolls.
 After the morning 48-29=<<48-29=19>>19 rolls are left.
-#### 19
+{MARKER} 19
 
 Question: Lena saves 15 dollars a week for 4 weeks and then spends half of the money. How many dollars does she still have?
 Answer:
 Lena saves 15*4=<<15*4=60>>60 dollars.
 She still has 60/2=<<60/2=30>>30 dollars.
-#### 30
+{MARKER} 30
 
 """
 
@@ -563,7 +577,8 @@ class Policy:
             raise UserError(f"{flag} {name}: {error}") from None
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"{flag} {name}: could not be loaded ({reason})") from None
+            missing = "" if Path(folder).is_dir() else "no such folder, and as a name of the hub it "
+            raise UserError(f"{flag} {name}: {missing}could not be loaded ({reason})") from None
         self.labels = getattr(self.model.config, "return_labels", None)
         self.condition("good" if self.labels else "none")
         config = self.model.config.get_text_config()
@@ -697,6 +712,11 @@ class Policy:
                 raise
             return f"{type(error).__name__}: {first_line(error)}"
 
+    def run_once(self, run: Callable[[list["Example"]], Iterable], examples: dict, token_budget: int | None) -> dict:
+        """`run` of a batch returns something for each of its examples -> the same keys with what it returned of theirs."""
+        budget = token_budget or usual_token_budget(self.device.type)
+        return dict(zip(examples, in_batches(run, list(examples.values()), budget), strict=True))
+
     def decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if self.label_every_line:  # where labels are no tokens of their own
@@ -765,6 +785,13 @@ class RewardModel(Policy):
         does not matter whose tokens the sample was made of."""
         return self.encode_prompt(prompt_text(sample.problem)), self.encode_solution(sample.solution)
 
+    def check_lengths(self, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] = ()) -> None:
+        """UserError if a question with a sample, or with its prefix and a sample, might not fit into the positions."""
+        pairs = itertools.zip_longest(problems, prefixes, fillvalue="")
+        longest = max(len(self.encode_prompt(prompt_text(problem) + prefix)) for problem, prefix in pairs)
+        what = f"for the reward model the longest question with a sample of {max_new_tokens} tokens"
+        check_length(self, longest + max_new_tokens + 1, what)
+
     def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
         """After every response token, that token included: [response tokens of all examples, one after the other]."""
         ids = right_padded(self, [prompt + response for prompt, response in examples])
@@ -778,14 +805,9 @@ class RewardModel(Policy):
         """For every sample the probability after each of its solution's tokens; the last one is its score. Equal texts are
         run once, and no more than `token_budget` tokens at a time."""
         keys = [(sample.problem.question, sample.text) for sample in samples]
-        distinct = dict(zip(keys, samples, strict=True))
-        found = in_batches(
-            lambda batch: by_example(self.log_odds(batch).sigmoid(), batch),
-            [self.encode(sample) for sample in distinct.values()],
-            token_budget or usual_token_budget(self.device.type),
-        )
-        by_key = dict(zip(distinct, found, strict=True))
-        return [by_key[key] for key in keys]
+        examples = {key: self.encode(sample) for key, sample in dict(zip(keys, samples, strict=True)).items()}
+        found = self.run_once(lambda batch: by_example(self.log_odds(batch).sigmoid(), batch), examples, token_budget)
+        return [found[key] for key in keys]
 
     def grade(self, samples: Sequence["Sample"], token_budget: int | None = None) -> None:
         """Fill in `score` of every sample: the probability after its last token."""
@@ -873,12 +895,8 @@ class GenerativeRewardModel(Policy):
         [comparisons, 2]. Equal ones are run once, and no more than `token_budget` tokens at a time."""
         orders = [((p, c, r), (p, r, c)) for p, c, r in comparisons]
         distinct = {(p.question, first, second): (p, first, second) for pair in orders for p, first, second in pair}
-        found = in_batches(
-            lambda batch: self.log_odds(batch).sigmoid().tolist(),
-            [self.encode(*ordered) for ordered in distinct.values()],
-            token_budget or usual_token_budget(self.device.type),
-        )
-        first_is_better = dict(zip(distinct, found, strict=True))
+        examples = {key: self.encode(*ordered) for key, ordered in distinct.items()}
+        first_is_better = self.run_once(lambda batch: self.log_odds(batch).sigmoid().tolist(), examples, token_budget)
         both = [[first_is_better[p.question, first, second] for p, first, second in pair] for pair in orders]
         return np.array([[as_a, 1 - as_b] for as_a, as_b in both]).reshape(-1, 2)
 
@@ -902,9 +920,12 @@ def model_folder(name: str, flag: str = "--model") -> str:
     path = Path(__file__).parent / "tiny" if name == "tiny" else Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{flag} {name}: the folder holds no model (no config.json)")
+            hint = f"; did you mean {path / 'model'}?" if (path / "model" / "config.json").is_file() else ""
+            raise UserError(f"{flag} {name}: the folder holds no model (no config.json){hint}")
         return str(path)
-    if name == "tiny" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):  # neither a folder nor a hub name
+    if (
+        name == "tiny" or name.startswith("runs/") or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
+    ):  # neither a folder nor a hub name
         scripts = {
             "runs/sft/model": "sft.py",
             "runs/expert_iteration/model": "expert_iteration.py",
@@ -940,6 +961,16 @@ def fingerprint(name: str, flag: str = "--model") -> str:
     return f"{size}-{crc:08x}"
 
 
+def file_fingerprints(key: str, names: Sequence[str], part: str = "train") -> dict[str, list[str]]:
+    """A setting that changes when one of the files does that `names`, the setting `key`, stand for (of a folder its `part`);
+    none where they stand for no files, as "arithmetic" and "gsm8k" do."""
+    paths = [Path(name) for name in names]
+    found = [f for p in paths for f in (sorted(p.glob(f"{part}.json*")) if p.is_dir() else [p])]
+    if key in ("dataset", "pool"):
+        found = [file for file in found if file.exists()]
+    return {f"{key}_fingerprint": [f"{zlib.crc32(f.read_bytes()):08x}" for f in found]} if found else {}
+
+
 def torch_device(name: str) -> torch.device:
     """ "auto" is the GPU if there is one, of several processes on a machine to each its own. UserError for a device that
     cannot be used."""
@@ -971,7 +1002,8 @@ def first_line(error: Exception) -> str:
 
 @dataclasses.dataclass
 class Sample:
-    """One sampled solution. `finished`: ended by itself (end-of-text token or complete answer line), not cut."""
+    """One sampled solution. `finished`: ended by itself (end-of-text token or complete answer line), not cut. `grade` sets
+    `answer` and `correct`, which may be true of one that was cut later."""
 
     problem: Problem
     number: int  # which sample of its problem, from 0
@@ -1140,7 +1172,13 @@ class Size(typing.NamedTuple):
 
 
 class View(typing.NamedTuple):
-    """Where a step finds what it reads. Unused slots and pages are computed as well, and the results ignored."""
+    """Where a step finds what it reads. Unused slots and pages are computed as well, and the results ignored.
+
+    Rows 0 and 2 sample after the prompt in slot 0, row 1 after that in slot 1; row 0 has 41 tokens of its own, in pages 1
+    and 4, the others have fewer than 32, in pages 2 and 3; page 0 stands for none:
+
+        grid   [[0, 2], [1, 0]]             slot     [0, 1, 0]         reader     [0, 0, 1]
+        table  [[1, 4], [2, 0], [3, 0]]     own_row  [0, 0, 1, 2, 0]   own_first  [far, 0, 0, 0, 32]"""
 
     grid: torch.Tensor  # the rows that read a slot, padded with row 0 [slots, readers]
     slot: torch.Tensor  # where a row stands in the grid [rows]
@@ -1973,16 +2011,19 @@ def write_aside(path: Path):
 _held: dict[Path, int] = {}
 
 
-def hold(folder: Path) -> None:
-    """Keep a folder to this process until it ends, however it ends. UserError if another one has it."""
-    if fcntl is None or (place := folder.resolve()) in _held:
+def hold(path: Path, shown: Path | None = None) -> None:
+    """Keep a folder, or a file for what it stands for, to this process until it ends, however it ends. UserError, which names
+    `shown`, if another one has it."""
+    if fcntl is None or (place := path.resolve()) in _held:
         return
-    _held[place] = os.open(folder, os.O_RDONLY)
+    _held[place] = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(_held[place], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(_held.pop(place))
-        raise UserError(f"{folder}: another process is writing to it; wait for it, or choose another --out") from None
+        raise UserError(
+            f"{shown or path}: another process is writing to it; wait for it, or choose another --out"
+        ) from None
     except OSError:  # a file system without locks
         pass
 
@@ -2069,12 +2110,7 @@ class Run:
         """Add to the settings what shows after a change of these models and files that they are not the same any more."""
         self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items()}
         for key, names in files.items():
-            paths = [Path(name) for name in names]
-            found = [f for p in paths for f in (sorted(p.glob("train.json*")) if p.is_dir() else [p])]
-            if key in ("dataset", "pool"):
-                found = [file for file in found if file.exists()]  # not "arithmetic", "gsm8k", ...
-            if found:
-                self.settings[f"{key}_fingerprint"] = [f"{zlib.crc32(f.read_bytes()):08x}" for f in found]
+            self.settings |= file_fingerprints(key, names)
 
     def _check_settings(self) -> None:
         """UserError if the run that is resumed was started with other settings."""
@@ -2312,6 +2348,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, *argv):
         args = super().parse_args(*argv)
+        if "overwrite" in args and args.overwrite and args.resume:
+            self.error("--resume goes on with what --overwrite replaces; give one of them")
         if "token_budget" in args and args.token_budget is None:
             args.token_budget = usual_token_budget(args.device)
         return args
@@ -2370,7 +2408,9 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
             type=number(int, 1),
             help="tokens per micro-batch, padding included; bounded by memory (default: 1024 on a CPU, 16384 on a GPU)",
         ),
-        "limit_train": dict(type=number(int, 1), help="use only the first so many training problems"),
+        "limit_train": dict(
+            type=number(int, 1), help="use only the first so many training problems (SFT: of those with a solution)"
+        ),
         "limit_eval": dict(type=number(int, 1), help="use only the first so many dev or test problems"),
         "checkpoint_every": dict(type=number(float, 0), help="seconds between checkpoints"),
         "resume": dict(action="store_true", help="go on with the run in --out from its last checkpoint"),

@@ -119,6 +119,7 @@ def main(argv: list[str]) -> None:
     out = Path(args.out or f"runs/evaluate/{name}-{Path(args.dataset).stem}-{args.split}.json")
     ignored = ("resume", "overwrite", "device", "out", "token_budget", "rows")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
+    settings |= common.file_fingerprints("dataset", [args.dataset], "test" if args.split == "test" else "train")
     settings["model_fingerprint"] = common.fingerprint(args.model)
     if args.orm:
         settings["orm_fingerprint"] = common.fingerprint(args.orm, "--orm")
@@ -126,6 +127,7 @@ def main(argv: list[str]) -> None:
         raise common.UserError(f"--out {out}: must be the name of a .json file")
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
     files = [out.with_suffix(f".{kind}.jsonl") for kind in ("greedy", "samples")]
+    lock = out.with_suffix(".lock")  # several evaluations may share a folder, but not their files
     started_file = out.with_suffix(".args.json")  # there from the start, so that --resume knows what the samples are of
 
     def occupied() -> list[Path]:
@@ -141,9 +143,11 @@ def main(argv: list[str]) -> None:
         return [] if args.resume else taken
 
     def prepare() -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+        common.hold(lock, out)
         for file in taken:
             file.unlink()
-        out.parent.mkdir(parents=True, exist_ok=True)
         common.write_json(started_file, settings)
 
     taken = common.on_first(occupied)
@@ -151,6 +155,8 @@ def main(argv: list[str]) -> None:
     if args.condition:
         policy.condition(args.condition)
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
+    if orm:
+        orm.check_lengths(problems, args.max_new_tokens)
     common.on_first(prepare)
 
     # 1. and 2. sample; an evaluation that was interrupted goes on with --resume
@@ -193,6 +199,7 @@ def main(argv: list[str]) -> None:
             f"{name:>24}  {test['difference']:+.3f}  [{test['ci95'][0]:+.3f}, {test['ci95'][1]:+.3f}]  p {test['p']:.2g}"
         )
     if common.process_rank() == 0:
+        lock.unlink(missing_ok=True)
         print(f"written to {out}; samples in {files[1]}", file=sys.stderr)
 
 

@@ -55,13 +55,16 @@ def parse_args(argv: list[str]):
     add("--continue", dest="from_previous", action="store_true", help="train on from the last round's policy, not the base")  # fmt: skip
     add("--sft-data", action=yes_or_no, help="mix in the written solutions (default: unless --model is the base)")
     add("--deduplicate", action=yes_or_no, default=False,
-        help="of a question's solutions with the same sequence of operations keep one, not all that are sampled")  # fmt: skip
+        help="of a question's solutions with the same sequence of operations keep the first, not all that are sampled")  # fmt: skip
     add("--few-shot", action="store_true",
         help="two worked examples in the prompt of round 1, for a base that never saw the format")  # fmt: skip
     add("--pass-k", type=common.number(int, 0), default=8, help="samples per dev problem for pass@k after a round; 0: none")  # fmt: skip
     add("--orm", help="folder of a reward model that decides in place of the answer check what is kept")
-    add("--orm-threshold", type=common.number(float, 0, 1), default=0.5, help="with --orm: the lowest score that is kept")  # fmt: skip
+    add("--orm-threshold", type=common.number(float, 0, 1), help="with --orm: the lowest score that is kept (default: 0.5)")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.orm_threshold is not None and not args.orm:
+        parser.error("--orm-threshold is for --orm; without it right solutions are kept")
+    args.orm_threshold = 0.5 if args.orm_threshold is None else args.orm_threshold
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0: greedy samples of a question are all the same; use --samples 1")
     if args.temperature == 0 and args.pass_k > 1:
@@ -76,8 +79,9 @@ def keep_accepted(
     deduplicate: bool = False,
 ) -> list[common.Sample]:
     """The finished samples that are correct, or with `threshold` those that the ORM scored at least so high. They are added
-    to `kept` (problem id -> key -> solution) under a number of their own; with `deduplicate` under their sequence of
-    operations, and only if there is none with it yet."""
+    to `kept` (problem id -> key -> solution; the written solutions and those of earlier rounds are there already) under a
+    number of their own; with `deduplicate` under their sequence of operations, and only if there is none with it yet. After
+    --resume this runs again for every earlier round, so it must depend on its arguments alone."""
     new = []
     for sample in samples:
         accepted = sample.correct if threshold is None else sample.answer is not None and sample.score >= threshold
@@ -120,6 +124,8 @@ def main(argv: list[str]) -> None:
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
     if args.sft_data:
         common.written_examples(policy, train)  # whether they fit must show now, not after the sampling
+    if orm:
+        orm.check_lengths(train, args.max_new_tokens)
     run.begin()
     kept = {p.id: {common.equations(p.solution): p.solution} for p in train if p.solution and args.sft_data}
 
@@ -176,9 +182,9 @@ def main(argv: list[str]) -> None:
             "train_size": len(data),
         }
         if not data:
-            raise common.UserError(
-                "no sample was accepted, so there is nothing to train on; raise --samples or start from SFT"
-            )
+            cut = not any(sample.finished for sample in samples)
+            remedy = "all were cut, raise --max-new-tokens" if cut else "raise --samples or start from SFT"
+            raise common.UserError(f"no sample was accepted, so there is nothing to train on; {remedy}")
 
         # 3. train from the base again; as in sft.py, the order of the data depends on the seed and the epoch alone
         if not args.from_previous and not (run.state and progress["place"]):

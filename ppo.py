@@ -32,7 +32,8 @@ pi and pi_ref are taken at --temperature, at which the solutions are sampled; de
 
 Where this differs from the paper: the default model is tiny and fully fine-tuned, with larger learning rates and fewer
 rollouts per phase; lambda of GAE is 1; the value function trains alone in the first phase, because at first it knows
-nothing; the policy's learning rate rises over 20 steps and falls linearly to 0; gamma is 1.
+nothing; the policy's learning rate rises over 20 steps and falls linearly, phase by phase, towards 0, that of the value
+function stays; gamma is 1.
 
 CPU, six minutes on one core after `python sft.py`, maj@1 on the test split from .75 to .87 (README.md has the table):
     python ppo.py
@@ -76,21 +77,26 @@ def parse_args(argv: list[str]):
         "checked, genrm for the others")  # fmt: skip
     add("--orm", help="folder of the reward model (default: runs/reward_model/model, if --reward needs one)")
     add("--genrm", help="folder of the generative reward model (default: runs/genrm/model, if --reward needs one)")
-    add("--hide-answers", type=share, default=0.5, help="hybrid: share of the questions that the reward cannot check")
+    add("--hide-answers", type=share, help="hybrid: share of the questions that the reward cannot check (default: 0.5)")
     add("--hide-solutions", type=share, default=0, help="genrm, hybrid: share of the questions that it cannot check for "
         "which it has no gold solution either; their reference is the best of --reference-samples by --orm")  # fmt: skip
     add("--reference-samples", type=whole, default=16, help="samples of the initial policy to pick a reference from")
     add("--add-outcome", action="store_true", help="add 1 for a correct answer to the reward of the reward model")
     add("--kl-coef", type=positive, default=0.05, help="weight of the KL penalty (paper: 0.05)")
-    add("--kl-limit", type=positive, default=0, help="end a phase when a minibatch is this far (nats) from the policy "
-        "that sampled; 0: never")  # fmt: skip
+    add("--kl-limit", type=positive, default=0, help="end a phase when a minibatch is this far (nats per token, `kl_old`) "
+        "from the policy that sampled; 0: never")  # fmt: skip
     add("--clip", type=positive, default=0.2, help="how far the ratio may leave 1")
     add("--value-clip", type=positive, default=0.2, help="how far a value may move in a phase")
     add("--lam", type=share, default=1.0, help="lambda of GAE (usual: 0.95; results/README.md says what that changes)")
     add("--lr-warmup", type=whole, default=20, help="steps over which the policy's learning rate rises to --lr")
     add("--value-lr", type=positive, default=1e-3, help="learning rate of the value function")
     add("--value-layers", type=whole, default=4, help="layers of its own; at most half of the model's")
-    add("--value-warmup", type=common.number(int, 0), default=1, help="phases in which only the value function trains")
+    add(
+        "--value-warmup",
+        type=common.number(int, 0),
+        default=1,
+        help="phases in which only the value function trains (the policy's rate is 0)",
+    )
     add("--no-detach-value", action="store_true", help="let the value loss change the policy's layers, too")
     add("--lora-rank", type=common.number(int, 0), help="rank of the adapters; 0: train all weights (default: 128, as in "
         "the paper, for a model of more than 10 million weights, 0 for a smaller one)")  # fmt: skip
@@ -123,6 +129,9 @@ def parse_args(argv: list[str]):
         args.orm = args.orm or "runs/reward_model/model"
     if compares:
         args.genrm = args.genrm or "runs/genrm/model"
+    if args.hide_answers is not None and args.reward != "hybrid" or args.hide_solutions and not compares:
+        parser.error("--hide-answers is for --reward hybrid, --hide-solutions for genrm and hybrid")
+    args.hide_answers = 0.5 if args.hide_answers is None else args.hide_answers
     if args.add_outcome and not args.reward.startswith("orm"):
         parser.error("--add-outcome is for --reward orm and orm_dense; the others are made of outcomes")
     if args.select in ("floor", "frontier") and compares:
@@ -131,6 +140,8 @@ def parse_args(argv: list[str]):
         )
     if (args.pool or args.selection) and not args.select:
         parser.error("--pool and --selection are for --select")
+    if args.curriculum == "backtracking" and compares:
+        parser.error(f"--curriculum backtracking gives away what --reward {args.reward} hides; use another reward")
     if args.curriculum == "verifiable_first" and (args.reward != "hybrid" or args.hide_answers == 1):
         parser.error("--curriculum verifiable_first needs --reward hybrid and questions whose answer can be checked")
     if args.select and not (args.pool or args.limit_train):
@@ -143,7 +154,7 @@ def parse_args(argv: list[str]):
 
 def penalised_rewards(task: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kl_coef: float):
     """Reward of every token: its task reward less its share of the KL penalty. All of the same shape."""
-    return task - kl_coef * (logprobs - ref_logprobs)
+    return task - kl_coef * kl_k1(logprobs, ref_logprobs)
 
 
 def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
@@ -219,7 +230,9 @@ class Judges:
 def task_rewards(
     kind: str, policy: common.Policy, samples: list[common.Sample], judges: Judges, add_outcome: bool = False
 ) -> list[np.ndarray]:
-    """The reward of every token of every sample."""
+    """The reward of every token of every sample. A sample that was cut gets none: to a reward of your own that may be
+    negative that would be a prize for being cut, so give such a sample the penalty, too. (--select scores with
+    `Judges.scores`, not with this.)"""
     rewards = [np.zeros(len(sample.tokens), np.float32) for sample in samples]
     along = judges.orm.scores(samples, judges.token_budget) if kind == "orm_dense" else None
     scores = judges.scores(kind, samples) if along is None else None
@@ -283,7 +296,8 @@ def potential_rewards(
     policy: common.Policy, sample: common.Sample, orm: common.RewardModel, scores: np.ndarray
 ) -> np.ndarray:
     """At the end of every line what the reward model's probability rose by (or fell), 0 before the first: together the
-    last probability, as with "orm". scores: after each of the reward model's tokens, which need not be the policy's; so
+    last probability, as with "orm" (a prefix is paid for with the first line that is sampled: the same for all samples that
+    have it). scores: after each of the reward model's tokens, which need not be the policy's; so
     places are matched by how many lines with text are over."""
 
     def lines(text: str) -> int:
@@ -510,8 +524,8 @@ def read_scores(file: str, pool: list[common.Problem]) -> tuple[list[float], lis
 def score_pool(
     policy: common.Policy, pool: list[common.Problem], judges: Judges, run: common.Run, args
 ) -> tuple[list[float], list[float]]:
-    """Mean score of every question's samples by whoever judges whole solutions, and the share of them that is right (with
-    a generative reward model: scored at least half)."""
+    """Mean score of every question's samples by whoever judges whole solutions (what --reward dense pays along the way does
+    not count), and the share of them that is right (with a generative reward model: scored at least half)."""
     samples = common.sample_to_file(
         policy, pool, run.out / "samples" / "pool.jsonl", run, samples=args.select_samples, few_shot=args.few_shot,
         temperature=args.temperature, max_new_tokens=args.max_new_tokens, rows=args.rows,
@@ -519,7 +533,9 @@ def score_pool(
         progress="pool",
     )  # fmt: skip
     scores = np.array(judges.scores(args.reward, samples))
-    passed = scores >= 0.5 if judges.genrm else np.array([sample.correct and sample.finished for sample in samples])
+    right = np.array([sample.correct and sample.finished for sample in samples])
+    passed = scores >= 0.5 if judges.genrm else right
+    scores = scores + right if args.add_outcome else scores
     return tuple(each.reshape(len(pool), -1).mean(1).tolist() for each in (scores, passed))
 
 
@@ -560,6 +576,12 @@ def verifiable_first(route: list[str], phases: int, switch: list[float]) -> list
     return stages
 
 
+def beginning(problem: common.Problem, hidden: int) -> str:
+    """The reference solution without its last `hidden` lines."""
+    lines = common.first_solution(problem.reference or "").splitlines(keepends=True)
+    return "".join(lines[: max(0, len(lines) - hidden)])
+
+
 class Curriculum:
     """Which questions a phase asks, and how much of the reference solution it gives away. Its state is plain data."""
 
@@ -587,14 +609,11 @@ class Curriculum:
             chosen += [i] if i not in chosen else []
         if fresh < count:
             seen = np.array([i for i in range(n) if self.state["score"][i] >= 0 and i not in chosen])
-            rank = np.empty(len(seen))
-            rank[np.argsort([-self.state["score"][i] for i in seen], kind="stable")] = np.arange(1, len(seen) + 1)
-            weight = 1 / rank
+            rank = np.argsort(np.argsort([-self.state["score"][i] for i in seen], kind="stable"))  # from 0
+            weight = 1 / (1 + rank)
             chosen += rng.choice(seen, min(count - fresh, len(seen)), replace=False, p=weight / weight.sum()).tolist()
-        if self.kind != "backtracking":
-            return chosen, [""] * len(chosen)
-        lines = [common.first_solution(self.problems[i].reference or "").splitlines(keepends=True) for i in chosen]
-        return chosen, ["".join(ls[: max(0, len(ls) - self.state["hidden"])]) for ls in lines]
+        backtracking, hidden = self.kind == "backtracking", self.state["hidden"]
+        return chosen, [beginning(self.problems[i], hidden) if backtracking else "" for i in chosen]
 
     def update(self, chosen: list[int], correct: list[float], errors: list[float]) -> None:
         """After a phase: for each question the share of correct samples and the mean size of the value's error."""
@@ -699,14 +718,14 @@ def main(argv: list[str]) -> None:
     )
     torch.manual_seed(args.seed)  # of the adapters; nothing else draws from it
     is_tiny = sum(weight.numel() for weight in policy.model.parameters()) <= 10**7
-    rank = (0 if is_tiny else 128) if args.lora_rank is None else args.lora_rank
-    if not rank:
+    lora_rank = (0 if is_tiny else 128) if args.lora_rank is None else args.lora_rank
+    if not lora_rank:
         reference = copy.copy(policy)
         reference.model = copy.deepcopy(policy.model).requires_grad_(False)
         trained, reference_mode, merged = policy.model, contextlib.nullcontext, contextlib.nullcontext
     critic = ValueFunction(policy, args.value_layers, detach=not args.no_detach_value)
-    if rank:
-        lora = Lora(policy, rank)
+    if lora_rank:
+        lora = Lora(policy, lora_rank)
         trained, reference, reference_mode, merged = lora, policy, lora.off, lora.merged
     everything, route = train + pool, ["verifier"] * len(train + pool)
     if judges.genrm:
@@ -718,11 +737,11 @@ def main(argv: list[str]) -> None:
         raise common.UserError(f"{len(bare)} questions have no solution to compare with; --orm must pick a sample")
     if args.curriculum == "verifiable_first" and "verifier" not in route[: len(train)]:
         raise common.UserError("--curriculum verifiable_first: no question is left whose answer can be checked")
-    given = [""] * len(everything)
-    if args.curriculum == "backtracking":  # the most that it gives away: all lines but the last
-        given = ["".join(common.first_solution(p.reference or "").splitlines(keepends=True)[:-1]) for p in everything]
-    # now, not in the phase that draws the longest
+    # whether everything fits must show now, not in the phase that draws the longest; at most all lines but one are given
+    given = [beginning(p, 1) if args.curriculum == "backtracking" else "" for p in everything]
     common.check_prompts(policy, everything, args.max_new_tokens, given, args.few_shot)
+    if judges.orm:
+        judges.orm.check_lengths(everything, args.max_new_tokens, given)
     if judges.genrm:
         judges.genrm.check_lengths(
             [p for p, r in zip(everything, route, strict=True) if r != "verifier"], args.max_new_tokens
@@ -741,9 +760,10 @@ def main(argv: list[str]) -> None:
     stages = verifiable_first(route, args.phases, args.switch) if args.curriculum == "verifiable_first" else ()
     curriculum = Curriculum(args.curriculum, train, args.seed, stages)
 
-    progress = {"phase": 0, "step": 0, "policy_steps": 0, "samples": 0, "tokens": 0, "best": -1.0}
+    progress = {"phase": 0, "step": 0, "policy_steps": 0, "samples": 0, "tokens": 0, "best": -1.0, "start": -1.0}
     if run.state:
-        progress, curriculum.state = run.state["progress"], run.state["curriculum"]
+        progress |= run.state["progress"]
+        curriculum.state = run.state["curriculum"]
         trained.load_state_dict(run.state["trained"])
         critic.load_state_dict(run.state["critic"])
         optimizer.load_state_dict(run.state["optimizer"])
@@ -752,7 +772,7 @@ def main(argv: list[str]) -> None:
     def evaluate(phase: int) -> dict:
         file = run.out / "samples" / f"dev_{phase}.jsonl"
         # what is saved is what is measured, adapters within the weights in float32, because bfloat16 rounds them off
-        with policy.in_float32() if rank else contextlib.nullcontext(), merged():
+        with policy.in_float32() if lora_rank else contextlib.nullcontext(), merged():
             metrics = common.dev_metrics(policy, dev, args, args.pass_k, file, args.few_shot)
             if metrics["maj@1"] > progress["best"]:
                 progress["best"] = metrics["maj@1"]
@@ -774,6 +794,7 @@ def main(argv: list[str]) -> None:
 
     if progress["phase"] == 0:
         run.log(step=0, samples=0, tokens=0, phase=0, **evaluate(0))
+        progress["start"] = progress["best"]
 
     for phase in range(progress["phase"] + 1, args.phases + 1):
         # 1. questions and solutions
@@ -844,10 +865,8 @@ def main(argv: list[str]) -> None:
         # 6. what happened, and how good the policy is
         progress |= {"phase": phase, "samples": progress["samples"] + len(samples)}
         row = {
-            "reward": float(np.mean([reward.sum() for reward in rewards])),
-            "reward_if_wrong": float(
-                np.mean([reward.sum() for reward, c in zip(rewards, correct, strict=True) if not c] or [0])
-            ),
+            "reward": common.mean(reward.sum() for reward in rewards),
+            "reward_if_wrong": common.mean(r.sum() for r, c in zip(rewards, correct, strict=True) if not c),
             **(genrm_metrics(judges, samples, rewards) if judges.genrm else {}),
             "correct": common.mean(correct),
             "kl_k1": kl_k1(old_logprobs, ref_logprobs)[real].mean().item(),
@@ -860,7 +879,7 @@ def main(argv: list[str]) -> None:
             "explained_variance": explained_variance(returns[real], old_values[real]),
             "minibatches": len(stats),
             "mixed": common.mean(0 < c < 1 for c in solved),
-            "response_length": float(np.mean(lengths)),
+            "response_length": common.mean(lengths),
             "unreadable": common.mean(s.answer is None for s in samples),
             "cut": common.mean(not s.finished for s in samples),
             "given_away": common.mean(bool(prefix) for prefix in prefixes),
@@ -875,8 +894,10 @@ def main(argv: list[str]) -> None:
             optimizer=optimizer.state_dict(),
         )  # fmt: skip
     run.finish()
+    if progress["best"] <= progress["start"]:
+        common.warn("no phase was better on dev than the initial policy, and that is what model/ holds")
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {Path(args.out) / 'model'}")
-    if rank:
+    if lora_rank:
         print("its weights hold the adapters: bfloat16 rounds small changes off, so evaluate it with --dtype float32")
 
 

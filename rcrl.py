@@ -68,6 +68,10 @@ def parse_args(argv: list[str]):
     add("--check-labels", type=common.number(int, 0), default=0,
         help="complete so many beginnings 64 times more, and log how often that changes the label")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.check_labels and args.labels != "step":
+        parser.error(
+            f"--check-labels: with --labels {args.labels} no beginning is completed, so there is nothing to check"
+        )
     if args.temperature == 0:
         parser.error("--temperature 0: all samples and all completions of a beginning are the same")
     return args
@@ -138,7 +142,7 @@ def mix(right: list, wrong: list, ratio: float, size: int | None, seed: int) -> 
     n_wrong = min(len(wrong), int(len(right) / ratio))
     n_right = max(1, round(ratio * n_wrong)) if n_wrong and n_wrong == len(wrong) else len(right)
     if size and n_right + n_wrong > size:
-        n_wrong = min(n_wrong, round(size / (1 + ratio)))
+        n_wrong = min(n_wrong, round(size / (1 + ratio)), size - 1)
         n_right = min(n_right, size - n_wrong)
     chosen = [right[i] for i in sorted(common.shuffled(len(right), seed, 0)[:n_right])]
     return chosen + [wrong[i] for i in sorted(common.shuffled(len(wrong), seed, 1)[:n_wrong])]

@@ -406,6 +406,7 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa
         ["--select", "lowest", "--limit-train", "10", "--pool", "nowhere"],
         ["--select", "lowest", "--limit-train", "2300", "--selection", tmp_path / "missing.json"],
         ["--curriculum", "verifiable_first"],
+        ["--curriculum", "backtracking", "--reward", "hybrid"],
         ["--selection", tmp_path / "missing.json"],
         ["--select", "floor", "--limit-train", "10", "--reward", "genrm"],
         ["--add-outcome"],
@@ -441,6 +442,20 @@ def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):  
     )
     assert code == 2 and "raise --samples" in message
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_path, monkeypatch):  # noqa: F811
+    """No solutions, and none of the dev questions is ever solved."""
+    file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": i // 40 * 98765 + 1}) + "\n" for i in range(60)))
+    train = common.load_problems(str(file), "train")
+    rows = [common.Sample(p, k, f"1+0=<<1+0=1>>1\n#### {k}", True).to_json() for p in train[:30] for k in (1, 2)]
+    samples.write_text("\n".join(rows) + "\n")
+    monkeypatch.setattr(reward_model, "orm_step", lambda *_, **__: pytest.fail("trained"), raising=False)
+    monkeypatch.setattr(common, "cross_entropy_step", lambda *_, **__: pytest.fail("trained"))
+    argv = ["--kind", "genrm", "--model", "tiny", "--dataset", file, "--eval-samples", 2, "--train-samples", samples]
+    code, message = cli(reward_model, *argv, "--max-new-tokens", 20, "--out", tmp_path / "run")
+    assert code == 2 and "no dev question has a gold solution or a right sample" in message
 
 
 def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_path):  # noqa: F811

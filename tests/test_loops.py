@@ -425,7 +425,7 @@ def test_the_reference_of_a_question_without_a_solution_is_its_best_sample(tiny,
 
 def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny, run, drawn):
     problems = common.load_problems("arithmetic", "train", 2)
-    args = argparse.Namespace(select_samples=2, temperature=0.7, max_new_tokens=30, rows=16, seed=4, few_shot=False, reward="sparse")  # fmt: skip
+    args = argparse.Namespace(select_samples=2, temperature=0.7, max_new_tokens=30, rows=16, seed=4, few_shot=False, reward="sparse", add_outcome=False)  # fmt: skip
     for judges in (ppo.Judges(), ppo.Judges(orm=common.RewardModel("tiny", "cpu", new=True))):
         args.reward = "orm" if judges.orm else "sparse"
         scores, passed = ppo.score_pool(tiny, problems, judges, run, args)
@@ -435,6 +435,11 @@ def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny,
         assert passed == np.mean(good, 1).tolist()  # a new reward model says 0.5 of whatever was not cut
         assert scores == (np.mean(ended, 1) / 2 if judges.orm else np.mean(good, 1)).tolist()
     assert [call.seed for call in drawn] == [[4, 0], [4, 0, 2]]
+    args.add_outcome = True  # then the reward that is trained on has it, too
+    assert ppo.score_pool(tiny, problems, judges, run, args) == (
+        (np.mean(ended, 1) / 2 + np.mean(good, 1)).tolist(),
+        passed,
+    )
 
 
 # ---- return-conditioned RL

@@ -522,6 +522,11 @@ def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its
             torch.testing.assert_close(logprobs.grad, exact[0])
 
 
+def test_a_policy_that_did_not_get_better_is_not_handed_over_without_a_word(cli, tmp_path):  # noqa: F811
+    code, message = cli(ppo, *TINY_RUN, "--phases", 2, "--lr", 0, "--out", tmp_path / "run")
+    assert code == 0 and "no phase was better on dev" in message
+
+
 def test_a_phase_ends_when_the_policy_has_gone_too_far(cli, tmp_path):  # noqa: F811
     """Not the first one, in which it does not move."""
     argv = [*TINY_RUN, "--phases", 2, "--lr", 1e-2, "--lr-warmup", 1, "--kl-limit", 0.01, "--out", tmp_path / "run"]

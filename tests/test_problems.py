@@ -117,6 +117,24 @@ def test_splits_follow_the_order_of_the_file_and_a_limit_takes_their_first(tmp_p
     assert len(common.load_problems(str(tmp_path), "test")) == 7
 
 
+def test_a_question_that_is_trained_on_and_measured_is_told_once(tmp_path, capsys):
+    """A file of one's own may hold a question twice, and dev is for model selection."""
+    rows = [
+        {"question": f"q{i % 36}", "answer": str(i)} for i in range(40)
+    ]  # q0 to q3, the test split, are asked before
+    file = write_lines(tmp_path / "one.jsonl", rows)
+    for split in (*SPLITS, *SPLITS):
+        common.load_problems(file, split)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{file}: 4 questions of test are asked before, too" in said
+    file = write_lines(tmp_path / "two.jsonl", rows[:36][::-1] + rows[:33:-1])
+    common.load_problems(file, "train")
+    assert "questions of test" in capsys.readouterr().err
+    (tmp_path / "train.jsonl").write_text((tmp_path / "one.jsonl").read_text())
+    common.load_problems(str(tmp_path), "dev")
+    assert "4 questions of dev" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("end, joined", [("", "."), (".", "."), ("?", "?"), (",", ","), (" . ", " .")])
 def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined, tmp_path):
     file = tmp_path / "SVAMP.json"
@@ -133,6 +151,7 @@ def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined
         ('{"question": "a", "answer": "1"}\n{"q": 1}\n{"question": "c", "answer": "1"}', 'line 2: needs "question"'),
         ('{"question": "a", "answer": "1"}', "at least 3"),
         ("", "at least 3"),
+        ('{"question": "a", "answer": [5]}\n' * 3, 'line 1: needs "question"'),
         ('{"question": null, "answer": "1"}', "line 1: 'question' is not a text"),
         ('{"question": "", "answer": "1"}', "line 1: 'question' is not a text"),
         ('{"question": "a", "answer": ' + "9" * 5000 + "}", "line 1: not JSON that can be read"),

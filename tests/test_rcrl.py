@@ -62,7 +62,7 @@ def test_beginnings_have_random_numbers_of_their_own():
 @pytest.mark.parametrize("n_right, n_wrong, ratio, size, expected", [
     (100, 50, 1, None, (50, 50)), (100, 50, 10, None, (100, 10)), (100, 50, 100, None, (100, 1)),
     (20, 50, 1, None, (20, 20)), (100, 0, 1, None, (100, 0)), (10, 50, 100, None, (10, 0)),
-    (10, 50, 0.5, None, (10, 20)), (1, 20, 0.01, None, (1, 20)), (199, 50, 100, None, (199, 1)), (109, 50, 10, None, (109, 10)), (100, 50, 1, 60, (30, 30)), (100, 50, 10, 55, (50, 5)), (100, 50, 100, 50, (50, 0)),
+    (10, 50, 0.5, None, (10, 20)), (1, 20, 0.01, None, (1, 20)), (199, 50, 100, None, (199, 1)), (109, 50, 10, None, (109, 10)), (100, 50, 1, 60, (30, 30)), (100, 50, 10, 55, (50, 5)), (100, 50, 100, 50, (50, 0)), (9, 48, 0.1, 5, (1, 4)), (9, 48, 1, 1, (1, 0)),
 ])  # fmt: skip
 def test_the_mixture_has_the_ratio_and_is_as_large_as_it_can_be(n_right, n_wrong, ratio, size, expected):
     right, wrong = [("r", i) for i in range(n_right)], [("w", i) for i in range(n_wrong)]

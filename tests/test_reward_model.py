@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -299,6 +300,29 @@ def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, na
         assert code == 2 and words in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("script", [expert_iteration, ppo, evaluate, reward_model], ids=lambda m: m.__name__)
+def test_a_reward_model_with_too_few_positions_is_refused_before_anything_is_sampled(
+    script,
+    cli,  # noqa: F811
+    orm_folder,
+    nano,
+    tmp_path,
+    monkeypatch,
+):
+    """A round of expert iteration would be lost: a better reward model cannot take over its samples."""
+    narrow = tmp_path / "narrow"
+    shutil.copytree(nano if script is reward_model else orm_folder, narrow)
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 48}))
+    monkeypatch.setattr(common, "generate", lambda *_, **__: pytest.fail("sampled"))
+    with_orm = ["--reward", "orm", "--orm", narrow] if script is ppo else ["--orm", narrow]
+    argv = ["--model", nano, *(["--base", narrow] if script is reward_model else with_orm)]
+    argv += ["--base", nano] if script is expert_iteration else []
+    code, message = cli(script, *argv, "--max-new-tokens", 40, "--out", tmp_path / "out.json")
+    assert code == 2 and "the model has 48 positions" in message and message.count("\n") == 1
+    assert not (tmp_path / "out.json").exists()
+
+
 # ---- rewards
 
 
@@ -393,6 +417,15 @@ def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others
 
 
 # ---- the scripts
+
+
+def test_without_an_auc_the_last_epoch_is_kept(cli, tmp_path, monkeypatch):  # noqa: F811
+    """Where all dev samples are wrong nothing says that the first epoch, the least trained, is the best."""
+    for name in ("auc", "auc_within"):
+        monkeypatch.setattr(reward_model, name, lambda *_: None)
+    code, message = cli(reward_model, *RUN, "--out", tmp_path / "run")
+    assert code == 0 and "there is no AUC" in message
+    assert json.loads((tmp_path / "run" / "quality.json").read_text())["epoch"] == 2
 
 
 def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):  # noqa: F811

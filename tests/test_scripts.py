@@ -145,6 +145,9 @@ BAD = {
     "dataset": (["--dataset", "gsm9k"], "no such file"),
     "dataset folder": (["--dataset", "EMPTY"], "no train.jsonl"),
     "model folder": (["--model", "runs/none/model"], "no such folder"),
+    "model name": (["--model", "runs/none"], "no such folder"),  # not looked for on the hub
+    "run folder": (["--model", "RUN"], "did you mean"),
+    "both ways": (["--resume", "--overwrite"], "give one of them"),
     "empty model folder": (["--model", "EMPTY"], "no config.json"),
     "too long": (["--max-new-tokens", "2000"], "positions"),
     "device": (["--device", "toaster"], "cannot be used"),
@@ -172,7 +175,11 @@ def test_bad_input_ends_in_one_line_and_harms_nothing(cli, script, name, tmp_pat
     (out / "notes.txt").write_text("mine")
     for word, content in FILES.items():
         (tmp_path / f"{word.lower()}.jsonl").write_bytes(content)
-    words = {"EMPTY": str(empty)} | {word: str(tmp_path / f"{word.lower()}.jsonl") for word in FILES}
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    words = {"EMPTY": str(empty), "RUN": str(tmp_path / "run")} | {
+        word: str(tmp_path / f"{word.lower()}.jsonl") for word in FILES
+    }
     argv = [words.get(a, a) for a in BAD[name][0]]
     message_part = BAD[name][1].replace("train", "test") if script is evaluate else BAD[name][1]
     where = out / "report.json" if script is evaluate else out
@@ -215,6 +222,32 @@ def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path)
     with pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(other)
+
+
+def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(cli, nano, tmp_path):
+    """Both would add their samples to one file. Another name in the same folder is free."""
+    fcntl = pytest.importorskip("fcntl")
+    argv = ["--model", nano, "--limit-eval", 2, "--samples", 2, "--max-new-tokens", 4]
+    lock = tmp_path / "a.lock"
+    lock.touch()
+    with open(lock) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, message = cli(evaluate, *argv, "--out", tmp_path / "a.json")
+        assert (
+            code == 2 and f"{tmp_path / 'a.json'}: another process" in message and contents(tmp_path) == {"a.lock": b""}
+        )
+        assert cli(evaluate, *argv, "--out", tmp_path / "b.json")[0] == 0
+    assert cli(evaluate, *argv, "--out", tmp_path / "a.json")[0] == 0
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_an_evaluation_does_not_go_on_with_other_problems(cli, nano, tmp_path):
+    file = tmp_path / "p.jsonl"
+    argv = ["--model", nano, "--dataset", file, "--samples", 2, "--max-new-tokens", 4, "--out", tmp_path / "a.json"]
+    for answer in (1, 2):
+        file.write_text("".join(json.dumps({"question": f"q{i}", "answer": answer}) + "\n" for i in range(30)))
+        code, message = cli(evaluate, *argv, *["--resume"][: answer - 1])
+        assert (code, "other settings" in message) == ((0, False) if answer == 1 else (2, True))
 
 
 def test_overwriting_leaves_nothing_of_the_other_run(cli, nano, tmp_path):
@@ -379,6 +412,22 @@ def test_another_model_is_not_trained_from_tiny(script, cli, nano, tmp_path):
     """Who gives --model and forgets --base would get a trained tiny back."""
     code, message = cli(script, *short_run(script), "--model", nano, "--out", tmp_path / "run")
     assert code == 2 and "--base" in message and message.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_flags_that_would_do_nothing_are_refused(cli, tmp_path):
+    for script, flags in (
+        (expert_iteration, ["--orm-threshold", "0.9"]),
+        (rcrl, ["--labels", "outcome", "--check-labels", "5"]),
+        (ppo, ["--reward", "genrm", "--hide-answers", "0.1"]),
+        (ppo, ["--hide-solutions", "0.5"]),
+    ):
+        code, message = cli(script, "--model", "tiny", *flags, "--out", tmp_path / "run")
+        assert code == 2 and flags[-2] in message and message.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_where_every_sample_was_cut_the_length_is_to_blame(cli, tmp_path):
+    code, message = cli(expert_iteration, *EI, "--max-new-tokens", 1, "--out", tmp_path / "run")
+    assert code == 2 and "raise --max-new-tokens" in message
 
 
 @pytest.mark.parametrize("script", [sft, expert_iteration, evaluate, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
