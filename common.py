@@ -156,15 +156,8 @@ class Problem:
 # The embedded task: a story is a plan of steps; each kind of step has an operation and sentences that say it.
 # {a}, {c}: persons, {x}, {y}: things, {v}: the first value, {b}: the operand, {w}: whom the question asks about.
 OPERATIONS = {
-    "groups": "*",
-    "gain": "+",
-    "loss": "-",
-    "times": "*",
-    "half": "/",
-    "fewer": "-",
-    "more": "+",
-    "total": "+",
-}
+    "groups": "*", "gain": "+", "loss": "-", "times": "*", "half": "/", "fewer": "-", "more": "+", "total": "+",
+}  # fmt: skip
 SENTENCES = {
     "start": ["{a} has {v} {x}.", "{a} owns {v} {x}.", "There are {v} {x} in the room of {a}."],
     "groups": ["{a} has {v} bags with {b} {x} each.", "{a} fills {v} boxes. Each box holds {b} {x}."],
@@ -927,11 +920,9 @@ def model_folder(name: str, flag: str = "--model") -> str:
         name == "tiny" or name.startswith("runs/") or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
     ):  # neither a folder nor a hub name
         scripts = {
-            "runs/sft/model": "sft.py",
-            "runs/expert_iteration/model": "expert_iteration.py",
-            "runs/reward_model/model": "reward_model.py",
-            "runs/genrm/model": "reward_model.py --kind genrm",
-        }
+            "runs/sft/model": "sft.py", "runs/expert_iteration/model": "expert_iteration.py",
+            "runs/reward_model/model": "reward_model.py", "runs/genrm/model": "reward_model.py --kind genrm",
+        }  # fmt: skip
         hint = f"; run `python {scripts[name]}` first" if name in scripts else ""
         raise UserError(f"{flag} {name}: no such folder{hint}")
     return name
@@ -1334,19 +1325,11 @@ def cache_argument(base: torch.nn.Module) -> str:
 
 
 def decode(
-    policy: Policy,
-    prompts: Sequence[list[int]],
-    wanted: dict[int, Sequence[int]],
-    draws: Callable[[int, int], np.ndarray],
-    deliver: Callable[[int, int, np.ndarray, np.ndarray, bool], None],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    rows: int,
-    is_complete: Callable[[np.ndarray], bool] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    label: Sequence[int] = (),
-) -> None:
+    policy: Policy, prompts: Sequence[list[int]], wanted: dict[int, Sequence[int]],
+    draws: Callable[[int, int], np.ndarray], deliver: Callable[[int, int, np.ndarray, np.ndarray, bool], None], *,
+    temperature: float, max_new_tokens: int, rows: int, is_complete: Callable[[np.ndarray], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False, label: Sequence[int] = (),
+) -> None:  # fmt: skip
     """The loop of `generate`, on token ids. wanted: prompt index -> sample numbers; draws(prompt, number): the uniforms
     of a sample; deliver(prompt, number, ids, logprobs, finished) is called with each when it ends. label: ids that follow
     every line break without being sampled (log-probability 0).
@@ -1549,20 +1532,11 @@ def decode(
 
 
 def decode_plainly(
-    policy: Policy,
-    prompts: Sequence[list[int]],
-    wanted: dict[int, Sequence[int]],
-    draws: Callable[[int, int], np.ndarray],
-    deliver: Callable[[int, int, np.ndarray, np.ndarray, bool], None],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    rows: int,
-    is_complete: Callable[[np.ndarray], bool] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    label: Sequence[int] = (),
-    cached: bool = True,
-) -> None:
+    policy: Policy, prompts: Sequence[list[int]], wanted: dict[int, Sequence[int]],
+    draws: Callable[[int, int], np.ndarray], deliver: Callable[[int, int, np.ndarray, np.ndarray, bool], None], *,
+    temperature: float, max_new_tokens: int, rows: int, is_complete: Callable[[np.ndarray], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False, label: Sequence[int] = (), cached: bool = True,
+) -> None:  # fmt: skip
     """What `decode` does, for a model that PagedCache does not fit: with the cache that the model makes itself, or with none
     (`cached` False), running whole sequences again for every token, which is right for any causal model, and slow.
 
@@ -1693,19 +1667,10 @@ def casts_kept(policy: Policy):
 
 @torch.no_grad()  # not inference_mode, under which autocast would cast the weights anew in every step
 def generate(
-    policy: Policy,
-    problems: Sequence[Problem],
-    *,
-    samples: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    seed: int | Sequence[int] = 0,
-    rows: int = 128,
-    few_shot: bool = False,
-    prefixes: Sequence[str] | None = None,
-    progress: str | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> list[Sample]:
+    policy: Policy, problems: Sequence[Problem], *, samples: int = 1, temperature: float = 1.0,
+    max_new_tokens: int = 256, seed: int | Sequence[int] = 0, rows: int = 128, few_shot: bool = False,
+    prefixes: Sequence[str] | None = None, progress: str | None = None, stop: Callable[[], bool] = lambda: False,
+) -> list[Sample]:  # fmt: skip
     """`samples` solutions of every problem, in the order of the problems, from the full softmax at `temperature`
     (0: greedy).
 
@@ -1904,13 +1869,9 @@ def backward_in_parts(
 
 
 def cross_entropy_step(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    examples: Sequence[Example],
-    lr: float,
-    token_budget: int,
+    policy: Policy, optimizer: torch.optim.Optimizer, examples: Sequence[Example], lr: float, token_budget: int,
     targets: Sequence[Sequence[bool]] | None = None,
-) -> tuple[float, float]:
+) -> tuple[float, float]:  # fmt: skip
     """One optimizer step on the mean cross-entropy of the response tokens, or of those that `targets` marks -> (loss in
     nats per token, gradient norm).
 
@@ -2205,13 +2166,9 @@ class Run:
 
 
 def sample_to_file(
-    policy: Policy,
-    problems: Sequence[Problem],
-    path: Path,
-    run: Run | None = None,
-    prefixes: Sequence[str] | None = None,
-    **how,
-) -> list[Sample]:
+    policy: Policy, problems: Sequence[Problem], path: Path, run: Run | None = None,
+    prefixes: Sequence[str] | None = None, **how,
+) -> list[Sample]:  # fmt: skip
     """`generate`, written to `path` as JSON lines a group of problems at a time. Groups that are complete in the file
     are read back instead of sampled again, so that an interrupted round loses one group at most; with as many rows and
     processes the groups are the same after a restart, and so are, to the last bit, the samples. `how`: the arguments of
@@ -2232,12 +2189,9 @@ def sample_to_file(
     for first in range(len(samples) // per_problem, len(problems), group):
         label = f"{how['progress']}, problem {first} of {len(problems)}"
         new = generate(
-            policy,
-            problems[first : first + group],
-            prefixes=prefixes[first : first + group],
-            stop=lambda: bool(run and run.interrupted),
-            **how | {"progress": label},
-        )
+            policy, problems[first : first + group], prefixes=prefixes[first : first + group],
+            stop=lambda: bool(run and run.interrupted), **how | {"progress": label},
+        )  # fmt: skip
         append(path, "".join(sample.to_json() + "\n" for sample in new))
         if run:
             write_json(clock_file, {"seconds": run.clock()})
@@ -2317,13 +2271,9 @@ def mean(values: Iterable[float]) -> float | None:
 
 
 def dev_metrics(
-    policy: Policy,
-    problems: Sequence[Problem],
-    args: argparse.Namespace,
-    samples: int,
-    file: Path,
+    policy: Policy, problems: Sequence[Problem], args: argparse.Namespace, samples: int, file: Path,
     few_shot: bool = False,
-) -> dict:
+) -> dict:  # fmt: skip
     """Model selection: maj@1 on the dev problems, and pass@k from `samples` samples at --temperature if there are any.
     The greedy solutions are written to `file` for reading."""
     how = dict(max_new_tokens=args.max_new_tokens, rows=args.rows, seed=args.seed, few_shot=few_shot)
@@ -2387,43 +2337,27 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
         "out": dict(help="where to write"),
         "seed": dict(type=number(int, 0, 2**32), help="seed of the sampling and of the order of the data"),
         "device": dict(help="auto, cpu, cuda, cuda:1, ..."),
-        "dtype": dict(
-            choices=["auto", "float32", "bfloat16"],
-            help="of the arithmetic (weights are float32); auto: bfloat16 on a GPU",
-        ),
-        "max_new_tokens": dict(type=number(int, 1), help="length limit of a solution, in tokens (GSM8K: 256 to 512)"),
+        "dtype": dict(choices=["auto", "float32", "bfloat16"],
+                      help="of the arithmetic (weights are float32); auto: bfloat16 on a GPU"),
+        "max_new_tokens": dict(type=number(int, 1), help="length limit of a solution, in tokens (GSM8K: 256 to 512); labels "
+                               "of rcrl.py count"),
         "temperature": dict(type=number(float, 0), help="sampling temperature; 0: greedy"),
         "samples": dict(type=number(int, 1), help="samples per problem, K (paper: 96; PPO: 4)"),
-        "rows": dict(
-            type=number(int, 1), help="sequences decoded at the same time; bounded by memory (GPU: 512 to 2048)"
-        ),
-        "lr": dict(
-            type=number(float, 0), help="peak learning rate (paper: 2e-5, falling to 1/100 along a cosine; PPO: 1e-6)"
-        ),
-        "epochs": dict(
-            type=number(int, 1), help="passes over the training data; in PPO over the samples of a phase (paper: 4)"
-        ),
+        "rows": dict(type=number(int, 1), help="sequences decoded at the same time; bounded by memory (GPU: 512 to 2048)"),
+        "lr": dict(type=number(float, 0), help="peak learning rate (paper: 2e-5, falling to 1/100 along a cosine; PPO: 1e-6)"),
+        "epochs": dict(type=number(int, 1), help="passes over the training data; in PPO over the samples of a phase (paper: 4)"),
         "batch_size": dict(type=number(int, 1), help="solutions per optimizer step (paper: 128; PPO: 256)"),
-        "token_budget": dict(
-            type=number(int, 1),
-            help="tokens per micro-batch, padding included; bounded by memory (default: 1024 on a CPU, 16384 on a GPU)",
-        ),
-        "limit_train": dict(
-            type=number(int, 1), help="use only the first so many training problems (SFT: of those with a solution)"
-        ),
+        "token_budget": dict(type=number(int, 1), help="tokens per micro-batch, padding included; bounded by memory (default: "
+                             "1024 on a CPU, 16384 on a GPU)"),
+        "limit_train": dict(type=number(int, 1), help="use only the first so many training problems (SFT: of those with a solution)"),
         "limit_eval": dict(type=number(int, 1), help="use only the first so many dev or test problems"),
         "checkpoint_every": dict(type=number(float, 0), help="seconds between checkpoints"),
         "resume": dict(action="store_true", help="go on with the run in --out from its last checkpoint"),
         "overwrite": dict(action="store_true", help="replace what is in --out"),
-    }
+    }  # fmt: skip
     everywhere = {
-        "dataset": "arithmetic",
-        "seed": 0,
-        "device": "auto",
-        "dtype": "auto",
-        "max_new_tokens": 128,
-        "rows": 256,
-    }
+        "dataset": "arithmetic", "seed": 0, "device": "auto", "dtype": "auto", "max_new_tokens": 128, "rows": 256,
+    }  # fmt: skip
     everywhere |= {"limit_eval": None, "resume": False, "overwrite": False}
     parser = OneLineParser(description=doc)
     for name, default in (everywhere | defaults).items():
