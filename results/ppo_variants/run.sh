@@ -11,11 +11,12 @@ declare -A flags=(
     [dense]="--reward dense"
     [orm]="--reward orm --orm ORM"
     [orm_dense]="--reward orm_dense --orm ORM"
+    [orm_outcome]="--reward orm --add-outcome --orm ORM"
     [lora]="--lora-rank 16 --lr 2e-3"
     [lam095]="--lam 0.95"
 )
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-kl0 attached dense orm orm_dense lora lam095}; do
+    for name in ${VARIANTS:-kl0 attached dense orm orm_dense orm_outcome lora lam095}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         [[ $name != orm* ]] || bash results/orm/run.sh train $seed
         train_and_test "$work/ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" \
