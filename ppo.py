@@ -694,7 +694,7 @@ def genrm_metrics(judges: Judges, samples: list[common.Sample], rewards: list[np
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
 
-    # problems, policy, reference, value function
+    # the problems
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
     pool, domains = load_pool(args, train) if args.select else ([], [])
@@ -709,13 +709,10 @@ def main(argv: list[str]) -> None:
         return
     if args.phases <= args.value_warmup:
         common.warn(f"only the value function trains in {args.phases} phases with --value-warmup {args.value_warmup}")
+
+    # the policy, its reference (a copy, or with adapters the same network without them), its value function
     policy = common.Policy(args.model, args.device, args.dtype)
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
-    judges = Judges(
-        common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None,
-        common.GenerativeRewardModel(args.genrm, args.device, args.dtype) if args.genrm else None,
-        token_budget=args.token_budget,
-    )
     torch.manual_seed(args.seed)  # of the adapters; nothing else draws from it
     is_tiny = sum(weight.numel() for weight in policy.model.parameters()) <= 10**7
     lora_rank = (0 if is_tiny else 128) if args.lora_rank is None else args.lora_rank
@@ -727,6 +724,13 @@ def main(argv: list[str]) -> None:
     if lora_rank:
         lora = Lora(policy, lora_rank)
         trained, reference, reference_mode, merged = lora, policy, lora.off, lora.merged
+
+    # who judges the solutions of each question
+    judges = Judges(
+        common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None,
+        common.GenerativeRewardModel(args.genrm, args.device, args.dtype) if args.genrm else None,
+        token_budget=args.token_budget,
+    )
     everything, route = train + pool, ["verifier"] * len(train + pool)
     if judges.genrm:
         hide_answers = 1.0 if args.reward == "genrm" else args.hide_answers
@@ -737,6 +741,7 @@ def main(argv: list[str]) -> None:
         raise common.UserError(f"{len(bare)} questions have no solution to compare with; --orm must pick a sample")
     if args.curriculum == "verifiable_first" and "verifier" not in route[: len(train)]:
         raise common.UserError("--curriculum verifiable_first: no question is left whose answer can be checked")
+
     # whether everything fits must show now, not in the phase that draws the longest; at most all lines but one are given
     given = [beginning(p, 1) if args.curriculum == "backtracking" else "" for p in everything]
     common.check_prompts(policy, everything, args.max_new_tokens, given, args.few_shot)
@@ -755,6 +760,7 @@ def main(argv: list[str]) -> None:
         chosen = select_questions(policy, pool, domains, given_scores, judges, run, args)
         train, route = train + [pool[i] for i in chosen], route[: len(train)] + [route[len(train) + i] for i in chosen]
         print(f"{len(train)} questions to train on")
+
     weights, critic_weights = list(trained.parameters()), list(critic.parameters())
     optimizer = common.adam_w([{"params": weights}, {"params": critic_weights, "lr": args.value_lr}], args.lr)
     stages = verifiable_first(route, args.phases, args.switch) if args.curriculum == "verifiable_first" else ()
