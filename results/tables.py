@@ -46,17 +46,23 @@ def print_rerank(rows: dict[str, str]) -> None:
 
 
 def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, str | None]]) -> None:
-    """rows: label -> (where it was tested, the run whose mixture it was trained on, if any)"""
+    """rows: label -> (where it was tested, the run whose mixture it was trained on, if any); of the others only the seeds
+    that a mixture was made from"""
     columns = ["seeds", "right + wrong", "maj@1 after `[GOOD]`", "after `[BAD]`", "no label", *without]
     print(f"\n{title}\n\n| mixture | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+    seeds = {seed for name, mixture in rows.values() if mixture for seed in test_metric(name, "maj@1")}
+
+    def tested(name: str, metric: str, file: str = "test.json") -> dict[int, float]:
+        return {seed: value for seed, value in test_metric(name, metric, file).items() if seed in seeds}
+
     for label, (name, mixture) in rows.items():
         parts = [np.mean(list(logged(mixture, key).values())) for key in ("right", "wrong")] if mixture else []
-        cells = [str(len(test_metric(name, "maj@1"))), " + ".join(f"{part:,.0f}" for part in parts)]
-        after = {file: test_metric(name, "maj@1", f"{file}.json") for file in ("test", "bad", "none")}
+        cells = [str(len(tested(name, "maj@1"))), " + ".join(f"{part:,.0f}" for part in parts)]
+        after = {file: tested(name, "maj@1", f"{file}.json") for file in ("test", "bad", "none")}
         if not after["bad"]:
             after["test"], after["none"] = {}, after["test"]
         cells += [spread(values) if values else "" for values in after.values()]
-        cells += [f"{np.mean(list(test_metric(name, metric).values())):.3f}" for metric in without]
+        cells += [f"{np.mean(list(tested(name, metric).values())):.3f}" for metric in without]
         print(f"| {' | '.join([label, *cells])} |".replace("|  |", "| |").replace("|  |", "| |"))
 
 
