@@ -286,9 +286,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
 
 @functools.lru_cache  # one warning is enough
 def _warn_of_repeated(dataset: str, name: str, count: int) -> None:
-    warn(
-        f"--dataset {dataset}: {count} questions of {name} are asked before, too: what is measured on it was trained on"
-    )
+    warn(f"--dataset {dataset}: {count} of the questions of {name} are among the training questions, too")
 
 
 def _divide(dataset: str, problems: list[Problem], n: int, name: str) -> tuple[list[Problem], list[Problem]]:
@@ -776,14 +774,16 @@ class RewardModel(Policy):
     def encode(self, sample: "Sample") -> "Example":
         """Prompt and solution with the end-of-text token, which a solution that was cut gets, too. From the text, so it
         does not matter whose tokens the sample was made of."""
-        return self.encode_prompt(prompt_text(sample.problem)), self.encode_solution(sample.solution)
+        prompt, response = self.encode_prompt(prompt_text(sample.problem)), self.encode_solution(sample.solution)
+        # one that was cut at the last position has no room for it
+        return prompt, response[: -1 if not sample.finished and len(prompt + response) > self.max_length else None]
 
     def check_lengths(self, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] = ()) -> None:
         """UserError if a question with a sample, or with its prefix and a sample, might not fit into the positions."""
         pairs = itertools.zip_longest(problems, prefixes, fillvalue="")
         longest = max(len(self.encode_prompt(prompt_text(problem) + prefix)) for problem, prefix in pairs)
         what = f"for the reward model the longest question with a sample of {max_new_tokens} tokens"
-        check_length(self, longest + max_new_tokens + 1, what)
+        check_length(self, longest + max_new_tokens, what)
 
     def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
         """After every response token, that token included: [response tokens of all examples, one after the other]."""
@@ -956,9 +956,9 @@ def file_fingerprints(key: str, names: Sequence[str], part: str = "train") -> di
     """A setting that changes when one of the files does that `names`, the setting `key`, stand for (of a folder its `part`);
     none where they stand for no files, as "arithmetic" and "gsm8k" do."""
     paths = [Path(name) for name in names]
-    found = [f for p in paths for f in (sorted(p.glob(f"{part}.json*")) if p.is_dir() else [p])]
+    found = [f for p in paths for f in ([p / f"{part}.json", p / f"{part}.jsonl"] if p.is_dir() else [p])]
     if key in ("dataset", "pool"):
-        found = [file for file in found if file.exists()]
+        found = [file for file in found if file.is_file()]
     return {f"{key}_fingerprint": [f"{zlib.crc32(f.read_bytes()):08x}" for f in found]} if found else {}
 
 
@@ -1547,7 +1547,13 @@ def decode_plainly(
     argument, label_ids = cache_argument(base), torch.tensor(label, device=device)
     breaks_line = torch.from_numpy(policy.ends_line).to(device) if label else None
     jobs = [(i, number) for i in sorted(wanted, key=lambda i: len(prompts[i])) for number in wanted[i]]
-    for batch in [jobs[first : first + rows] for first in range(0, len(jobs), rows)]:
+    batches: list[list[tuple[int, int]]] = []
+    for job in jobs:  # what is left of a prompt costs a step a token, so it is no more than what is sampled
+        first = batches[-1][0] if batches and len(batches[-1]) < rows else None
+        if first is None or len(prompts[job[0]]) > len(prompts[first[0]]) + max_new_tokens:
+            batches.append([])
+        batches[-1].append(job)
+    for batch in batches:
         begin = np.array([len(prompts[i]) for i, _ in batch])  # where the sampled tokens begin [rows]
         lengths, shortest, longest = torch.from_numpy(begin).to(device), begin[0], begin[-1]
         given = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i, _ in batch], device=device)
@@ -1722,7 +1728,7 @@ def generate(
         except (RuntimeError, MemoryError) as error:
             if rows == 1 or not is_out_of_memory(error):
                 raise
-            warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)")
+            warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)", each=True)
             policy.most_rows[precision] = rows // 2
         except KeyboardInterrupt:
             interrupted = True  # the others must hear of it before this one leaves
@@ -1741,8 +1747,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
-def warn(text: str) -> None:
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+def warn(text: str, each: bool = False) -> None:
+    """On standard error. Of several processes the first one speaks for all, unless `each` has something of its own to say."""
+    if each or process_rank() == 0:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1817,9 +1825,10 @@ def within_memory(run: Callable[[list[list[int]]], list], lengths: Sequence[int]
         except (RuntimeError, MemoryError) as error:
             if budget <= max(lengths) or not is_out_of_memory(error):
                 raise
-            warn(
+            said = (
                 f"out of memory with {budget} tokens per micro-batch: going on with {budget // 2} (see --token-budget)"
             )
+            warn(said, each=True)
             _halvings[token_budget] += 1
 
 

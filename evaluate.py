@@ -127,13 +127,15 @@ def main(argv: list[str]) -> None:
         raise common.UserError(f"--out {out}: must be the name of a .json file")
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
     files = [out.with_suffix(f".{kind}.jsonl") for kind in ("greedy", "samples")]
-    lock = out.with_suffix(".lock")  # several evaluations may share a folder, but not their files
+    lock = out.with_suffix(".json.lock")  # several evaluations may share a folder, but not their files
     started_file = out.with_suffix(".args.json")  # there from the start, so that --resume knows what the samples are of
 
     def occupied() -> list[Path]:
         taken = [file for file in (out, started_file, *files) if file.exists()]
         if taken and args.resume:
             before, may_change = common.read_json(started_file), {"orm", "orm_fingerprint"} if args.orm else set()
+            if "dataset_fingerprint" not in before:  # begun before there was one
+                may_change = may_change | {"dataset_fingerprint"}
             if any(before.get(key) != settings.get(key) for key in (before.keys() | settings.keys()) - may_change):
                 raise common.UserError(f"--resume: {out} was begun with other settings; they are in {started_file}")
         if taken and not (args.resume or args.overwrite):
@@ -146,11 +148,11 @@ def main(argv: list[str]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
         common.hold(lock, out)
-        for file in taken:
+        for file in occupied():  # again, because another evaluation may have come and gone while the model was loaded
             file.unlink()
         common.write_json(started_file, settings)
 
-    taken = common.on_first(occupied)
+    common.on_first(occupied)
     policy = common.Policy(args.model, args.device, args.dtype)
     if args.condition:
         policy.condition(args.condition)

@@ -745,8 +745,10 @@ def main(argv: list[str]) -> None:
     # whether everything fits must show now, not in the phase that draws the longest; at most all lines but one are given
     given = [beginning(p, 1) if args.curriculum == "backtracking" else "" for p in everything]
     common.check_prompts(policy, everything, args.max_new_tokens, given, args.few_shot)
-    if judges.orm:
+    if args.reward.startswith("orm"):
         judges.orm.check_lengths(everything, args.max_new_tokens, given)
+    elif bare:
+        judges.orm.check_lengths(bare, args.max_new_tokens)
     if judges.genrm:
         judges.genrm.check_lengths(
             [p for p, r in zip(everything, route, strict=True) if r != "verifier"], args.max_new_tokens

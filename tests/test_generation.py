@@ -1,6 +1,7 @@
 """Generation: token for token what the model says, whatever the batch."""
 
 import contextlib
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -524,6 +525,17 @@ def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(name, tmp_path,
     policy.has_cache = True
     greedy = common.generate(policy, PROBLEMS, temperature=0, max_new_tokens=6)
     assert ids_of(greedy) == reference_greedy(policy, PROBLEMS, 6)
+
+
+def test_one_long_prompt_does_not_make_all_others_wait(tiny, monkeypatch):
+    """What is left of a longer prompt of a batch costs a step a token for all its rows."""
+    problems = [*PROBLEMS[:4], dataclasses.replace(PROBLEMS[0], id="long", question="many " * 200)]
+    monkeypatch.setitem(tiny.__dict__, "decodes_fast", False)
+    monkeypatch.setitem(tiny.__dict__, "has_cache", True)
+    steps, head = [], tiny.head
+    monkeypatch.setattr(tiny, "head", lambda hidden: steps.append(len(hidden)) or head(hidden))
+    samples = common.generate(tiny, problems, samples=2, max_new_tokens=10, rows=64)
+    assert len(samples) == 10 and len(steps) < 60 and sum(steps) < 400
 
 
 def test_a_model_without_any_cache_is_sampled_slowly(tmp_path, capsys):

@@ -419,6 +419,21 @@ def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others
 # ---- the scripts
 
 
+def test_a_sample_that_was_cut_at_the_last_position_can_still_be_scored(orm):
+    """Its policy has as many positions; for the end-of-text token, which a cut sample gets, there is none left."""
+    problem = PROBLEMS[0]
+    room = orm.max_length - len(orm.encode_prompt(common.prompt_text(problem)))
+    text = orm.tokenizer.decode(orm.encode_prefix("1+1=2\n" * room)[:room], clean_up_tokenization_spaces=False)
+    cut = sample_of(problem, text, finished=False)
+    assert len(orm.encode_prefix(cut.solution)) == room or len(orm.encode_prefix(text)) == room
+    assert [len(p) for p in orm.scores([cut])] == [len(orm.encode(cut)[1])]
+    orm.check_lengths([problem], room)
+    with pytest.raises(common.UserError, match="positions"):
+        orm.check_lengths([problem], room + 1)
+    with pytest.raises(common.UserError, match="positions"):
+        orm.scores([sample_of(problem, text + "7\n8", finished=False)])
+
+
 def test_without_an_auc_the_last_epoch_is_kept(cli, tmp_path, monkeypatch):  # noqa: F811
     """Where all dev samples are wrong nothing says that the first epoch, the least trained, is the best."""
     for name in ("auc", "auc_within"):

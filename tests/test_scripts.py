@@ -224,20 +224,30 @@ def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path)
     os.close(other)
 
 
-def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(cli, nano, tmp_path):
+def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(cli, nano, tmp_path, monkeypatch):
     """Both would add their samples to one file. Another name in the same folder is free."""
     fcntl = pytest.importorskip("fcntl")
     argv = ["--model", nano, "--limit-eval", 2, "--samples", 2, "--max-new-tokens", 4]
-    lock = tmp_path / "a.lock"
+    lock = tmp_path / "a.json.lock"
     lock.touch()
     with open(lock) as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         code, message = cli(evaluate, *argv, "--out", tmp_path / "a.json")
         assert (
-            code == 2 and f"{tmp_path / 'a.json'}: another process" in message and contents(tmp_path) == {"a.lock": b""}
+            code == 2
+            and f"{tmp_path / 'a.json'}: another process" in message
+            and contents(tmp_path) == {"a.json.lock": b""}
         )
         assert cli(evaluate, *argv, "--out", tmp_path / "b.json")[0] == 0
-    assert cli(evaluate, *argv, "--out", tmp_path / "a.json")[0] == 0
+    with monkeypatch.context() as patch:  # another one comes and goes while the model is loaded
+        load = common.Policy
+        patch.setattr(
+            common, "Policy", lambda *args: ((tmp_path / "a.samples.jsonl").write_text("theirs"), load(*args))[1]
+        )
+        code, message = cli(evaluate, *argv, "--out", tmp_path / "a.json")
+        assert code == 2 and "is there already" in message
+        assert (tmp_path / "a.samples.jsonl").read_text() == "theirs"
+    assert cli(evaluate, *argv, "--out", tmp_path / "a.json", "--overwrite")[0] == 0
     assert not list(tmp_path.glob("*.lock"))
 
 
@@ -486,6 +496,10 @@ def test_samples_of_another_question_or_model_are_not_mixed_in(cli, nano, tmp_pa
         code == 2 and "other settings" in message and rows_of(tmp_path / "report.samples.jsonl")[0]["question"] == "q0"
     )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli(evaluate, *argv, "--resume")[0] == 0
+    begun = json.loads((tmp_path / "report.args.json").read_text())
+    del begun["dataset_fingerprint"]  # by a version that did not record it
+    (tmp_path / "report.args.json").write_text(json.dumps(begun))
     assert cli(evaluate, *argv, "--resume")[0] == 0
     policy = common.Policy(nano)
     with torch.no_grad():
