@@ -80,7 +80,7 @@ for task in TASKS:
             show(f"{task}, test {metric}, {method} - sft", rl, sft)
 
 print("C4 dense and ORM rewards help sample efficiency, not the final score")
-for reward in ("dense", "orm", "orm_dense"):
+for reward in ("dense", "orm", "orm_dense", "orm_outcome"):
     for phase in (4, 8):
         show(
             f"dev maj@1 at phase {phase}, {reward} - sparse",
@@ -88,6 +88,9 @@ for reward in ("dense", "orm", "orm_dense"):
             dev("arithmetic/ppo", "maj@1", phase=phase),
         )
     show(f"test maj@1, {reward} - sparse", test(f"ppo_variants/{reward}", "maj@1"), test("arithmetic/ppo", "maj@1"))
+for metric in ("maj@1", "pass@1", "pass@16"):
+    with_outcome, alone = (test(f"ppo_variants/{reward}", metric) for reward in ("orm_outcome", "orm"))
+    show(f"test {metric}, the outcome added to the ORM - the ORM alone", with_outcome, alone)
 
 print("C5 expert iteration with K = 4 ends a few points below large K")
 for large, small, what in (
@@ -154,6 +157,12 @@ for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
         test("hard/ei", metric),
     )
 
+
+def lowest(name: str) -> dict[int, float]:
+    """The worst accuracy on dev of each seed's phases."""
+    return {seed: min(row["maj@1"] for row in log if "maj@1" in row) for seed, log in recorded(name).items()}
+
+
 print("C8 the KL penalty and the detached value branch keep PPO stable")
 for variant in ("kl0", "attached"):
     show(f"test maj@1, {variant} - ppo", test(f"ppo_variants/{variant}", "maj@1"), test("arithmetic/ppo", "maj@1"))
@@ -165,15 +174,15 @@ for variant in ("kl0", "attached"):
     show(f"last KL to the initial policy, {variant}", dev(f"ppo_variants/{variant}", "kl_k3"))
 for name in ("kl", "kl0", "attached", "kl4"):
     show(f"five times the rate, dev maj@1 at phase 20, {name}", dev(f"ppo_stability/{name}", "maj@1", phase=20))
-    lowest = {
-        seed: min(row["maj@1"] for row in log if "maj@1" in row)
-        for seed, log in recorded(f"ppo_stability/{name}").items()
-    }
-    show(f"five times the rate, lowest dev maj@1, {name}", lowest)
+    show(f"five times the rate, lowest dev maj@1, {name}", lowest(f"ppo_stability/{name}"))
     show(f"five times the rate, last KL to the initial policy, {name}", dev(f"ppo_stability/{name}", "kl_k3"))
 for name in ("kl0", "attached", "kl4"):
     both = (dev(f"ppo_stability/{each}", "maj@1", phase=20) for each in (name, "kl"))
     show(f"five times the rate, dev maj@1 at phase 20, {name} - kl", *both)
+    both = (lowest(f"ppo_stability/{each}") for each in (name, "kl"))
+    show(f"five times the rate, lowest dev maj@1, {name} - kl", *both)
+    both = (over_phases(f"ppo_stability/{each}", "correct", 2, 20) for each in (name, "kl"))
+    show(f"five times the rate, share of right samples in phases 2 to 20, {name} - kl", *both)
 for metric in ("maj@1", "pass@16"):
     show(
         f"test {metric}, adapters of rank 16 - all weights",

@@ -69,6 +69,8 @@ def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, str 
 def print_variants(rows: dict[str, str]) -> None:
     print(f"\nPPO\n\n| variant | maj@1 | pass@1 | pass@16 | phase kept (of 20) |\n{'|---' * 5}|")
     for label, name in rows.items():
+        if not recorded(name):
+            continue
         cells = [spread(test_metric(name, "maj@1"))]
         cells += [f"{np.mean(list(test_metric(name, metric).values())):.3f}" for metric in ("pass@1", "pass@16")]
         kept = []
@@ -151,6 +153,7 @@ def main() -> None:
             "`--reward dense`": "ppo_variants/dense",
             "`--reward orm`": "ppo_variants/orm",
             "`--reward orm_dense`": "ppo_variants/orm_dense",
+            "`--reward orm --add-outcome`": "ppo_variants/orm_outcome",
             "`--lora-rank 16 --lr 2e-3`": "ppo_variants/lora",
             "`--lam 0.95`": "ppo_variants/lam095",
         }
