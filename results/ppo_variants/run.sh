@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What PPO's parts are worth: each variant changes one thing in the runs ppo_0, ppo_1, ppo_2 of results/arithmetic, with the
 # same seeds, start (SFT) and number of rollouts (lora: adapters in place of all weights, and the learning rate that they
-# need; lam095: the usual lambda of GAE; orm_outcome: 1 for a right answer beside the reward model's score). Runs of 5 to 14 minutes on one core. Restartable: what is finished is skipped,
-# what was interrupted goes on. The policies of SFT come from results/arithmetic/run.sh.
+# need; lam095: the usual lambda of GAE; orm_outcome: 1 for a right answer beside the reward model's score). Runs of 5 to 14
+# minutes on one core. Restartable: what is finished is skipped, what was interrupted goes on. The policies of SFT come from
+# results/arithmetic/run.sh.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 declare -A flags=(
