@@ -778,12 +778,11 @@ class RewardModel(Policy):
         # one that was cut at the last position has no room for it
         return prompt, response[: -1 if not sample.finished and len(prompt + response) > self.max_length else None]
 
-    def check_lengths(self, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] = ()) -> None:
+    def check_lengths(
+        self, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] | None = None
+    ) -> None:
         """UserError if a question with a sample, or with its prefix and a sample, might not fit into the positions."""
-        pairs = itertools.zip_longest(problems, prefixes, fillvalue="")
-        longest = max(len(self.encode_prompt(prompt_text(problem) + prefix)) for problem, prefix in pairs)
-        what = f"for the reward model the longest question with a sample of {max_new_tokens} tokens"
-        check_length(self, longest + max_new_tokens, what)
+        check_prompts(self, problems, max_new_tokens, prefixes, what="for the reward model the longest prompt")
 
     def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
         """After every response token, that token included: [response tokens of all examples, one after the other]."""
@@ -1253,12 +1252,14 @@ def check_length(policy: Policy, length: int, what: str) -> None:
 
 
 def check_prompts(
-    policy: Policy, problems: list[Problem], max_new_tokens: int, prefixes: Sequence[str], few_shot: bool = False
-) -> None:
+    policy: Policy, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] | None = None,
+    few_shot: bool = False, what: str = "the longest prompt",
+) -> None:  # fmt: skip
     """UserError if a prompt with its prefix, or what is sampled after it, does not fit into the model's positions."""
+    prefixes = prefixes or [""] * len(problems)
     prompts = [prompt_text(problem, few_shot) + prefix for problem, prefix in zip(problems, prefixes, strict=True)]
     longest = max(len(policy.encode_prompt(prompt)) for prompt in prompts) + len(policy.label)
-    check_length(policy, longest + max_new_tokens, f"the longest prompt with --max-new-tokens {max_new_tokens}")
+    check_length(policy, longest + max_new_tokens, f"{what} with --max-new-tokens {max_new_tokens}")
 
 
 BLOCK = 256  # of the vocabulary
@@ -1825,10 +1826,11 @@ def within_memory(run: Callable[[list[list[int]]], list], lengths: Sequence[int]
         except (RuntimeError, MemoryError) as error:
             if budget <= max(lengths) or not is_out_of_memory(error):
                 raise
-            said = (
-                f"out of memory with {budget} tokens per micro-batch: going on with {budget // 2} (see --token-budget)"
+            half = budget // 2
+            warn(
+                f"out of memory with {budget} tokens per micro-batch: going on with {half} (see --token-budget)",
+                each=True,
             )
-            warn(said, each=True)
             _halvings[token_budget] += 1
 
 

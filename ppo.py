@@ -91,12 +91,8 @@ def parse_args(argv: list[str]):
     add("--lr-warmup", type=whole, default=20, help="steps over which the policy's learning rate rises to --lr")
     add("--value-lr", type=positive, default=1e-3, help="learning rate of the value function")
     add("--value-layers", type=whole, default=4, help="layers of its own; at most half of the model's")
-    add(
-        "--value-warmup",
-        type=common.number(int, 0),
-        default=1,
-        help="phases in which only the value function trains (the policy's rate is 0)",
-    )
+    add("--value-warmup", type=common.number(int, 0), default=1, help="phases in which only the value function trains (the "
+        "policy's rate is 0)")  # fmt: skip
     add("--no-detach-value", action="store_true", help="let the value loss change the policy's layers, too")
     add("--lora-rank", type=common.number(int, 0), help="rank of the adapters; 0: train all weights (default: 128, as in "
         "the paper, for a model of more than 10 million weights, 0 for a smaller one)")  # fmt: skip
@@ -278,17 +274,21 @@ def best_of_n(
 
 
 def find_references(
-    judges: Judges, policy: common.Policy, problems: list[common.Problem], route: list[str], run: common.Run, args
+    judges: Judges,
+    policy: common.Policy,
+    golden: list[common.Problem],
+    bare: list[common.Problem],
+    run: common.Run,
+    args,
 ) -> None:
-    """Tell the judges what the generative reward model compares with: of each problem on the route "gold" the gold solution,
-    on "best" the best of several samples, which lie in samples/references.json after a restart."""
-    by_route = {kind: [p for p, r in zip(problems, route, strict=True) if r == kind] for kind in ("gold", "best")}
-    judges.references = {problem.id: problem.gold for problem in by_route["gold"]}
+    """Tell the judges what the generative reward model compares with: of the golden problems the gold solution, of the bare
+    ones the best of several samples, which lie in samples/references.json after a restart."""
+    judges.references = {problem.id: problem.gold for problem in golden}
     judges.golden = set(judges.references)
-    if by_route["best"]:
+    if bare:
         file = run.out / "samples" / "references.json"
         if not run.state:
-            common.write_json(file, best_of_n(policy, by_route["best"], judges.orm, run, args))
+            common.write_json(file, best_of_n(policy, bare, judges.orm, run, args))
         judges.references |= common.on_first(lambda: common.read_json(file))
 
 
@@ -736,7 +736,7 @@ def main(argv: list[str]) -> None:
         hide_answers = 1.0 if args.reward == "genrm" else args.hide_answers
         route = routes(everything, hide_answers, args.hide_solutions, args.seed)
         domains = [f"{domain}, {r}" for domain, r in zip(domains, route[len(train) :], strict=True)]  # other scales
-    bare = [problem for problem, r in zip(everything, route, strict=True) if r == "best"]
+    golden, bare = ([p for p, r in zip(everything, route, strict=True) if r == kind] for kind in ("gold", "best"))
     if bare and not judges.orm:
         raise common.UserError(f"{len(bare)} questions have no solution to compare with; --orm must pick a sample")
     if args.curriculum == "verifiable_first" and "verifier" not in route[: len(train)]:
@@ -750,14 +750,12 @@ def main(argv: list[str]) -> None:
     elif bare:
         judges.orm.check_lengths(bare, args.max_new_tokens)
     if judges.genrm:
-        judges.genrm.check_lengths(
-            [p for p, r in zip(everything, route, strict=True) if r != "verifier"], args.max_new_tokens
-        )
+        judges.genrm.check_lengths(golden + bare, args.max_new_tokens)
     run.begin()
 
     # 0. references to compare with, and the questions of the pool; a restart takes what was chosen before
     if judges.genrm:
-        find_references(judges, policy, everything, route, run, args)
+        find_references(judges, policy, golden, bare, run, args)
     if args.select:
         chosen = select_questions(policy, pool, domains, given_scores, judges, run, args)
         train, route = train + [pool[i] for i in chosen], route[: len(train)] + [route[len(train) + i] for i in chosen]

@@ -2,9 +2,10 @@
 # The harder variant of the task, problems of 4 to 6 steps, where no method is at its ceiling: SFT, expert iteration, PPO;
 # PPO with as many samples as expert iteration (phases36) or with a curriculum (backtracking, plr); and expert iteration that
 # trains on from the last policy (continue), or with four times the samples and as many updates (k16_once), or with a third
-# round (rounds3); three seeds (recorded are four of most, seven of sft, ei and k16_once). *_dedup: of the right solutions of a question with the same sequence of operations one is
-# kept; long_dedup is the control with more updates than ei makes, k16_round the first round of K = 16 alone (seed 0 was
-# run). Restartable: what is finished is skipped, what was interrupted goes on.
+# round (rounds3); three seeds (recorded are four of most, seven of sft, ei and k16_once). *_dedup: of the right solutions of
+# a question with the same sequence of operations one is kept; long_dedup is the control with more updates than ei makes,
+# k16_round the first round of K = 16 alone (seed 0 was run). Restartable: what is finished is skipped, what was interrupted
+# goes on.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 dataset=arithmetic-hard
