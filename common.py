@@ -57,6 +57,11 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # comes with PyTorch for GPUs
+    triton = None
 
 transformers_logging.disable_progress_bar()
 
@@ -526,7 +531,7 @@ def prompt_text(problem: Problem, few_shot: bool = False) -> str:
 def usual_token_budget(device: str) -> int:
     """Tokens per micro-batch on a device where nothing is said. On a CPU few: they pad less, and stay in its cache."""
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    return 16384 if on_gpu else 1024
+    return 32768 if on_gpu else 1024
 
 
 class Policy:
@@ -552,6 +557,8 @@ class Policy:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = self._load(folder).to(self.device).eval()
+            if self.device.type == "cuda":
+                fuse_norms(self.model)
             ids = torch.tensor([[0, 1], [0, 2]], device=self.device)
             with torch.no_grad(), self.in_float32():
                 logits = self.model(ids, use_cache=False).logits
@@ -927,6 +934,23 @@ def model_folder(name: str, flag: str = "--model") -> str:
     return name
 
 
+def rms_norm(weight: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:
+    normed = torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    return normed.to(torch.promote_types(x.dtype, weight.dtype))
+
+
+def fuse_norms(model: torch.nn.Module) -> None:
+    """Let PyTorch compute every root mean square norm in one kernel, where transformers runs six small ones and more in the
+    backward pass. Norms that compute something else, as those of Gemma, stay as they are."""
+    for module in model.modules():
+        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and weight is not None:
+            fused = functools.partial(rms_norm, weight, eps)  # a deep copy of the module has one with its own weight
+            x = torch.randn(2, *weight.shape, device=weight.device)
+            if torch.allclose(module(x), fused(x), rtol=1e-4, atol=1e-5):
+                module.forward = fused
+
+
 def check_base(policy: Policy, base: str) -> None:
     """UserError where tiny, the default of --base, stands beside a --model that cannot have been made from it."""
     if base == "tiny":
@@ -1044,12 +1068,12 @@ class PagedCache:
     sample moves nothing. Slots and pages are each one block of memory: for a slice of something longer, a batched
     matrix product makes a copy first."""
 
-    def __init__(self, longest_prompt: int, on_growth: Callable[[], None]):
+    def __init__(self, longest_prompt: int, on_growth: Callable[[], None], fused: bool = False):
         # per layer [keys, values]: [slots or pages, key heads, tokens, head_dim] each, but own values
         # [pages, key heads, head_dim, tokens]: for the product of so few rows this order is the faster one
         self.prompts, self.own = [], []
         self.free = {"prompts": [], "own": []}  # heaps: the lowest first, so that those in use lie together
-        self.longest_prompt, self.on_growth = longest_prompt, on_growth
+        self.longest_prompt, self.on_growth, self.fused = longest_prompt, on_growth, fused
         self.recorded = None  # while prompts are run: per layer (keys, values)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
@@ -1057,9 +1081,11 @@ class PagedCache:
             self.recorded.append((keys, values))
             return keys, values
         own_keys, own_values = self.own[layer]
+        if self.fused:  # which stores them itself
+            return _CachedLayer(self, layer, keys[:, :, 0]), _CachedLayer(self, layer, values[:, :, 0])
         own_keys[self.page, :, self.place] = keys[:, :, 0].to(own_keys.dtype)
         own_values[self.page, :, :, self.place] = values[:, :, 0].to(own_values.dtype)
-        return _CachedLayer(self, layer), _CachedLayer(self, layer)
+        return _CachedLayer(self, layer, None), _CachedLayer(self, layer, None)
 
     def get_seq_length(self, layer: int = 0) -> int:
         return 0
@@ -1149,7 +1175,9 @@ class PagedCache:
         return self.biases[window]
 
 
-_CachedLayer = collections.namedtuple("_CachedLayer", "cache layer")
+_CachedLayer = collections.namedtuple(
+    "_CachedLayer", "cache layer new"
+)  # new: keys or values that are still to be stored
 
 
 class Size(typing.NamedTuple):
@@ -1198,6 +1226,8 @@ def paged_attention(module, query, key, value, attention_mask, scaling=None, sli
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention with capped scores or sinks")
+    if key.cache.fused:
+        return fused_attention(query[:, :, 0], key, value, scaling, sliding_window)[:, None], None
     cache, view, (prompt_bias, own_bias) = key.cache, key.cache.view, key.cache.bias(sliding_window)
     prompt_keys, prompt_values = (t[: len(view.grid)] for t in cache.prompts[key.layer])
     own_keys, own_values = (t[: len(view.own_row)] for t in cache.own[key.layer])
@@ -1212,6 +1242,80 @@ def paged_attention(module, query, key, value, attention_mask, scaling=None, sli
     own = own_mean * (own_weight - take_rows(total, view.own_row)).exp()
     out = mean * (weight - total).exp() + take_rows(own, view.table).sum(1)
     return out.reshape(rows, 1, heads, -1).to(query.dtype), None
+
+
+if triton:
+
+    @triton.jit
+    def _see(query, keys, values, seen, largest, total, mean):
+        """Softmax over a few keys more, relative to the largest score so far (FlashAttention)."""
+        scores = tl.where(seen[None, :], tl.dot(query, keys, input_precision="ieee"), -1e30)
+        new = tl.maximum(largest, tl.max(scores, 1))
+        weights, fade = tl.where(seen[None, :], tl.exp(scores - new[:, None]), 0.0), tl.exp(largest - new)
+        mean = mean * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        return new, total * fade + tl.sum(weights, 1), mean
+
+    @triton.jit(do_not_specialize=["window", "longest_prompt", "columns"])
+    def _decode_attention(
+        query, new_keys, new_values, prompt_keys, prompt_values, own_keys, own_values, slots, table, ages, starts, out,
+        scale, window, longest_prompt, columns, N_QUERIES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+        QUERIES: tl.constexpr, D: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """The queries of one row and key head. QUERIES, D and V are N_QUERIES, WIDTH and VALUE_WIDTH rounded up to what a
+        matrix product takes; KEYS, so many at a time, is the size of a page."""
+        row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        i, d, v, k = tl.arange(0, QUERIES), tl.arange(0, D), tl.arange(0, V), tl.arange(0, KEYS)
+        is_query, in_key, in_value = i < N_QUERIES, d < WIDTH, v < VALUE_WIDTH
+        first = ((row * heads + head) * N_QUERIES + i)[:, None]
+        q = tl.load(query + first * WIDTH + d[None, :], mask=is_query[:, None] & in_key[None, :], other=0.0)
+        q = (q.to(tl.float32) * scale).to(own_keys.dtype.element_ty)
+        start, age, slot = tl.load(starts + row), tl.load(ages + row), tl.load(slots + row)
+        page = tl.load(table + row * columns + age // KEYS) * heads + head
+        new_key = tl.load(new_keys + (row * heads + head) * WIDTH + d, mask=in_key)
+        new_value = tl.load(new_values + (row * heads + head) * VALUE_WIDTH + v, mask=in_value)
+        tl.store(own_keys + (page * KEYS + age % KEYS) * WIDTH + d, new_key, mask=in_key)
+        tl.store(own_values + (page * VALUE_WIDTH + v) * KEYS + age % KEYS, new_value, mask=in_value)
+        tl.debug_barrier()  # all of it is there before it is read again
+        largest, total, mean = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES, V], tl.float32)  # fmt: skip
+        for begin in range(0, start, KEYS):
+            at, inside = (slot * heads + head) * longest_prompt + begin + k, begin + k < start
+            keys = tl.load(
+                prompt_keys + at[None, :] * WIDTH + d[:, None], mask=inside[None, :] & in_key[:, None], other=0.0
+            )
+            values = tl.load(prompt_values + at[:, None] * VALUE_WIDTH + v[None, :], mask=inside[:, None] & in_value[None, :], other=0.0)  # fmt: skip
+            seen = inside & (start + age - begin - k < window)
+            largest, total, mean = _see(q, keys, values, seen, largest, total, mean)
+        for begin in range(0, age + 1, KEYS):
+            page, inside = (tl.load(table + row * columns + begin // KEYS) * heads + head), begin + k <= age
+            keys = tl.load(own_keys + (page * KEYS + k)[None, :] * WIDTH + d[:, None], mask=inside[None, :] & in_key[:, None], other=0.0)  # fmt: skip
+            values = tl.load(own_values + (page * VALUE_WIDTH + v)[None, :] * KEYS + k[:, None], mask=inside[:, None] & in_value[None, :], other=0.0)  # fmt: skip
+            seen = inside & (age - begin - k < window)
+            largest, total, mean = _see(q, keys, values, seen, largest, total, mean)
+        tl.store(
+            out + first * VALUE_WIDTH + v[None, :], mean / total[:, None], mask=is_query[:, None] & in_value[None, :]
+        )
+
+
+def fused_attention(
+    query: torch.Tensor, key: _CachedLayer, value: _CachedLayer, scaling: float | None, window: int | None
+):
+    """What `PagedCache.update` and `paged_attention` do, in one kernel: query [rows, heads, head_dim] -> [rows, heads, value
+    width]. Each row and key head reads what it sees, and a prompt that many rows see comes from the cache of the GPU."""
+    cache, view = key.cache, key.cache.view
+    (keys, values), own = cache.prompts[key.layer], cache.own[key.layer]
+    (rows, heads, width), (_, key_heads, longest, value_width) = query.shape, values.shape
+    out = query.new_empty(rows, heads, value_width, dtype=values.dtype)
+    n = heads // key_heads
+    QUERIES, D, V = (max(16, 1 << (size - 1).bit_length()) for size in (n, width, value_width))
+    _decode_attention[rows, key_heads](
+        query.contiguous(), key.new.contiguous(), value.new.contiguous(), keys, values, *own, view.slot, view.table.contiguous(), cache.ages, cache.starts, out,
+        scaling or width**-0.5, 1 << 30 if window is None else window, longest, view.table.shape[1],
+        n, width, value_width, QUERIES, D, V, PAGE, num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+EMPTY = np.zeros(0, np.int64)
 
 
 def take_rows(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -1361,7 +1465,8 @@ def decode(
         graphs.clear()
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    cache = PagedCache(max(1, max(map(len, prompts)) - 1), on_growth=forget_graphs)
+    fused = device.type in FUSED_DEVICES
+    cache = PagedCache(max(1, max(map(len, prompts)) - 1), on_growth=forget_graphs, fused=fused)
     with_cache = {cache_argument(base): cache, "use_cache": True}
 
     def size_of(used: Size) -> Size:
@@ -1430,6 +1535,19 @@ def decode(
         need = (lengths[:n] + stride - 1) // PAGE + 1
         missing = (table[:n] == 0) & (np.arange(table.shape[1]) < need[:, None])
         table[:n][missing] = cache.take("own", int(missing.sum()))
+        if (
+            fused
+        ):  # a step reads no more than it needs, wherever it lies, and only the number of rows is a matter of shapes
+            size = size_of(Size(n, 0, 0, 0))
+            columns = table.shape[1] if on_gpu else need.max()
+            wide = np.zeros(size.rows, np.int64)
+            wide[:n] = row_slot[:n]
+            return size, View(
+                *(
+                    torch.from_numpy(a).to(device)
+                    for a in (EMPTY, wide, EMPTY, EMPTY, EMPTY, table[: size.rows, :columns])
+                )
+            )
         if (new := cache.compact("own", np.unique(table[:n][table[:n] > 0]), 1)) is not None:
             table[:n] = new[table[:n]]
         if (new := cache.compact("prompts", np.array(sorted(slot_of.values())), 0)) is not None:
@@ -1490,12 +1608,22 @@ def decode(
         for _ in range(stride - 1):
             (replay or run)()
 
+    ready = []  # samples that have ended
+
+    def deliver_ready() -> None:
+        while ready:
+            deliver(*ready.pop())
+
     n = rows - len(fill(list(range(rows))))
     while n:
         if stop():
+            deliver_ready()
             raise KeyboardInterrupt
-        # 1. the next token of the first n rows; on a GPU the next 16
-        advance(n)
+        # 1. the next token of the first n rows; on a GPU the next 16, and while it computes them, the last samples
+        try:
+            advance(n)
+        finally:
+            deliver_ready()
         before, host_tokens, host_logprobs = lengths[:n].copy(), tokens[:n].cpu().numpy(), logprobs[:n].cpu().numpy()
         lengths[:n] += stride
         # 2. which have ended, and after how many tokens
@@ -1514,7 +1642,7 @@ def decode(
         for row in vacant:
             i, number = work[row]
             ids, said = host_tokens[row, : length[row]].astype(np.int32), host_logprobs[row, : length[row]].copy()
-            deliver(i, number, ids, said, bool(ended[row]))
+            ready.append((i, number, ids, said, bool(ended[row])))
             left[i] -= 1
             cache.give_back("own", table[row][table[row] > 0].tolist())
             table[row] = 0
@@ -1530,6 +1658,7 @@ def decode(
             table[last] = 0
             for gap, row in zip(gaps, last, strict=True):
                 work[gap] = work[row]
+    deliver_ready()
 
 
 def decode_plainly(
@@ -1626,6 +1755,7 @@ def packed_weights(policy: Policy):
 
 
 NOT_FINITE = "the model's probabilities are not finite: its weights are broken"
+FUSED_DEVICES = {"cuda"} if triton else set()
 GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
 
 

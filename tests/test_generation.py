@@ -258,8 +258,8 @@ def test_broken_weights_are_noticed(nano):
 
 def test_one_prefill_serves_all_samples_of_a_problem(tmp_path_factory, monkeypatch):
     """Count what goes through the model: each prompt once, then one token a row and step."""
-    policy = random_policy("llama", tmp_path_factory)
-    calls = []
+    policy, calls = random_policy("llama", tmp_path_factory), []
+    assert policy.decodes_fast  # found out before the passes are counted
     model = policy.model.base_model
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(tuple(k["input_ids"].shape)) or forward(*a, **k))
