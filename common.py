@@ -1189,21 +1189,26 @@ class Size(typing.NamedTuple):
     pages: int
 
 
+EMPTY = np.zeros(0, np.int64)
+
+
 class View(typing.NamedTuple):
-    """Where a step finds what it reads. Unused slots and pages are computed as well, and the results ignored.
+    """Where a step finds what it reads. Unused slots and pages are computed as well, and the results ignored. The fused
+    kernel reads only what it needs, and only the first two.
 
     Rows 0 and 2 sample after the prompt in slot 0, row 1 after that in slot 1; row 0 has 41 tokens of its own, in pages 1
     and 4, the others have fewer than 32, in pages 2 and 3; page 0 stands for none:
 
-        grid   [[0, 2], [1, 0]]             slot     [0, 1, 0]         reader     [0, 0, 1]
-        table  [[1, 4], [2, 0], [3, 0]]     own_row  [0, 0, 1, 2, 0]   own_first  [far, 0, 0, 0, 32]"""
+        slot  [0, 1, 0]           grid    [[0, 2], [1, 0]]    own_row    [0, 0, 1, 2, 0]
+        table [[1, 4], [2, 0],    reader  [0, 0, 1]           own_first  [far, 0, 0, 0, 32]
+               [3, 0]]"""
 
-    grid: torch.Tensor  # the rows that read a slot, padded with row 0 [slots, readers]
-    slot: torch.Tensor  # where a row stands in the grid [rows]
-    reader: torch.Tensor  # [rows]
-    own_row: torch.Tensor  # whose page it is [pages]
-    own_first: torch.Tensor  # which of the row's own tokens is the first of the page [pages]
+    slot: torch.Tensor  # of a row's prompt [rows]
     table: torch.Tensor  # the pages of a row, 0 for none [rows, pages of a row]
+    grid: torch.Tensor = EMPTY  # the rows that read a slot, padded with row 0 [slots, readers]
+    reader: torch.Tensor = EMPTY  # where a row stands among those of its slot [rows]
+    own_row: torch.Tensor = EMPTY  # whose page it is [pages]
+    own_first: torch.Tensor = EMPTY  # which of the row's own tokens is the first of the page [pages]
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor):
@@ -1247,75 +1252,75 @@ def paged_attention(module, query, key, value, attention_mask, scaling=None, sli
 if triton:
 
     @triton.jit
-    def _see(query, keys, values, seen, largest, total, mean):
-        """Softmax over a few keys more, relative to the largest score so far (FlashAttention)."""
-        scores = tl.where(seen[None, :], tl.dot(query, keys, input_precision="ieee"), -1e30)
+    def _see(query, keys, values, seen, in_key, in_value, largest, total, mean):
+        """Softmax over a few keys more, all of it relative to the largest score so far (FlashAttention)."""
+        key = tl.load(keys, mask=seen[None, :] & in_key[:, None], other=0.0)
+        value = tl.load(values, mask=seen[:, None] & in_value[None, :], other=0.0)
+        scores = tl.where(seen[None, :], tl.dot(query, key, input_precision="ieee"), -1e30)
         new = tl.maximum(largest, tl.max(scores, 1))
-        weights, fade = tl.where(seen[None, :], tl.exp(scores - new[:, None]), 0.0), tl.exp(largest - new)
-        mean = mean * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        weights, fade = tl.exp(scores - new[:, None]), tl.exp(largest - new)
+        mean = mean * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         return new, total * fade + tl.sum(weights, 1), mean
 
-    @triton.jit(do_not_specialize=["window", "longest_prompt", "columns"])
-    def _decode_attention(
-        query, new_keys, new_values, prompt_keys, prompt_values, own_keys, own_values, slots, table, ages, starts, out,
-        scale, window, longest_prompt, columns, N_QUERIES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-        QUERIES: tl.constexpr, D: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr,
+    @triton.jit(do_not_specialize=["window", "longest", "columns"])
+    def _attend_and_store(
+        query, new_key, new_value, prompt_keys, prompt_values, own_keys, own_values, slots, table, ages, starts, out,
+        scale, window, longest, columns, QUERIES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+        Q: tl.constexpr, D: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
-        """The queries of one row and key head. QUERIES, D and V are N_QUERIES, WIDTH and VALUE_WIDTH rounded up to what a
-        matrix product takes; KEYS, so many at a time, is the size of a page."""
+        """For one row and key head; tensors as in `PagedCache` and `View`. Q, D and V: QUERIES, WIDTH and VALUE_WIDTH rounded
+        up to what a matrix product takes; KEYS: so many at a time, a page."""
         row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-        i, d, v, k = tl.arange(0, QUERIES), tl.arange(0, D), tl.arange(0, V), tl.arange(0, KEYS)
-        is_query, in_key, in_value = i < N_QUERIES, d < WIDTH, v < VALUE_WIDTH
-        first = ((row * heads + head) * N_QUERIES + i)[:, None]
-        q = tl.load(query + first * WIDTH + d[None, :], mask=is_query[:, None] & in_key[None, :], other=0.0)
-        q = (q.to(tl.float32) * scale).to(own_keys.dtype.element_ty)
+        q, d, v, k = tl.arange(0, Q), tl.arange(0, D), tl.arange(0, V), tl.arange(0, KEYS)
+        in_key, in_value, at = d < WIDTH, v < VALUE_WIDTH, row * heads + head
         start, age, slot = tl.load(starts + row), tl.load(ages + row), tl.load(slots + row)
+        queries = (at * QUERIES + q)[:, None]
+        x = tl.load(query + queries * WIDTH + d[None, :], mask=(q < QUERIES)[:, None] & in_key[None, :], other=0.0)
+        x = (x.to(tl.float32) * scale).to(own_keys.dtype.element_ty)
+        # the row's last token, which the others find in the cache from the next step on
+        key = tl.load(new_key + at * WIDTH + d, mask=in_key, other=0.0).to(x.dtype)
+        value = tl.load(new_value + at * VALUE_WIDTH + v, mask=in_value, other=0.0).to(x.dtype)
         page = tl.load(table + row * columns + age // KEYS) * heads + head
-        new_key = tl.load(new_keys + (row * heads + head) * WIDTH + d, mask=in_key)
-        new_value = tl.load(new_values + (row * heads + head) * VALUE_WIDTH + v, mask=in_value)
-        tl.store(own_keys + (page * KEYS + age % KEYS) * WIDTH + d, new_key, mask=in_key)
-        tl.store(own_values + (page * VALUE_WIDTH + v) * KEYS + age % KEYS, new_value, mask=in_value)
-        tl.debug_barrier()  # all of it is there before it is read again
-        largest, total, mean = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES, V], tl.float32)  # fmt: skip
+        tl.store(own_keys + (page * KEYS + age % KEYS) * WIDTH + d, key, mask=in_key)
+        tl.store(own_values + (page * VALUE_WIDTH + v) * KEYS + age % KEYS, value, mask=in_value)
+        largest = tl.sum(x.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+        total = tl.full([Q], 1.0, tl.float32)
+        mean = tl.zeros([Q, V], tl.float32) + value.to(tl.float32)[None, :]
         for begin in range(0, start, KEYS):
-            at, inside = (slot * heads + head) * longest_prompt + begin + k, begin + k < start
-            keys = tl.load(
-                prompt_keys + at[None, :] * WIDTH + d[:, None], mask=inside[None, :] & in_key[:, None], other=0.0
+            place = (slot * heads + head) * longest + begin + k
+            keys, values = place[None, :] * WIDTH + d[:, None], place[:, None] * VALUE_WIDTH + v[None, :]
+            seen = (begin + k < start) & (start + age - begin - k < window)
+            largest, total, mean = _see(
+                x, prompt_keys + keys, prompt_values + values, seen, in_key, in_value, largest, total, mean
             )
-            values = tl.load(prompt_values + at[:, None] * VALUE_WIDTH + v[None, :], mask=inside[:, None] & in_value[None, :], other=0.0)  # fmt: skip
-            seen = inside & (start + age - begin - k < window)
-            largest, total, mean = _see(q, keys, values, seen, largest, total, mean)
-        for begin in range(0, age + 1, KEYS):
-            page, inside = (tl.load(table + row * columns + begin // KEYS) * heads + head), begin + k <= age
-            keys = tl.load(own_keys + (page * KEYS + k)[None, :] * WIDTH + d[:, None], mask=inside[None, :] & in_key[:, None], other=0.0)  # fmt: skip
-            values = tl.load(own_values + (page * VALUE_WIDTH + v)[None, :] * KEYS + k[:, None], mask=inside[:, None] & in_value[None, :], other=0.0)  # fmt: skip
-            seen = inside & (age - begin - k < window)
-            largest, total, mean = _see(q, keys, values, seen, largest, total, mean)
-        tl.store(
-            out + first * VALUE_WIDTH + v[None, :], mean / total[:, None], mask=is_query[:, None] & in_value[None, :]
-        )
+        for begin in range(0, age, KEYS):
+            page = tl.load(table + row * columns + begin // KEYS) * heads + head
+            keys = (page * KEYS + k)[None, :] * WIDTH + d[:, None]
+            values = (page * VALUE_WIDTH + v)[None, :] * KEYS + k[:, None]
+            seen = (begin + k < age) & (age - begin - k < window)
+            largest, total, mean = _see(
+                x, own_keys + keys, own_values + values, seen, in_key, in_value, largest, total, mean
+            )
+        shown = (q < QUERIES)[:, None] & in_value[None, :]
+        tl.store(out + queries * VALUE_WIDTH + v[None, :], mean / total[:, None], mask=shown)
 
 
 def fused_attention(
     query: torch.Tensor, key: _CachedLayer, value: _CachedLayer, scaling: float | None, window: int | None
-):
-    """What `PagedCache.update` and `paged_attention` do, in one kernel: query [rows, heads, head_dim] -> [rows, heads, value
-    width]. Each row and key head reads what it sees, and a prompt that many rows see comes from the cache of the GPU."""
-    cache, view = key.cache, key.cache.view
-    (keys, values), own = cache.prompts[key.layer], cache.own[key.layer]
-    (rows, heads, width), (_, key_heads, longest, value_width) = query.shape, values.shape
-    out = query.new_empty(rows, heads, value_width, dtype=values.dtype)
-    n = heads // key_heads
-    QUERIES, D, V = (max(16, 1 << (size - 1).bit_length()) for size in (n, width, value_width))
-    _decode_attention[rows, key_heads](
-        query.contiguous(), key.new.contiguous(), value.new.contiguous(), keys, values, *own, view.slot, view.table.contiguous(), cache.ages, cache.starts, out,
-        scaling or width**-0.5, 1 << 30 if window is None else window, longest, view.table.shape[1],
-        n, width, value_width, QUERIES, D, V, PAGE, num_warps=2,
+) -> torch.Tensor:
+    """What `PagedCache.update` and `paged_attention` do together, in one kernel: query [rows, heads, head_dim] -> [rows,
+    heads, value width]. Every row reads its whole prompt; what many rows read comes from the cache of the GPU."""
+    cache, view, layer = key.cache, key.cache.view, key.layer
+    (rows, heads, width), (_, key_heads, longest, value_width) = query.shape, cache.prompts[layer][1].shape
+    sizes = heads // key_heads, width, value_width
+    out = query.new_empty(rows, heads, value_width, dtype=cache.own[layer][1].dtype)
+    _attend_and_store[rows, key_heads](
+        query.contiguous(), key.new.contiguous(), value.new.contiguous(), *cache.prompts[layer], *cache.own[layer],
+        view.slot, view.table.contiguous(), cache.ages, cache.starts, out, scaling or width**-0.5,
+        1 << 30 if window is None else window, longest, view.table.shape[1], *sizes,
+        *(max(16, 1 << (size - 1).bit_length()) for size in sizes), PAGE, num_warps=2, num_stages=1,
     )  # fmt: skip
     return out
-
-
-EMPTY = np.zeros(0, np.int64)
 
 
 def take_rows(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -1530,24 +1535,8 @@ def decode(
         inputs[:n] = picked
         ages[:n] += 1
 
-    def look(n: int) -> tuple[Size, View]:
-        """Give the first n rows the pages that the next steps write to, and say where everything is."""
-        need = (lengths[:n] + stride - 1) // PAGE + 1
-        missing = (table[:n] == 0) & (np.arange(table.shape[1]) < need[:, None])
-        table[:n][missing] = cache.take("own", int(missing.sum()))
-        if (
-            fused
-        ):  # a step reads no more than it needs, wherever it lies, and only the number of rows is a matter of shapes
-            size = size_of(Size(n, 0, 0, 0))
-            columns = table.shape[1] if on_gpu else need.max()
-            wide = np.zeros(size.rows, np.int64)
-            wide[:n] = row_slot[:n]
-            return size, View(
-                *(
-                    torch.from_numpy(a).to(device)
-                    for a in (EMPTY, wide, EMPTY, EMPTY, EMPTY, table[: size.rows, :columns])
-                )
-            )
+    def group(n: int) -> tuple[Size, dict[str, np.ndarray]]:
+        """What a step computes that multiplies all prompts and pages with all queries that read them, and in which order."""
         if (new := cache.compact("own", np.unique(table[:n][table[:n] > 0]), 1)) is not None:
             table[:n] = new[table[:n]]
         if (new := cache.compact("prompts", np.array(sorted(slot_of.values())), 0)) is not None:
@@ -1559,17 +1548,26 @@ def decode(
         size = size_of(Size(n, len(readers), int(readers.max()), int(page.max()) + 1))
         cache.reserve("prompts", size.slots)
         cache.reserve("own", size.pages)
-        order, reader, wide_slot = slot.argsort(kind="stable"), *np.zeros((2, size.rows), np.int64)
+        order, reader = slot.argsort(kind="stable"), np.zeros(size.rows, np.int64)
         reader[order] = np.arange(n) - (readers.cumsum() - readers)[slot[order]]  # its rank among those of its slot
-        wide_slot[:n] = slot
         grid = np.zeros((size.slots, size.readers), np.int64)
         grid[slot, reader[:n]] = np.arange(n)
         own_row, own_first = np.zeros(size.pages, np.int64), np.full(size.pages, width)
         own_row[page], own_first[page] = row, nth * PAGE
+        return size, {"grid": grid, "reader": reader, "own_row": own_row, "own_first": own_first}
+
+    def look(n: int) -> tuple[Size, View]:
+        """Give the first n rows the pages that the next steps write to, and say where everything is."""
+        need = (lengths[:n] + stride - 1) // PAGE + 1
+        missing = (table[:n] == 0) & (np.arange(table.shape[1]) < need[:, None])
+        table[:n][missing] = cache.take("own", int(missing.sum()))
+        size, order = (size_of(Size(n, 0, 0, 0)), {}) if cache.fused else group(n)
+        slot = np.zeros(size.rows, np.int64)
+        slot[:n] = row_slot[:n]
         # while others end the longest row grows on: its pages would ask for one graph after the other
         columns = table.shape[1] if on_gpu else need.max()
-        arrays = (grid, wide_slot, reader, own_row, own_first, table[: size.rows, :columns])
-        return size, View(*(torch.from_numpy(array).to(device) for array in arrays))
+        view = View(slot, table[: size.rows, :columns], **order)
+        return size, View(*(torch.from_numpy(array).to(device) for array in view))
 
     def first_step(run: Callable[[], None]) -> Callable[[], None] | None:
         """Run a step of a new size as it is, which warms up what a graph needs -> what replays it; None if that cannot be."""
@@ -2489,7 +2487,7 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
         "epochs": dict(type=number(int, 1), help="passes over the training data; in PPO over the samples of a phase (paper: 4)"),
         "batch_size": dict(type=number(int, 1), help="solutions per optimizer step (paper: 128; PPO: 256)"),
         "token_budget": dict(type=number(int, 1), help="tokens per micro-batch, padding included; bounded by memory (default: "
-                             "1024 on a CPU, 16384 on a GPU)"),
+                             "1024 on a CPU, 32768 on a GPU)"),
         "limit_train": dict(type=number(int, 1), help="use only the first so many training problems (SFT: of those with a solution)"),
         "limit_eval": dict(type=number(int, 1), help="use only the first so many dev or test problems"),
         "checkpoint_every": dict(type=number(float, 0), help="seconds between checkpoints"),

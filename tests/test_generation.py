@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -321,6 +322,29 @@ def test_cuda_graphs_give_the_same_samples_as_single_steps(tmp_path_factory, mon
     graphs = common.generate(policy, PROBLEMS, **how)
     monkeypatch.setattr(common, "GRAPH_DEVICES", set())
     assert ids_of(graphs) == ids_of(common.generate(policy, PROBLEMS, **how))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_the_fused_kernel_samples_what_the_plain_attention_samples(name, tmp_path_factory, monkeypatch):
+    """Prompts of 6 to 40 tokens, own tokens on two pages, a window, key heads with one query and with two. Where Triton is
+    installed but no GPU, TRITON_INTERPRET=1 before pytest runs the kernel on the CPU, in minutes."""
+    if torch.cuda.is_available():
+        device = "cuda"
+    elif common.triton and os.environ.get("TRITON_INTERPRET") == "1":
+        device = "cpu"
+    else:
+        pytest.skip("no GPU, nor Triton with TRITON_INTERPRET=1")
+    policy = random_policy(name, tmp_path_factory, device)
+    how = dict(samples=2, max_new_tokens=40, rows=8)
+    monkeypatch.setattr(common, "FUSED_DEVICES", set())
+    plain = common.generate(policy, PROBLEMS, **how)
+    monkeypatch.setattr(common, "FUSED_DEVICES", {device})
+    launched, fused_attention = [], common.fused_attention
+    monkeypatch.setattr(common, "fused_attention", lambda *how: launched.append(1) or fused_attention(*how))
+    fused = common.generate(policy, PROBLEMS, **how)
+    assert launched and ids_of(fused) == ids_of(plain)
+    for one, other in zip(fused, plain, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3)
 
 
 def test_steps_that_cannot_be_recorded_run_as_they_are(tmp_path_factory, monkeypatch, capsys):

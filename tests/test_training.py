@@ -1,5 +1,6 @@
 """Log-probabilities, batches and the training step."""
 
+import copy
 import math
 import shutil
 from types import SimpleNamespace
@@ -318,6 +319,44 @@ def test_a_fingerprint_changes_with_any_weight(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     assert common.fingerprint(str(model)) == before
+
+
+@pytest.mark.parametrize("name, fused", [("llama", 7), ("qwen3", 13), ("gemma3", 0), ("gpt2", 0)])
+def test_fused_norms_are_the_models_own(name, fused, tmp_path_factory):
+    """Norms that multiply by 1 + weight are another thing; a copy of the model, as PPO's reference, has its own weights."""
+    model = copy.deepcopy(random_policy(name, tmp_path_factory).model)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "norm" in key:
+                weight.uniform_(0.5, 1.5)
+    ids = torch.arange(40).view(2, 20)
+    logits, keys = model(ids).logits, model.state_dict().keys()
+    logits.sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    common.fuse_norms(model)
+    assert sum("forward" in module.__dict__ for module in model.modules()) == fused
+    assert model.state_dict().keys() == keys
+    again = model(ids).logits
+    torch.testing.assert_close(again, logits, atol=1e-4, rtol=1e-4)
+    again.sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients, atol=1e-3, rtol=1e-3)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2)
+        torch.testing.assert_close(reference(ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_fused_norm_keeps_the_precision_of_its_input():
+    """In bfloat16 weights and inputs the mean is taken in float32; a bfloat16 input to float32 weights becomes float32."""
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(64)
+    x = 100 * torch.randn(3, 64)
+    for weights, inputs in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)):
+        norm.to(weights)
+        own, fused = norm(x.to(inputs)), common.rms_norm(norm.weight, norm.variance_epsilon, x.to(inputs))
+        assert fused.dtype == own.dtype == weights
+        torch.testing.assert_close(fused, own, atol=0.01, rtol=0.01)
 
 
 def test_no_weight_decays():
