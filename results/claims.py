@@ -3,9 +3,14 @@
 Differences are between runs of the same seed, with the 95 % interval of their mean over the seeds (Student's t). A test
 metric is that of the epoch, round or phase with the best maj@1 on dev, and so says nothing of what came after it."""
 
+import sys
+
 import numpy as np
 from records import RESULTS, methods, over_phases, paired, recorded
 from records import test_metric as test
+
+sys.path.insert(0, str(RESULTS.parent))
+from evaluate import paired_test  # noqa: E402
 
 
 def dev(name: str, key: str, **where) -> dict[int, float]:
@@ -236,6 +241,33 @@ for metric in ("maj@1", "pass@1"):
         ("harder task, two rounds, once more - recorded before", "rcrl_all/hard_policy", "hard/ei"),
     ):
         show(f"test {metric}, {what}", test(one, metric), test(other, metric))
+
+print("SmolLM2-135M-Instruct on GSM8K, one run each: differences on the same test problems")
+
+
+def greedily_right(method: str) -> list[float]:
+    (right,), n = recorded(f"gsm8k_smollm2/{method}", "greedy_right.json").values(), 1319
+    return np.isin(np.arange(n), right).astype(float).tolist()
+
+
+def apart(found: dict) -> str:
+    low, high = found["ci95"]
+    return f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f}), p {found['p']:.2g}"
+
+
+for method in ("ei", "ppo", "ppo_1e-4"):
+    print(f"  maj@1, {method} - sft: {apart(paired_test(greedily_right(method), greedily_right('sft')))}")
+for method in ("sft", "ei"):
+    (report,) = recorded(f"gsm8k_smollm2/{method}", "test.json").values()
+    for metric in ("rerank@96", "weighted@96"):
+        print(f"  {metric} - maj@96, samples of {method}: {apart(report[f'{metric} - maj@96'])}")
+for method in ("ppo", "ppo_1e-4"):
+    (log,) = recorded(f"gsm8k_smollm2/{method}").values()
+    phases, shown = max(row.get("phase", 0) for row in log), []
+    for first, last in ((1, 3), (phases - 2, phases)):
+        (share,) = over_phases(f"gsm8k_smollm2/{method}", "correct", first, last).values()
+        shown.append(f"{share:.3f} in phases {first} to {last}")
+    print(f"  {method}: right on training questions {', '.join(shown)}")
 
 print("hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)")
 for folder in sorted(

@@ -45,6 +45,19 @@ def print_rerank(rows: dict[str, str]) -> None:
         print(f"| {label} | {' | '.join(spread(test_metric(name, m)) for m in metrics)} | {each} ({said}) |")
 
 
+def print_of_one_run(title: str, metrics: dict[str, bool], rows: dict[str, str]) -> None:
+    """metrics: name -> whether with its interval over problems; rows: label -> where the run is. Blank what was not measured."""
+    print(f"\n{title}\n\n| | {' | '.join(metrics)} | rollouts | minutes |\n{'|---' * (len(metrics) + 3)}|")
+    for label, name in rows.items():
+        (report,), cells = recorded(name, "test.json").values(), []
+        for metric, with_interval in metrics.items():
+            found = report.get(metric)
+            cells.append(f"{found['value']:.3f}" if found else "")
+            cells[-1] += " ({:.3f} - {:.3f})".format(*found["ci95"]) if found and with_interval else ""
+        (drawn,), (seconds,) = logged(name, "samples").values(), logged(name, "seconds").values()
+        print(f"| {label} | {' | '.join(cells)} | {drawn:,.0f} | {seconds / 60:.1f} |")
+
+
 def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, str | None]]) -> None:
     """rows: label -> (where it was tested, the run whose mixture it was trained on, if any); of the others only the seeds
     that a mixture was made from"""
@@ -204,6 +217,17 @@ def main() -> None:
             "SFT": ("hard/sft", None),
         },
     )
+    print_of_one_run(
+        "GSM8K",
+        {"maj@1": True, "maj@96": True, "rerank@96": True, "weighted@96": False, "pass@1": True, "pass@32": False,
+         "pass@96": True},
+        {
+            "SFT, 4 epochs": "gsm8k_smollm2/sft",
+            "one round of expert iteration, K = 8": "gsm8k_smollm2/ei",
+            "PPO, 16 phases, `--lr 1e-5`": "gsm8k_smollm2/ppo",
+            "PPO, 7 phases, `--lr 1e-4`": "gsm8k_smollm2/ppo_1e-4",
+        },
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

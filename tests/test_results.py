@@ -78,14 +78,9 @@ def test_differences_by_seed_are_those_of_the_records(printed):
         assert values in (rounded if found in in_points else given), found
 
 
-@pytest.mark.parametrize("row, file", [("SFT, 4 epochs", "sft"), ("one round of expert iteration, K = 4", "ei")])
-def test_the_gsm8k_table_is_what_the_evaluations_printed(row, file):
-    said = (ROOT / "results" / "gsm8k_smollm2" / f"{file}_test.txt").read_text()
-    lines = PAGES["README.md"].splitlines()
-    cells = next(line for line in lines if line.startswith(f"| {row} |")).split("|")[2:-2]  # the last: rollouts
-    names = next(line for line in lines if line.startswith("| | maj@1 | maj@32 |")).split("|")[2:-2]
-    written = {name.strip(): cell.strip() for name, cell in zip(names, cells, strict=True) if cell.strip()}
-    assert len(written) > 4 and "maj@1" in written
-    for name, cell in written.items():
-        value, low, high = re.search(rf" {name} +({NUMBER})  \[({NUMBER}), ({NUMBER})\]", said).groups()
-        assert cell in (value, f"{value} ({low} - {high})"), name
+@pytest.mark.parametrize("file", ["sft", "ei"])
+def test_the_earlier_round_on_gsm8k_is_what_its_evaluations_printed(file):
+    said = (ROOT / "results" / "gsm8k_smollm2" / "h200" / f"{file}_test.txt").read_text()
+    value = re.search(rf" maj@1 +({NUMBER}) ", said)[1]
+    line = next(line for line in PAGES["README.md"].splitlines() if "`results/gsm8k_smollm2/h200`" in line)
+    assert value in re.findall(NUMBER, line)
