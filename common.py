@@ -528,10 +528,18 @@ def prompt_text(problem: Problem, few_shot: bool = False) -> str:
     return f"{FEW_SHOT if few_shot else ''}Question: {problem.question}\nAnswer:\n"
 
 
+def is_gpu(device: str) -> bool:
+    return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+
+
 def usual_token_budget(device: str) -> int:
     """Tokens per micro-batch on a device where nothing is said. On a CPU few: they pad less, and stay in its cache."""
-    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    return 32768 if on_gpu else 1024
+    return 32768 if is_gpu(device) else 1024
+
+
+def usual_rows(device: str) -> int:
+    """Sequences that are decoded at the same time where nothing is said."""
+    return 1024 if is_gpu(device) else 256
 
 
 class Policy:
@@ -2441,6 +2449,8 @@ class OneLineParser(argparse.ArgumentParser):
             self.error("--resume goes on with what --overwrite replaces; give one of them")
         if "token_budget" in args and args.token_budget is None:
             args.token_budget = usual_token_budget(args.device)
+        if "rows" in args and args.rows is None:
+            args.rows = usual_rows(args.device)
         return args
 
     def error(self, message: str):
@@ -2482,7 +2492,8 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
                                "of rcrl.py count"),
         "temperature": dict(type=number(float, 0), help="sampling temperature; 0: greedy"),
         "samples": dict(type=number(int, 1), help="samples per problem, K (paper: 96; PPO: 4)"),
-        "rows": dict(type=number(int, 1), help="sequences decoded at the same time; bounded by memory (GPU: 512 to 2048)"),
+        "rows": dict(type=number(int, 1), help="sequences decoded at the same time; bounded by memory (default: 256 on a CPU, "
+                     "1024 on a GPU)"),
         "lr": dict(type=number(float, 0), help="peak learning rate (paper: 2e-5, falling to 1/100 along a cosine; PPO: 1e-6)"),
         "epochs": dict(type=number(int, 1), help="passes over the training data; in PPO over the samples of a phase (paper: 4)"),
         "batch_size": dict(type=number(int, 1), help="solutions per optimizer step (paper: 128; PPO: 256)"),
@@ -2495,7 +2506,7 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
         "overwrite": dict(action="store_true", help="replace what is in --out"),
     }  # fmt: skip
     everywhere = {
-        "dataset": "arithmetic", "seed": 0, "device": "auto", "dtype": "auto", "max_new_tokens": 128, "rows": 256,
+        "dataset": "arithmetic", "seed": 0, "device": "auto", "dtype": "auto", "max_new_tokens": 128, "rows": None,
     }  # fmt: skip
     everywhere |= {"limit_eval": None, "resume": False, "overwrite": False}
     parser = OneLineParser(description=doc)

@@ -19,7 +19,7 @@ CPU, under a minute after `python sft.py`:
     python evaluate.py --model runs/sft/model
     python evaluate.py --model runs/sft/model --orm runs/reward_model/model --resume    # scores the same samples
 One GPU:
-    python evaluate.py --model runs/gsm8k/sft/model --dataset gsm8k --samples 96 --max-new-tokens 512 --rows 1024
+    python evaluate.py --model runs/gsm8k/sft/model --dataset gsm8k --samples 96 --max-new-tokens 512
 """
 
 import math

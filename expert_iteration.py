@@ -28,7 +28,7 @@ From the base, without any written solution:
     python expert_iteration.py --model tiny --samples 8 --epochs 3 --out runs/ei_base
 One GPU, the paper's setting as far as we know it (README.md), after sft.py; and from a pretrained model with a two-shot prompt in round 1:
     python expert_iteration.py --model runs/gsm8k/sft/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 96 \
-        --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024 --out runs/gsm8k/ei
+        --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 --out runs/gsm8k/ei
     python expert_iteration.py --model HuggingFaceTB/SmolLM2-135M --base HuggingFaceTB/SmolLM2-135M --few-shot ...
 """
 

@@ -41,7 +41,7 @@ From the base, without any written solution:
     python ppo.py --model tiny --out runs/ppo_base
 One GPU, the paper's setting as far as we know it (README.md), after sft.py:
     python ppo.py --model runs/gsm8k/sft/model --dataset gsm8k --lora-rank 128 --lr 1e-6 --value-lr 1e-5 --questions 256 \
-        --samples 4 --epochs 4 --batch-size 256 --phases 250 --max-new-tokens 512 --rows 1024 --out runs/gsm8k/ppo
+        --samples 4 --epochs 4 --batch-size 256 --phases 250 --max-new-tokens 512 --out runs/gsm8k/ppo
 """
 
 import contextlib

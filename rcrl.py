@@ -27,7 +27,7 @@ CPU, after `python expert_iteration.py` (README.md has the measured numbers):
     python rcrl.py
 One GPU:
     python rcrl.py --model runs/gsm8k/ei/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 32 --epochs 4 \
-        --lr 2e-5 --batch-size 128 --max-new-tokens 512 --rows 1024 --out runs/gsm8k/rcrl
+        --lr 2e-5 --batch-size 128 --max-new-tokens 512 --out runs/gsm8k/rcrl
 """
 
 import argparse

@@ -35,7 +35,7 @@ CPU, after `python sft.py` (README.md has the measured numbers):
     python reward_model.py --kind genrm
 One GPU:
     python reward_model.py --model runs/gsm8k/sft/model --dataset gsm8k --samples 96 --epochs 2 --lr 1e-5 --batch-size 128 \
-        --max-new-tokens 512 --rows 1024 --out runs/gsm8k/orm
+        --max-new-tokens 512 --out runs/gsm8k/orm
 """
 
 import itertools

@@ -19,7 +19,7 @@ CPU, a quarter of a minute, maj@1 on the test split from .44 to .75 (README.md h
     python sft.py
 One GPU, the paper's setting as far as we know it (README.md):
     python sft.py --model HuggingFaceTB/SmolLM2-135M --dataset gsm8k --epochs 4 --lr 2e-5 --batch-size 128 \
-        --max-new-tokens 512 --rows 1024 --out runs/gsm8k/sft
+        --max-new-tokens 512 --out runs/gsm8k/sft
 """
 
 from pathlib import Path

@@ -307,6 +307,15 @@ def test_micro_batches_are_small_on_a_cpu_unless_told_otherwise(script, flags, e
     assert budgets == {expected}
 
 
+@pytest.mark.parametrize("device, there, rows, budget", [("auto", False, 256, 1024), ("auto", True, 1024, 32768),
+                                                         ("cpu", True, 256, 1024), ("cuda:1", True, 1024, 32768)])  # fmt: skip
+def test_more_is_computed_at_a_time_on_a_gpu(device, there, rows, budget, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    args = sft.parse_args(["--device", device])
+    assert (args.rows, args.token_budget) == (rows, budget)
+    assert sft.parse_args(["--device", device, "--rows", "7"]).rows == 7
+
+
 def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
     measured, states = iter([0.1, 0.5, 0.3, 0.5]), []
 

@@ -6,12 +6,13 @@
 #     MODEL=HuggingFaceTB/SmolLM2-135M bash results/gsm8k/run.sh
 #
 # Smaller: K and N samples per training and test problem (paper: 96), PHASES of PPO (250), RCRL_K (32), LIMIT_TRAIN and
-# LIMIT_EVAL problems, MAX_NEW_TOKENS (512), ROWS that are sampled at a time (1024), EPOCHS (4) of SFT and of what trains
-# like it. LR (2e-5) and BATCH (128) are theirs, too; PPO_LR (1e-6) and ORM_LR (1e-5) of the others; SEEDS as elsewhere, here
-# 0 alone. For SmolLM2-135M LR=1e-3 BATCH=64 was the best of three in SFT; the other two have not been tried.
+# LIMIT_EVAL problems, MAX_NEW_TOKENS (512), ROWS that are sampled at a time (1024), TOKEN_BUDGET of a micro-batch (32768),
+# EPOCHS (4) of SFT and of what trains like it. LR (2e-5) and BATCH (128) are theirs, too; PPO_LR (1e-6) and ORM_LR (1e-5) of
+# the others; SEEDS as elsewhere, here 0 alone. For SmolLM2-135M LR=1e-3 BATCH=64 was the best of three in SFT; what PPO and a
+# reward model did at other rates is in ../gsm8k_smollm2.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
-model=${MODEL:-HuggingFaceTB/SmolLM2-135M} dataset=${DATASET:-gsm8k} k=${K:-96}
+budget=${TOKEN_BUDGET:-32768} model=${MODEL:-HuggingFaceTB/SmolLM2-135M} dataset=${DATASET:-gsm8k} k=${K:-96}
 test=(--dataset $dataset --max-new-tokens ${MAX_NEW_TOKENS:-512} --rows ${ROWS:-1024} ${LIMIT_EVAL:+--limit-eval $LIMIT_EVAL} --resume)
 train=("${test[@]}" --token-budget $budget ${LIMIT_TRAIN:+--limit-train $LIMIT_TRAIN})
 fit=(--epochs ${EPOCHS:-4} --lr ${LR:-2e-5} --batch-size ${BATCH:-128})
