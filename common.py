@@ -558,7 +558,7 @@ class Policy:
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=autocast)
         if self.device.type == "cuda":  # beside bfloat16, TensorFloat32 for what stays in float32: above all the head
             torch.set_float32_matmul_precision("high" if autocast else "highest")
-        self.records_steps = True  # on a GPU; until it fails once
+        self.fuses_attention = self.records_steps = True  # on a GPU; until it fails once
         # rows of `generate` that fit into memory, in float32 arithmetic or not; known once more did not
         self.most_rows = collections.defaultdict(lambda: math.inf)
         folder = model_folder(name, flag)
@@ -686,7 +686,12 @@ class Policy:
     @functools.cached_property
     def decodes_fast(self) -> bool:
         """Whether the cache and the attention of section 4 fit this model. If not, `generate` uses `decode_plainly`."""
-        if reason := self._differs(decode):
+        reason = self._differs(decode)
+        if reason and self.device.type in FUSED_DEVICES:
+            unfused, self.fuses_attention = reason, False
+            if not (reason := self._differs(decode)):
+                warn(f"sampling is slower than it could be, because the fused attention does not work here ({unfused})")
+        if reason:
             warn(f"sampling is slower, because this model does not work with the shared key cache ({reason})")
         return not reason
 
@@ -1478,7 +1483,7 @@ def decode(
         graphs.clear()
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    fused = device.type in FUSED_DEVICES
+    fused = policy.fuses_attention and device.type in FUSED_DEVICES
     cache = PagedCache(max(1, max(map(len, prompts)) - 1), on_growth=forget_graphs, fused=fused)
     with_cache = {cache_argument(base): cache, "use_cache": True}
 

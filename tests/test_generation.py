@@ -1,6 +1,7 @@
 """Generation: token for token what the model says, whatever the batch."""
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import os
@@ -345,6 +346,24 @@ def test_the_fused_kernel_samples_what_the_plain_attention_samples(name, tmp_pat
     assert launched and ids_of(fused) == ids_of(plain)
     for one, other in zip(fused, plain, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3)
+
+
+def test_where_the_kernel_cannot_be_built_pytorch_computes_the_attention(tmp_path_factory, monkeypatch, capsys):
+    """Triton needs a C compiler, which many containers lack."""
+    policy = copy.copy(random_policy("llama", tmp_path_factory))
+    how = dict(samples=3, max_new_tokens=20, rows=7)
+    expected = ids_of(common.generate(policy, PROBLEMS, **how))
+    policy.__dict__.pop("decodes_fast")
+    monkeypatch.setattr(common, "FUSED_DEVICES", {"cpu"})
+
+    def refuse(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(common, "fused_attention", refuse)
+    for _ in range(2):
+        assert ids_of(common.generate(policy, PROBLEMS, **how)) == expected
+    said = capsys.readouterr().err
+    assert said.count("warning") == said.count("C compiler") == 1 and policy.decodes_fast
 
 
 def test_steps_that_cannot_be_recorded_run_as_they_are(tmp_path_factory, monkeypatch, capsys):
