@@ -947,20 +947,28 @@ def model_folder(name: str, flag: str = "--model") -> str:
     return name
 
 
-def rms_norm(weight: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:
+def rms_norm(weight: torch.Tensor, eps: float, promotes: bool, x: torch.Tensor) -> torch.Tensor:
     normed = torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps)
-    return normed.to(torch.promote_types(x.dtype, weight.dtype))
+    return normed.to(torch.promote_types(x.dtype, weight.dtype) if promotes else x.dtype)
 
 
+@torch.no_grad()
 def fuse_norms(model: torch.nn.Module) -> None:
-    """Let PyTorch compute every root mean square norm in one kernel, where transformers runs six small ones and more in the
-    backward pass. Norms that compute something else, as those of Gemma, stay as they are."""
+    """Let PyTorch compute root mean square norms in one kernel, where transformers runs six small ones and more in the
+    backward pass: the classes named so, as far as they compute just this. That of Gemma, for one, stays as it is."""
     for module in model.modules():
         weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and weight is not None:
-            fused = functools.partial(rms_norm, weight, eps)  # a deep copy of the module has one with its own weight
-            x = torch.randn(2, *weight.shape, device=weight.device)
-            if torch.allclose(module(x), fused(x), rtol=1e-4, atol=1e-5):
+        known = type(module).__name__.endswith("RMSNorm") and getattr(module, "bias", None) is None
+        if known and isinstance(eps, float) and isinstance(weight, torch.nn.Parameter):
+            x = torch.linspace(-2, 3, 2 * weight.numel(), device=weight.device).view(2, *weight.shape)
+            try:
+                promotes = module(x.bfloat16()).dtype != torch.bfloat16  # what they return differs
+                # no lambda: a deep copy of the module must have one with its own weight
+                fused = functools.partial(rms_norm, weight, eps, promotes)
+                same = torch.allclose(module(x), fused(x), rtol=1e-4, atol=1e-5)
+            except (TypeError, RuntimeError):  # of another signature
+                continue
+            if same:
                 module.forward = fused
 
 
@@ -1166,7 +1174,8 @@ class PagedCache:
         """Say what the next forward pass decodes: for each row how many of its own tokens are cached (`ages` [rows]), at
         which position the first of them stands (`starts` [rows]), and where."""
         self.ages, self.starts, self.view, self.biases = ages, starts, view, {}
-        self.page, self.place = view.table.gather(1, ages[:, None] // PAGE)[:, 0], ages % PAGE
+        if not self.fused:
+            self.page, self.place = view.table.gather(1, ages[:, None] // PAGE)[:, 0], ages % PAGE
 
     def bias(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """0 where the query of a row sees a key and -1e30 where it does not: for prompts [slots, 1, readers, 1, keys] and
@@ -1188,9 +1197,10 @@ class PagedCache:
         return self.biases[window]
 
 
-_CachedLayer = collections.namedtuple(
-    "_CachedLayer", "cache layer new"
-)  # new: keys or values that are still to be stored
+class _CachedLayer(typing.NamedTuple):
+    cache: PagedCache
+    layer: int
+    new: torch.Tensor | None  # keys or values that are still to be stored [rows, key heads, width]
 
 
 class Size(typing.NamedTuple):
@@ -1202,7 +1212,7 @@ class Size(typing.NamedTuple):
     pages: int
 
 
-EMPTY = np.zeros(0, np.int64)
+EMPTY = np.zeros(0, np.int64)  # a view is made of arrays, of which tensors are made in the end
 
 
 class View(typing.NamedTuple):
@@ -1299,14 +1309,14 @@ if triton:
         largest = tl.sum(x.to(tl.float32) * key.to(tl.float32)[None, :], 1)
         total = tl.full([Q], 1.0, tl.float32)
         mean = tl.zeros([Q, V], tl.float32) + value.to(tl.float32)[None, :]
-        for begin in range(0, start, KEYS):
+        for begin in range(tl.maximum(start + age - window + 1, 0) // KEYS * KEYS, start, KEYS):
             place = (slot * heads + head) * longest + begin + k
             keys, values = place[None, :] * WIDTH + d[:, None], place[:, None] * VALUE_WIDTH + v[None, :]
             seen = (begin + k < start) & (start + age - begin - k < window)
             largest, total, mean = _see(
                 x, prompt_keys + keys, prompt_values + values, seen, in_key, in_value, largest, total, mean
             )
-        for begin in range(0, age, KEYS):
+        for begin in range(tl.maximum(age - window + 1, 0) // KEYS * KEYS, age, KEYS):
             page = tl.load(table + row * columns + begin // KEYS) * heads + head
             keys = (page * KEYS + k)[None, :] * WIDTH + d[:, None]
             values = (page * VALUE_WIDTH + v)[None, :] * KEYS + k[:, None]
@@ -1331,7 +1341,8 @@ def fused_attention(
         query.contiguous(), key.new.contiguous(), value.new.contiguous(), *cache.prompts[layer], *cache.own[layer],
         view.slot, view.table.contiguous(), cache.ages, cache.starts, out, scaling or width**-0.5,
         1 << 30 if window is None else window, longest, view.table.shape[1], *sizes,
-        *(max(16, 1 << (size - 1).bit_length()) for size in sizes), PAGE, num_warps=2, num_stages=1,
+        *(max(16, 1 << (size - 1).bit_length()) for size in sizes), PAGE,
+        num_warps=2 if max(width, value_width) <= 128 else 4, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -1454,7 +1465,7 @@ def decode(
     stop: Callable[[], bool] = lambda: False, label: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """The loop of `generate`, on token ids. wanted: prompt index -> sample numbers; draws(prompt, number): the uniforms
-    of a sample; deliver(prompt, number, ids, logprobs, finished) is called with each when it ends. label: ids that follow
+    of a sample; deliver(prompt, number, ids, logprobs, finished) is called with each soon after it has ended. label: ids that follow
     every line break without being sampled (log-probability 0).
 
     The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
@@ -1623,53 +1634,53 @@ def decode(
 
     def deliver_ready() -> None:
         while ready:
-            deliver(*ready.pop())
+            deliver(*ready.pop(0))
 
     n = rows - len(fill(list(range(rows))))
-    while n:
-        if stop():
-            deliver_ready()
-            raise KeyboardInterrupt
-        # 1. the next token of the first n rows; on a GPU the next 16, and while it computes them, the last samples
-        try:
+    try:
+        while n:
+            if stop():
+                raise KeyboardInterrupt
+            # 1. the next token of the first n rows; on a GPU the next 16, and while it computes them, the last samples
             advance(n)
-        finally:
             deliver_ready()
-        before, host_tokens, host_logprobs = lengths[:n].copy(), tokens[:n].cpu().numpy(), logprobs[:n].cpu().numpy()
-        lengths[:n] += stride
-        # 2. which have ended, and after how many tokens
-        columns = before[:, None] + np.arange(stride)
-        new = np.take_along_axis(host_tokens, columns, 1)
-        if not np.isfinite(np.take_along_axis(host_logprobs, columns, 1)).all():
-            raise UserError(NOT_FINITE)
-        ends = is_eos[new]
-        if is_complete:
-            for row, column in np.argwhere(policy.ends_line[new] & ~ends):
-                ends[row, column] = is_complete(host_tokens[row, : before[row] + column + 1])
-        ends &= columns < max_new_tokens
-        ended = ends.any(1)
-        length = np.where(ended, before + ends.argmax(1) + 1, max_new_tokens)
-        vacant = np.flatnonzero(ended | (lengths[:n] >= max_new_tokens)).tolist()
-        for row in vacant:
-            i, number = work[row]
-            ids, said = host_tokens[row, : length[row]].astype(np.int32), host_logprobs[row, : length[row]].copy()
-            ready.append((i, number, ids, said, bool(ended[row])))
-            left[i] -= 1
-            cache.give_back("own", table[row][table[row] > 0].tolist())
-            table[row] = 0
-            if not left[i]:
-                cache.give_back("prompts", [slot_of.pop(i)])
-        # 3. hand their rows to the next samples; where there is none left, move the last rows into the gaps
-        vacant = set(fill(vacant))
-        n -= len(vacant)
-        gaps, last = [r for r in vacant if r < n], [r for r in range(n, n + len(vacant)) if r not in vacant]
-        if gaps:
-            for state in (uniforms, tokens, logprobs, ages, starts, inputs, owed, lengths, table, row_slot):
-                state[gaps] = state[last]
-            table[last] = 0
-            for gap, row in zip(gaps, last, strict=True):
-                work[gap] = work[row]
-    deliver_ready()
+            host_tokens, host_logprobs = tokens[:n].cpu().numpy(), logprobs[:n].cpu().numpy()
+            before = lengths[:n].copy()
+            lengths[:n] += stride
+            # 2. which have ended, and after how many tokens
+            columns = before[:, None] + np.arange(stride)
+            new = np.take_along_axis(host_tokens, columns, 1)
+            if not np.isfinite(np.take_along_axis(host_logprobs, columns, 1)).all():
+                raise UserError(NOT_FINITE)
+            ends = is_eos[new]
+            if is_complete:
+                for row, column in np.argwhere(policy.ends_line[new] & ~ends):
+                    ends[row, column] = is_complete(host_tokens[row, : before[row] + column + 1])
+            ends &= columns < max_new_tokens
+            ended = ends.any(1)
+            length = np.where(ended, before + ends.argmax(1) + 1, max_new_tokens)
+            vacant = np.flatnonzero(ended | (lengths[:n] >= max_new_tokens)).tolist()
+            for row in vacant:
+                i, number = work[row]
+                ids, said = host_tokens[row, : length[row]].astype(np.int32), host_logprobs[row, : length[row]].copy()
+                ready.append((i, number, ids, said, bool(ended[row])))
+                left[i] -= 1
+                cache.give_back("own", table[row][table[row] > 0].tolist())
+                table[row] = 0
+                if not left[i]:
+                    cache.give_back("prompts", [slot_of.pop(i)])
+            # 3. hand their rows to the next samples; where there is none left, move the last rows into the gaps
+            vacant = set(fill(vacant))
+            n -= len(vacant)
+            gaps, last = [r for r in vacant if r < n], [r for r in range(n, n + len(vacant)) if r not in vacant]
+            if gaps:
+                for state in (uniforms, tokens, logprobs, ages, starts, inputs, owed, lengths, table, row_slot):
+                    state[gaps] = state[last]
+                table[last] = 0
+                for gap, row in zip(gaps, last, strict=True):
+                    work[gap] = work[row]
+    finally:  # also when memory runs out
+        deliver_ready()
 
 
 def decode_plainly(

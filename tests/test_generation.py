@@ -623,6 +623,35 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch, caps
     assert asked == [fits] and fits < 48, "what did not fit is not tried again"
 
 
+def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny, monkeypatch):
+    """They are handed over while the next steps run, which then do not come."""
+    problems, ended, delivered, kept = common.load_problems("arithmetic", "dev", 12), [], [], []
+    how = dict(samples=4, max_new_tokens=96, rows=16)
+    expected = ids_of(common.generate(tiny, problems, **how))
+    give_back, keep_prompts, warn = common.PagedCache.give_back, common.PagedCache.keep_prompts, common.warn
+
+    def counting(self, pool, numbers):
+        ended.extend([1] * (pool == "own"))
+        give_back(self, pool, numbers)
+
+    def refusing(self):
+        kept.append(1)
+        if len(kept) == 2:
+            raise MemoryError("cannot allocate memory")
+        return keep_prompts(self)
+
+    monkeypatch.setattr(common.PagedCache, "give_back", counting)
+    monkeypatch.setattr(common.PagedCache, "keep_prompts", refusing)
+    monkeypatch.setattr(tiny, "most_rows", tiny.most_rows.copy())
+    monkeypatch.setattr(tiny, "decode", lambda ids: delivered.append(1) or common.Policy.decode(tiny, ids))
+    at_the_warning = []
+    monkeypatch.setattr(
+        common, "warn", lambda *what, **how: at_the_warning.append((len(ended), len(delivered))) or warn(*what, **how)
+    )
+    assert ids_of(common.generate(tiny, problems, **how)) == expected
+    assert at_the_warning[0][0] == at_the_warning[0][1] > 0
+
+
 def test_a_real_memory_limit_is_survived(tmp_path):
     """In a process whose address space is limited to a little more than it has: 4,096 rows of a model with wide keys."""
     script = f"""

@@ -1,6 +1,7 @@
 """Log-probabilities, batches and the training step."""
 
 import copy
+import importlib
 import math
 import shutil
 from types import SimpleNamespace
@@ -348,15 +349,51 @@ def test_fused_norms_are_the_models_own(name, fused, tmp_path_factory):
         torch.testing.assert_close(reference(ids).logits, logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_fused_norm_keeps_the_precision_of_its_input():
-    """In bfloat16 weights and inputs the mean is taken in float32; a bfloat16 input to float32 weights becomes float32."""
-    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(64)
+@pytest.mark.parametrize("kind", ["llama.LlamaRMSNorm", "olmo2.Olmo2RMSNorm"])
+def test_a_fused_norm_returns_what_the_models_own_returns(kind):
+    """One promotes a bfloat16 input to the precision of its weight, the other does not; the mean is taken in float32."""
+    module, name = kind.split(".")
+    norm = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)(64)
     x = 100 * torch.randn(3, 64)
     for weights, inputs in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)):
         norm.to(weights)
-        own, fused = norm(x.to(inputs)), common.rms_norm(norm.weight, norm.variance_epsilon, x.to(inputs))
-        assert fused.dtype == own.dtype == weights
+        own = norm(x.to(inputs))
+        common.fuse_norms(norm)
+        fused = norm(x.to(inputs))
+        assert norm.__dict__.pop("forward") and fused.dtype == own.dtype
         torch.testing.assert_close(fused, own, atol=0.01, rtol=0.01)
+
+
+def test_norms_of_another_kind_are_left_alone():
+    class WeightlessRMSNorm(torch.nn.Module):  # as one of FalconMamba, which is called on other widths
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.ones(8))
+            self.eps = 1e-6
+
+        def forward(self, x):
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], None, self.eps)
+
+    class GatedRMSNorm(WeightlessRMSNorm):
+        def __init__(self):
+            super().__init__()
+            del self.weight
+            self.weight = torch.nn.Parameter(torch.ones(8))
+
+        def forward(self, x, gate):
+            return super().forward(x) * gate
+
+    class BiasedRMSNorm(GatedRMSNorm):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            return torch.nn.functional.rms_norm(x, (8,), self.weight, self.eps) + self.bias
+
+    for norm in (WeightlessRMSNorm(), GatedRMSNorm(), BiasedRMSNorm()):
+        common.fuse_norms(norm)
+        assert "forward" not in norm.__dict__
 
 
 def test_no_weight_decays():
