@@ -3,6 +3,7 @@
 Differences are between runs of the same seed, with the 95 % interval of their mean over the seeds (Student's t). A test
 metric is that of the epoch, round or phase with the best maj@1 on dev, and so says nothing of what came after it."""
 
+import functools
 import sys
 
 import numpy as np
@@ -177,17 +178,20 @@ for variant in ("kl0", "attached"):
         dev("arithmetic/ppo", "maj@1", phase=20),
     )
     show(f"last KL to the initial policy, {variant}", dev(f"ppo_variants/{variant}", "kl_k3"))
-for name in ("kl", "kl0", "attached", "kl4"):
+for name in ("kl", "kl0", "attached", "kl4", "limit", "both"):
     show(f"five times the rate, dev maj@1 at phase 20, {name}", dev(f"ppo_stability/{name}", "maj@1", phase=20))
     show(f"five times the rate, lowest dev maj@1, {name}", lowest(f"ppo_stability/{name}"))
     show(f"five times the rate, last KL to the initial policy, {name}", dev(f"ppo_stability/{name}", "kl_k3"))
-for name in ("kl0", "attached", "kl4"):
+for name in ("kl0", "attached", "kl4", "limit", "both"):
     both = (dev(f"ppo_stability/{each}", "maj@1", phase=20) for each in (name, "kl"))
     show(f"five times the rate, dev maj@1 at phase 20, {name} - kl", *both)
     both = (lowest(f"ppo_stability/{each}") for each in (name, "kl"))
     show(f"five times the rate, lowest dev maj@1, {name} - kl", *both)
     both = (over_phases(f"ppo_stability/{each}", "correct", 2, 20) for each in (name, "kl"))
     show(f"five times the rate, share of right samples in phases 2 to 20, {name} - kl", *both)
+for what, found in (("at phase 20", functools.partial(dev, key="maj@1", phase=20)), ("at the lowest", lowest)):
+    both = (found(f"ppo_stability/{each}") for each in ("limit", "kl0"))
+    show(f"five times the rate, dev maj@1 {what}, limit - kl0", *both)
 for metric in ("maj@1", "pass@16"):
     show(
         f"test {metric}, adapters of rank 16 - all weights",

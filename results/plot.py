@@ -18,11 +18,12 @@ from records import RESULTS, methods, recorded, test_metric  # noqa: E402
 
 COLOURS = {
     "sparse": "tab:blue", "dense": "tab:orange", "orm": "tab:green", "orm_dense": "tab:red", "kl0": "tab:brown",
-    "attached": "tab:pink", "gold": "tab:orange", "best": "tab:red", "hybrid": "tab:green",
+    "attached": "tab:pink", "limit": "tab:olive", "gold": "tab:orange", "best": "tab:red", "hybrid": "tab:green",
 }  # fmt: skip
 NAMES = {
     "sparse": "sparse: answer right", "dense": "dense: steps of the reference", "orm": "ORM, last token",
     "orm_dense": "ORM, line by line", "kl0": "no KL penalty", "attached": "value not detached",
+    "limit": "no KL penalty, phases end at a KL of 0.02",
     "gold": "GenRM beside the gold solution", "best": "GenRM beside the best of 16", "hybrid": "half checked, a quarter each GenRM",
 }  # fmt: skip
 
@@ -77,7 +78,7 @@ figure(
     "ppo_stability.png",
     {
         "": variants("sparse", "kl0", "attached"),
-        "five times the learning rate\n": {"sparse": "ppo_stability/kl", "kl0": "ppo_stability/kl0", "attached": "ppo_stability/attached"},
+        "five times the learning rate\n": {"sparse": "ppo_stability/kl", "kl0": "ppo_stability/kl0", "attached": "ppo_stability/attached", "limit": "ppo_stability/limit"},
     },
     [("maj@1", "dev: share of greedy solutions right"), ("kl_k3", "KL to the SFT policy, nats per token"), ("explained_variance", "explained variance of the value")],
     proxy=False,
