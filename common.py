@@ -529,6 +529,7 @@ def prompt_text(problem: Problem, few_shot: bool = False) -> str:
 
 
 def is_gpu(device: str) -> bool:
+    """Whether what --device says stands for a GPU."""
     return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
 
 
@@ -1276,7 +1277,8 @@ if triton:
 
     @triton.jit
     def _see(query, keys, values, seen, in_key, in_value, largest, total, mean):
-        """Softmax over a few keys more, all of it relative to the largest score so far (FlashAttention)."""
+        """Softmax over a few keys more, all of it relative to the largest score so far (FlashAttention). query [Q, D]; keys
+        and values: where they lie, [D, KEYS] and [KEYS, V]; seen [KEYS]; the state: largest [Q], total [Q], mean [Q, V]."""
         key = tl.load(keys, mask=seen[None, :] & in_key[:, None], other=0.0)
         value = tl.load(values, mask=seen[:, None] & in_value[None, :], other=0.0)
         scores = tl.where(seen[None, :], tl.dot(query, key, input_precision="ieee"), -1e30)
@@ -1465,8 +1467,8 @@ def decode(
     stop: Callable[[], bool] = lambda: False, label: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """The loop of `generate`, on token ids. wanted: prompt index -> sample numbers; draws(prompt, number): the uniforms
-    of a sample; deliver(prompt, number, ids, logprobs, finished) is called with each soon after it has ended. label: ids that follow
-    every line break without being sampled (log-probability 0).
+    of a sample; deliver(prompt, number, ids, logprobs, finished) is called with each soon after it has ended. label: ids
+    that follow every line break without being sampled (log-probability 0).
 
     The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
     step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
@@ -1495,7 +1497,7 @@ def decode(
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     fused = policy.fuses_attention and device.type in FUSED_DEVICES
-    cache = PagedCache(max(1, max(map(len, prompts)) - 1), on_growth=forget_graphs, fused=fused)
+    cache = PagedCache(max(1, max(map(len, prompts)) - 1), forget_graphs, fused)
     with_cache = {cache_argument(base): cache, "use_cache": True}
 
     def size_of(used: Size) -> Size:

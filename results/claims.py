@@ -250,21 +250,23 @@ print("SmolLM2-135M-Instruct on GSM8K, one run each: differences on the same tes
 
 
 def greedily_right(method: str) -> list[float]:
-    (right,), n = recorded(f"gsm8k_smollm2/{method}", "greedy_right.json").values(), 1319
-    return np.isin(np.arange(n), right).astype(float).tolist()
+    (right,), (report,) = (
+        recorded(f"gsm8k_smollm2/{method}", file).values() for file in ("greedy_right.json", "test.json")
+    )
+    return np.isin(np.arange(report["n_problems"]), right).astype(float).tolist()
 
 
-def apart(found: dict) -> str:
+def shown_test(found: dict) -> str:
     low, high = found["ci95"]
     return f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f}), p {found['p']:.2g}"
 
 
 for method in ("ei", "ppo", "ppo_1e-4"):
-    print(f"  maj@1, {method} - sft: {apart(paired_test(greedily_right(method), greedily_right('sft')))}")
+    print(f"  maj@1, {method} - sft: {shown_test(paired_test(greedily_right(method), greedily_right('sft')))}")
 for method in ("sft", "ei"):
     (report,) = recorded(f"gsm8k_smollm2/{method}", "test.json").values()
     for metric in ("rerank@96", "weighted@96"):
-        print(f"  {metric} - maj@96, samples of {method}: {apart(report[f'{metric} - maj@96'])}")
+        print(f"  {metric} - maj@96, samples of {method}: {shown_test(report[f'{metric} - maj@96'])}")
 for method in ("ppo", "ppo_1e-4"):
     (log,) = recorded(f"gsm8k_smollm2/{method}").values()
     phases, shown = max(row.get("phase", 0) for row in log), []
