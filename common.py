@@ -98,12 +98,7 @@ def start_processes() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
-        sys.stderr = _NoTerminal(sys.stderr.buffer, write_through=True)
-
-
-class _NoTerminal(io.TextIOWrapper):
-    def isatty(self) -> bool:  # so that tqdm draws no bars
-        return False
+        sys.stderr.isatty = lambda: False  # so that tqdm draws no bars
 
 
 def gather(part: list) -> list:
@@ -144,18 +139,12 @@ class Problem:
     question: str
     answer: Fraction
     solution: str | None = None  # a written solution that ends in "#### answer"; None where only the answer is known
-    reference: str | None = None  # a solution for metrics, rewards and reward models; no policy is trained on it
+    reference: str | None = None  # the same, or one that only metrics, rewards and reward models may see, no policy
 
     @functools.cached_property
     def steps(self) -> tuple[str, ...] | None:
         """The reference's arithmetic operations."""
         return None if self.reference is None else equations(self.reference)
-
-    @property
-    def gold(self) -> str | None:
-        """The right solution that comes with it, to compare others with."""
-        text = self.solution or self.reference
-        return text.strip() if text else None
 
 
 # The embedded task: a story is a plan of steps; each kind of step has an operation and sentences that say it.
@@ -248,6 +237,10 @@ def arithmetic_problems(min_steps: int = 1, max_steps: int = 4) -> tuple[Problem
     return tuple(problems)
 
 
+HUB = {"gsm8k": ("openai/gsm8k", "main"), "svamp": ("ChilleD/SVAMP",)}
+STEPS = {"arithmetic": (1, 4), "arithmetic-hard": (4, 6)}  # of a problem, at least and at most
+
+
 def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Problem]:
     """The problems of a split: "train", "dev" (the last 256 of the training problems, or the last tenth of fewer than
     2,560; never trained on), "test", or "all" (of a single file).
@@ -258,10 +251,10 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
     Raises UserError for what is missing or malformed, with file and line."""
     part = "test" if split == "test" else "train"
     path = Path(dataset)
-    if dataset in ("arithmetic", "arithmetic-hard"):
-        problems = list(arithmetic_problems(*((4, 6) if dataset.endswith("hard") else (1, 4))))
+    if dataset in STEPS:
+        problems = list(arithmetic_problems(*STEPS[dataset]))
         problems = problems[2560:] if part == "test" else problems[:2560]
-    elif dataset in ("gsm8k", "svamp"):
+    elif dataset in HUB:
         problems = _hub_problems(dataset, part)
     elif path.is_dir():
         files = [path / f"{part}{suffix}" for suffix in (".jsonl", ".json") if (path / f"{part}{suffix}").is_file()]
@@ -276,9 +269,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
             raise UserError(f"{path}: {len(problems)} problems; at least 3 are needed for train, dev and test")
         problems = _divide(dataset, problems, max(1, len(problems) // 10), "test")[split == "test"]
     else:
-        raise UserError(
-            f"--dataset {dataset}: no such file or folder, and not one of arithmetic, arithmetic-hard, gsm8k, svamp"
-        )
+        raise UserError(f"--dataset {dataset}: no such file or folder, and not one of {', '.join([*STEPS, *HUB])}")
     if split == "all":
         raise UserError(f"--split all is for a single file, and {dataset} has splits of its own")
     if part == "train":
@@ -289,16 +280,13 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
     return problems[:limit]
 
 
-@functools.lru_cache  # one warning is enough
-def _warn_of_repeated(dataset: str, name: str, count: int) -> None:
-    warn(f"--dataset {dataset}: {count} of the questions of {name} are among the training questions, too")
-
-
 def _divide(dataset: str, problems: list[Problem], n: int, name: str) -> tuple[list[Problem], list[Problem]]:
     """All but the last `n` problems, and these, which are the split `name`."""
     rest, last = problems[:-n], problems[-n:]
     if repeated := {p.question for p in rest} & {p.question for p in last}:
-        _warn_of_repeated(dataset, name, len(repeated))
+        warn_once(
+            f"--dataset {dataset}: {len(repeated)} of the questions of {name} are among the training questions, too"
+        )
     return rest, last
 
 
@@ -306,10 +294,7 @@ def _hub_problems(dataset: str, part: str) -> list[Problem]:
     from datasets import load_dataset  # imported here because it takes a second, and the embedded task needs none of it
 
     try:
-        if dataset == "gsm8k":
-            rows = load_dataset("openai/gsm8k", "main", split=part)
-        else:
-            rows = load_dataset("ChilleD/SVAMP", split=part)
+        rows = load_dataset(*HUB[dataset], split=part)
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"--dataset {dataset}: could not be loaded ({reason})") from None
@@ -341,10 +326,8 @@ def json_lines(text: str, path: Path) -> list[tuple[str, object]]:
 def _parse_json(text: str, place: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: broken JSON ({error.msg}, line {error.lineno} column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
-        raise UserError(f"{place}: not JSON that can be read ({error})") from None
+    except (ValueError, RecursionError) as error:  # also of thousands of digits or brackets
+        raise UserError(f"{place}: broken JSON ({error})") from None
 
 
 def _read_problem(row: dict, name: str, place: str) -> Problem:
@@ -359,7 +342,7 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
     if "Body" in row and "Question" in row:
         body = row["Body"].strip()
         question = f"{body if body.endswith(('.', '?', '!', ',')) else body + '.'} {row['Question'].strip()}"
-        written = str(row.get("Answer"))
+        written = str(row.get("Answer")).strip()
     elif "question" in row and isinstance(row.get("answer"), str | int | float):
         question, written = row["question"].strip(), str(row["answer"]).strip()
     else:
@@ -382,9 +365,7 @@ def _read_problem(row: dict, name: str, place: str) -> Problem:
 MARKER = "####"
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+")
 _RUN = re.compile(r"[0-9.,/]+")  # one character class: cannot backtrack
-_TOUCHING = re.compile(
-    r"[0-9][^0-9.,/][0-9]"
-)  # "1 001", "2^2", "1e1", "10:10": not two numbers, and not clear which one
+_TOUCHING = re.compile(r"[0-9][^0-9.,/][0-9]")  # "1 001", "2^2", "1e1": not two numbers, and not clear which one
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015"  # "\u20135" may be minus five or a five after a dash
 _OPENING = "$\u20ac\u00a3\u00a5*([{\\ \u00a0"  # may stand between a sign and its number
 _COMMAND = re.compile(r"\\[a-z]{1,16}$")  # of LaTeX, which may, too: "-\boxed{5}"
@@ -439,12 +420,8 @@ def _numbers(line: str) -> Iterable[Fraction | None]:
         prefix = _COMMAND.sub("", before.rstrip(_OPENING)).rstrip(_OPENING)
         if prefix.endswith(_SIGNS):
             apart = any(c.isspace() for c in before[len(prefix) :])  # "- 5": a sign, a dash or a difference
-            if (
-                apart
-                or prefix[:-1].rstrip(_OPENING).endswith(_SIGNS)
-                or prefix[-2:-1].isalnum()
-                or prefix[-1] in _DASHES
-            ):
+            twice = prefix[:-1].rstrip(_OPENING).endswith(_SIGNS)
+            if apart or twice or prefix[-2:-1].isalnum() or prefix[-1] in _DASHES:
                 yield None
                 continue
         elif not prefix and start > 64:
@@ -475,12 +452,6 @@ def equations(text: str) -> tuple[str, ...]:
         found = [expression.translate(_PLAIN).lstrip("*.") for expression in found]  # what ended the words before
     found = [re.sub(r"(?<![\d.])\.(?=\d)", "0.", expression) for expression in found]  # .5 is 0.5
     return tuple(e for e in found if any(c in "+-*/" for c in e[1:]) and any(c.isdigit() for c in e))
-
-
-def computed_values(text: str) -> list[Fraction]:
-    """The results in the calculator annotations of a text, in order: "14+6=<<14+6=20>>20\n#### 20" -> [20]."""
-    found = (extract_answer(f"{MARKER} {value}") for value in re.findall(r"<<[^<>]*=([^<>=]*)>>", text))
-    return [value for value in found if value is not None]
 
 
 _PLAIN = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "\u2212": "-", " ": "", "$": "", ",": ""})
@@ -528,21 +499,6 @@ def prompt_text(problem: Problem, few_shot: bool = False) -> str:
     return f"{FEW_SHOT if few_shot else ''}Question: {problem.question}\nAnswer:\n"
 
 
-def is_gpu(device: str) -> bool:
-    """Whether what --device says stands for a GPU."""
-    return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-
-
-def usual_token_budget(device: str) -> int:
-    """Tokens per micro-batch on a device where nothing is said. On a CPU few: they pad less, and stay in its cache."""
-    return 32768 if is_gpu(device) else 1024
-
-
-def usual_rows(device: str) -> int:
-    """Sequences that are decoded at the same time where nothing is said."""
-    return 1024 if is_gpu(device) else 256
-
-
 class Policy:
     """A Hugging Face causal language model and its tokenizer.
 
@@ -560,8 +516,8 @@ class Policy:
         if self.device.type == "cuda":  # beside bfloat16, TensorFloat32 for what stays in float32: above all the head
             torch.set_float32_matmul_precision("high" if autocast else "highest")
         self.fuses_attention = self.records_steps = True  # on a GPU; until it fails once
-        # rows of `generate` that fit into memory, in float32 arithmetic or not; known once more did not
-        self.most_rows = collections.defaultdict(lambda: math.inf)
+        # rows of `generate` that fit into memory, in float32 arithmetic (True) or not; known once more did not
+        self.most_rows: dict[bool, int] = {}
         folder = model_folder(name, flag)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -626,9 +582,7 @@ class Policy:
         if on == "none":
             config.__dict__.pop("return_labels", None)
         elif self.labels is None:
-            raise UserError(
-                "this model was not trained with return labels (rcrl.py), so there is nothing to condition on"
-            )
+            raise UserError("this model was not trained with return labels (rcrl.py): there is nothing to condition on")
         else:
             config.return_labels = self.labels
             self.label, self.label_every_line = self.encode_prefix(self.labels[on]), self.labels["by"] == "step"
@@ -685,23 +639,21 @@ class Policy:
         return sorted({*np.flatnonzero(self.ends_line[ids]).tolist(), len(ids) - 1})
 
     @functools.cached_property
-    def decodes_fast(self) -> bool:
-        """Whether the cache and the attention of section 4 fit this model. If not, `generate` uses `decode_plainly`."""
+    def decode_loop(self) -> Callable:
+        """The fastest loop for `generate` that works with this model, found by trying: `decode`, with the fused attention or
+        without; `decode_plainly` with the model's own cache, or with none."""
         reason = self._differs(decode)
         if reason and self.device.type in FUSED_DEVICES:
             unfused, self.fuses_attention = reason, False
             if not (reason := self._differs(decode)):
                 warn(f"sampling is slower than it could be, because the fused attention does not work here ({unfused})")
-        if reason:
-            warn(f"sampling is slower, because this model does not work with the shared key cache ({reason})")
-        return not reason
-
-    @functools.cached_property
-    def has_cache(self) -> bool:
-        """Whether the cache that the model makes itself is one that `decode_plainly` can use."""
-        if reason := self._differs(functools.partial(decode_plainly, cached=True)):
-            warn(f"sampling is slow, because this model has no cache that can be used ({reason})")
-        return not reason
+        if not reason:
+            return decode
+        warn(f"sampling is slower, because this model does not work with the shared key cache ({reason})")
+        if not (reason := self._differs(decode_plainly)):
+            return decode_plainly
+        warn(f"sampling is slow, because this model has no cache that can be used ({reason})")
+        return functools.partial(decode_plainly, cached=False)
 
     def _differs(self, decode: Callable) -> str | None:
         """Tokens decoded from made-up prompts must have the log-probabilities that the plain forward pass gives -> what is
@@ -724,10 +676,9 @@ class Policy:
                 raise
             return f"{type(error).__name__}: {first_line(error)}"
 
-    def run_once(self, run: Callable[[list["Example"]], Iterable], examples: dict, token_budget: int | None) -> dict:
+    def run_once(self, run: Callable[[list["Example"]], Iterable], examples: dict, token_budget: int) -> dict:
         """`run` of a batch returns something for each of its examples -> the same keys with what it returned of theirs."""
-        budget = token_budget or usual_token_budget(self.device.type)
-        return dict(zip(examples, in_batches(run, list(examples.values()), budget), strict=True))
+        return dict(zip(examples, in_batches(run, list(examples.values()), token_budget), strict=True))
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -803,7 +754,7 @@ class RewardModel(Policy):
         self, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] | None = None
     ) -> None:
         """UserError if a question with a sample, or with its prefix and a sample, might not fit into the positions."""
-        check_prompts(self, problems, max_new_tokens, prefixes, what="for the reward model the longest prompt")
+        encode_prompts(self, problems, max_new_tokens, prefixes, what="for the reward model the longest prompt")
 
     def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
         """After every response token, that token included: [response tokens of all examples, one after the other]."""
@@ -814,7 +765,7 @@ class RewardModel(Policy):
         return self.head(hidden.float())[:, 0]
 
     @torch.no_grad()
-    def scores(self, samples: Sequence["Sample"], token_budget: int | None = None) -> list[np.ndarray]:
+    def scores(self, samples: Sequence["Sample"], token_budget: int = 1024) -> list[np.ndarray]:
         """For every sample the probability after each of its solution's tokens; the last one is its score. Equal texts are
         run once, and no more than `token_budget` tokens at a time."""
         keys = [(sample.problem.question, sample.text) for sample in samples]
@@ -822,7 +773,7 @@ class RewardModel(Policy):
         found = self.run_once(lambda batch: by_example(self.log_odds(batch).sigmoid(), batch), examples, token_budget)
         return [found[key] for key in keys]
 
-    def grade(self, samples: Sequence["Sample"], token_budget: int | None = None) -> None:
+    def grade(self, samples: Sequence["Sample"], token_budget: int = 1024) -> None:
         """Fill in `score` of every sample: the probability after its last token."""
         for sample, probabilities in zip(samples, self.scores(samples, token_budget), strict=True):
             sample.score = float(probabilities[-1])
@@ -878,18 +829,14 @@ class GenerativeRewardModel(Policy):
     def encode(self, problem: Problem, first: str, second: str) -> "Example":
         """The prompt up to the verdict, and as its response the verdict A. A solution ends where it goes on with words of
         the prompt: it could else write its own verdict."""
-        first, second = (
-            re.split(r"^(?:Answer [AB]|Better answer):", s, flags=re.M)[0].strip() for s in (first, second)
-        )
-        text = (
-            f"Question: {problem.question}\nAnswer A:\n{first}\nAnswer B:\n{second}\nBetter answer:\n{self.VERDICTS[0]}"
-        )
+        a, b = (re.split(r"^(?:Answer [AB]|Better answer):", s, flags=re.M)[0].strip() for s in (first, second))
+        text = f"Question: {problem.question}\nAnswer A:\n{a}\nAnswer B:\n{b}\nBetter answer:\n{self.VERDICTS[0]}"
         ids = self.encode_prompt(text)
         return ids[:-1], ids[-1:]
 
     def check_lengths(self, problems: Iterable[Problem], max_new_tokens: int) -> None:
         """UserError if a question with its reference, gold or sampled, and a sample might not fit into the positions."""
-        gold = [(self.encode(p, "", p.gold or "")[0], 1 if p.gold else 2) for p in problems]
+        gold = [(self.encode(p, "", p.reference or "")[0], 1 if p.reference else 2) for p in problems]
         longest = max((len(ids) + n * max_new_tokens for ids, n in gold), default=0)
         check_length(self, longest, f"the longest question with a reference and a sample of {max_new_tokens} tokens")
 
@@ -903,7 +850,7 @@ class GenerativeRewardModel(Policy):
         return logits[:, self.verdict_ids[0]] - logits[:, self.verdict_ids[1]]
 
     @torch.no_grad()
-    def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int | None = None) -> np.ndarray:
+    def verdicts(self, comparisons: Sequence[tuple[Problem, str, str]], token_budget: int = 1024) -> np.ndarray:
         """P(candidate is better) for every (problem, candidate, reference), with the candidate as A and as B:
         [comparisons, 2]. Equal ones are run once, and no more than `token_budget` tokens at a time."""
         orders = [((p, c, r), (p, r, c)) for p, c, r in comparisons]
@@ -913,9 +860,7 @@ class GenerativeRewardModel(Policy):
         both = [[first_is_better[p.question, first, second] for p, first, second in pair] for pair in orders]
         return np.array([[as_a, 1 - as_b] for as_a, as_b in both]).reshape(-1, 2)
 
-    def scores(
-        self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int | None = None
-    ) -> list[float]:
+    def scores(self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int = 1024) -> list[float]:
         """The score of every sample beside its problem's reference, a text by problem id."""
         comparisons = [(s.problem, s.solution, references[s.problem.id]) for s in samples]
         return self.verdicts(comparisons, token_budget).mean(1).round(6).tolist()  # beside itself exactly 0.5
@@ -923,9 +868,8 @@ class GenerativeRewardModel(Policy):
 
 def is_reward_model(folder: str) -> bool:
     """Whether a model folder or hub name holds a reward model."""
-    return any(
-        name.endswith("ForTokenClassification") for name in AutoConfig.from_pretrained(folder).architectures or ()
-    )
+    architectures = AutoConfig.from_pretrained(folder).architectures or ()
+    return any(name.endswith("ForTokenClassification") for name in architectures)
 
 
 def model_folder(name: str, flag: str = "--model") -> str:
@@ -936,9 +880,8 @@ def model_folder(name: str, flag: str = "--model") -> str:
             hint = f"; did you mean {path / 'model'}?" if (path / "model" / "config.json").is_file() else ""
             raise UserError(f"{flag} {name}: the folder holds no model (no config.json){hint}")
         return str(path)
-    if (
-        name == "tiny" or name.startswith("runs/") or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
-    ):  # neither a folder nor a hub name
+    is_hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and name != "tiny" and not name.startswith("runs/")
+    if not is_hub_name:
         scripts = {
             "runs/sft/model": "sft.py", "runs/expert_iteration/model": "expert_iteration.py",
             "runs/reward_model/model": "reward_model.py", "runs/genrm/model": "reward_model.py --kind genrm",
@@ -976,11 +919,8 @@ def fuse_norms(model: torch.nn.Module) -> None:
 def check_base(policy: Policy, base: str) -> None:
     """UserError where tiny, the default of --base, stands beside a --model that cannot have been made from it."""
     if base == "tiny":
-        shapes = {
-            (config.model_type, config.hidden_size, config.num_hidden_layers)
-            for config in (policy.model.config.get_text_config(), AutoConfig.from_pretrained(model_folder(base)))
-        }
-        if len(shapes) > 1:
+        configs = policy.model.config.get_text_config(), AutoConfig.from_pretrained(model_folder(base))
+        if len({(c.model_type, c.hidden_size, c.num_hidden_layers) for c in configs}) > 1:
             raise UserError("--base tiny: --model is of another shape; give the pretrained model that it was made from")
 
 
@@ -1000,11 +940,8 @@ def fingerprint(name: str, flag: str = "--model") -> str:
 def file_fingerprints(key: str, names: Sequence[str], part: str = "train") -> dict[str, list[str]]:
     """A setting that changes when one of the files does that `names`, the setting `key`, stand for (of a folder its `part`);
     none where they stand for no files, as "arithmetic" and "gsm8k" do."""
-    paths = [Path(name) for name in names]
-    found = [f for p in paths for f in ([p / f"{part}.json", p / f"{part}.jsonl"] if p.is_dir() else [p])]
-    if key in ("dataset", "pool"):
-        found = [file for file in found if file.is_file()]
-    return {f"{key}_fingerprint": [f"{zlib.crc32(f.read_bytes()):08x}" for f in found]} if found else {}
+    files = [f for n in names for f in (Path(n), Path(n, f"{part}.json"), Path(n, f"{part}.jsonl")) if f.is_file()]
+    return {f"{key}_fingerprint": [f"{zlib.crc32(f.read_bytes()):08x}" for f in files]} if files else {}
 
 
 def torch_device(name: str) -> torch.device:
@@ -1022,7 +959,7 @@ def torch_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # where CUDA graphs are recorded; refuses a device without a number
             # cuDNN's attention, the first choice on Hopper, is planned anew for every shape, and each of our batches has its own
             torch.backends.cuda.enable_cudnn_sdp(False)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({first_line(error)})") from None
     return device
 
@@ -1102,12 +1039,7 @@ class PagedCache:
         if self.recorded is not None:
             self.recorded.append((keys, values))
             return keys, values
-        own_keys, own_values = self.own[layer]
-        if self.fused:  # which stores them itself
-            return _CachedLayer(self, layer, keys[:, :, 0]), _CachedLayer(self, layer, values[:, :, 0])
-        own_keys[self.page, :, self.place] = keys[:, :, 0].to(own_keys.dtype)
-        own_values[self.page, :, :, self.place] = values[:, :, 0].to(own_values.dtype)
-        return _CachedLayer(self, layer, None), _CachedLayer(self, layer, None)
+        return _CachedLayer(self, layer, keys[:, :, 0]), _CachedLayer(self, layer, values[:, :, 0])
 
     def get_seq_length(self, layer: int = 0) -> int:
         return 0
@@ -1154,16 +1086,15 @@ class PagedCache:
     def keep_prompts(self) -> list[int]:
         """Move the recorded keys and values into slots; their numbers."""
         recorded, self.recorded = self.recorded, None
-        for keys, values in recorded if not self.own else ():
-            device = values.device.type  # under autocast keys come in float32, and attention works in bfloat16
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
-            (_, heads, _, width), (_, _, _, value_width) = keys.shape, values.shape
-            prompts = (heads, self.longest_prompt, width), (heads, self.longest_prompt, value_width)
-            own = (heads, PAGE, width), (heads, value_width, PAGE)
-            self.prompts.append([values.new_zeros(0, *shape, dtype=dtype) for shape in prompts])
-            self.own.append([values.new_zeros(0, *shape, dtype=dtype) for shape in own])
-        if not len(self.own[0][0]):
-            self.reserve("own", 1)
+        if not self.own:  # how many layers there are, of what shape, shows with the first prompts
+            for keys, values in recorded:
+                device = values.device.type  # under autocast keys come in float32, and attention works in bfloat16
+                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
+                (_, heads, _, width), (_, _, _, value_width) = keys.shape, values.shape
+                prompts = (heads, self.longest_prompt, width), (heads, self.longest_prompt, value_width)
+                own = (heads, PAGE, width), (heads, value_width, PAGE)
+                self.prompts.append([values.new_zeros(0, *shape, dtype=dtype) for shape in prompts])
+                self.own.append([values.new_zeros(0, *shape, dtype=dtype) for shape in own])
             self.take("own", 1)  # page 0 belongs to no sample: it stands for "none" in a row's table
         slots = self.take("prompts", len(recorded[0][0]))
         for layer, pair in zip(self.prompts, recorded, strict=True):
@@ -1201,7 +1132,7 @@ class PagedCache:
 class _CachedLayer(typing.NamedTuple):
     cache: PagedCache
     layer: int
-    new: torch.Tensor | None  # keys or values that are still to be stored [rows, key heads, width]
+    new: torch.Tensor  # keys or values of this step, which the attention stores [rows, key heads, width]
 
 
 class Size(typing.NamedTuple):
@@ -1258,6 +1189,9 @@ def paged_attention(module, query, key, value, attention_mask, scaling=None, sli
     if key.cache.fused:
         return fused_attention(query[:, :, 0], key, value, scaling, sliding_window)[:, None], None
     cache, view, (prompt_bias, own_bias) = key.cache, key.cache.view, key.cache.bias(sliding_window)
+    own_keys, own_values = cache.own[key.layer]
+    own_keys[cache.page, :, cache.place] = key.new.to(own_keys.dtype)
+    own_values[cache.page, :, :, cache.place] = value.new.to(own_values.dtype)
     prompt_keys, prompt_values = (t[: len(view.grid)] for t in cache.prompts[key.layer])
     own_keys, own_values = (t[: len(view.own_row)] for t in cache.own[key.layer])
     rows, heads, _, head_dim = query.shape
@@ -1386,15 +1320,18 @@ def check_length(policy: Policy, length: int, what: str) -> None:
         raise UserError(f"{what} is {length} tokens long; the model has {policy.max_length} positions")
 
 
-def check_prompts(
+def encode_prompts(
     policy: Policy, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] | None = None,
     few_shot: bool = False, what: str = "the longest prompt",
-) -> None:  # fmt: skip
-    """UserError if a prompt with its prefix, or what is sampled after it, does not fit into the model's positions."""
+) -> list[list[int]]:  # fmt: skip
+    """The ids of every prompt with its prefix and label. UserError if what is sampled after the longest does not fit into the
+    model's positions."""
     prefixes = prefixes or [""] * len(problems)
-    prompts = [prompt_text(problem, few_shot) + prefix for problem, prefix in zip(problems, prefixes, strict=True)]
-    longest = max(len(policy.encode_prompt(prompt)) for prompt in prompts) + len(policy.label)
-    check_length(policy, longest + max_new_tokens, f"{what} with --max-new-tokens {max_new_tokens}")
+    prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
+    prompts = [ids + policy.encode_prefix(prefix) + policy.label for ids, prefix in zip(prompts, prefixes, strict=True)]
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    check_length(policy, longest, f"{what} with --max-new-tokens {max_new_tokens}")
+    return prompts
 
 
 BLOCK = 256  # of the vocabulary
@@ -1595,8 +1532,8 @@ def decode(
         view = View(slot, table[: size.rows, :columns], **order)
         return size, View(*(torch.from_numpy(array).to(device) for array in view))
 
-    def first_step(run: Callable[[], None]) -> Callable[[], None] | None:
-        """Run a step of a new size as it is, which warms up what a graph needs -> what replays it; None if that cannot be."""
+    def first_step(run: Callable[[], None]) -> Callable[[], None]:
+        """Run a step of a new size as it is, which warms up what a graph needs -> what replays it, `run` where nothing can."""
         done = False
         try:
             with waiting_is_an_error(device):
@@ -1611,26 +1548,23 @@ def decode(
             run()  # again: until its end it changes nothing that it reads
         warn(f"sampling is slower than it could be, because a step cannot be recorded ({reason})")
         policy.records_steps = False  # nor can steps of other sizes
+        return run
 
     def advance(n: int) -> None:
         """`stride` steps of at least the first n rows."""
         ages[n:] = 0
         size, view = look(n)
+        run, n_steps = functools.partial(step, size.rows, view), stride
         if size in graphs:
-            replay, static = graphs[size]
+            run, static = graphs[size]
             for t, new in zip(static, view, strict=True):
                 t.copy_(new)
-            for _ in range(stride):
-                replay()
-            return
-        run = functools.partial(step, size.rows, view)
-        if not on_gpu:
-            return run()
-        replay = first_step(run) if policy.records_steps else run()
-        if replay:
-            graphs[size] = replay, view
-        for _ in range(stride - 1):
-            (replay or run)()
+        elif on_gpu and policy.records_steps:
+            run, n_steps = first_step(run), stride - 1
+            if policy.records_steps:
+                graphs[size] = run, view
+        for _ in range(n_steps):
+            run()
 
     ready = []  # samples that have ended
 
@@ -1686,13 +1620,12 @@ def decode(
 
 
 def decode_plainly(
-    policy: Policy, prompts: Sequence[list[int]], wanted: dict[int, Sequence[int]],
-    draws: Callable[[int, int], np.ndarray], deliver: Callable[[int, int, np.ndarray, np.ndarray, bool], None], *,
-    temperature: float, max_new_tokens: int, rows: int, is_complete: Callable[[np.ndarray], bool] | None = None,
-    stop: Callable[[], bool] = lambda: False, label: Sequence[int] = (), cached: bool = True,
+    policy: Policy, prompts, wanted, draws, deliver, *, temperature: float, max_new_tokens: int, rows: int,
+    is_complete=None, stop=lambda: False, label=(), cached: bool = True,
 ) -> None:  # fmt: skip
-    """What `decode` does, for a model that PagedCache does not fit: with the cache that the model makes itself, or with none
-    (`cached` False), running whole sequences again for every token, which is right for any causal model, and slow.
+    """What `decode` does, with the same arguments, for a model that PagedCache does not fit: with the cache that the model
+    makes itself, or with none (`cached` False), running whole sequences again for every token, which is right for any
+    causal model, and slow.
 
     Prompts of about the same length make a batch. It begins with as much of them as the shortest is long, and what is left
     of the others is fed like sampled tokens, so nothing is padded, which a model with states could not take. Rows that have
@@ -1844,14 +1777,10 @@ def generate(
     goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
     asked before every step; when true, KeyboardInterrupt. Of several processes each samples for every n-th problem, and all
     get all samples. Raises UserError if a prompt does not fit into the model's positions."""
-    rank, n_processes = process_rank(), process_count()
     prefixes = prefixes or [""] * len(problems)
-    prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
-    prompts = [ids + policy.encode_prefix(prefix) + policy.label for ids, prefix in zip(prompts, prefixes, strict=True)]
-    longest = max(map(len, prompts), default=0) + max_new_tokens
-    check_length(policy, longest, f"the longest prompt with --max-new-tokens {max_new_tokens}")
+    prompts = encode_prompts(policy, problems, max_new_tokens, prefixes, few_shot)
     done: list[list[Sample | None]] = [[None] * samples for _ in problems]
-    mine = range(rank, len(problems), n_processes)
+    mine = range(process_rank(), len(problems), process_count())
     bar = tqdm(total=len(mine) * samples, desc=progress, unit="sample", disable=None if progress else True)
 
     def draws(i: int, number: int) -> np.ndarray:
@@ -1867,15 +1796,13 @@ def generate(
         lines = "\n" + policy.decode(ids).rpartition("\n")[0]
         return MARKER in lines or "\nQuestion:" in lines
 
-    interrupted, loop = False, decode
-    if mine and not policy.decodes_fast:
-        loop = functools.partial(decode_plainly, cached=policy.has_cache)
+    interrupted = False
     while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
-        precision = policy.autocast is contextlib.nullcontext
-        rows = min(rows, policy.most_rows[precision], sum(map(len, wanted.values())))
+        float32 = policy.autocast is contextlib.nullcontext
+        rows = min(rows, policy.most_rows.get(float32, rows), sum(map(len, wanted.values())))
         try:
             with policy.autocast(), packed_weights(policy), casts_kept(policy):
-                loop(
+                policy.decode_loop(
                     policy, prompts, wanted, draws, deliver, temperature=temperature, max_new_tokens=max_new_tokens,
                     rows=rows, is_complete=is_complete if few_shot else None, stop=stop,
                     label=policy.label if policy.label_every_line else (),
@@ -1884,7 +1811,7 @@ def generate(
             if rows == 1 or not is_out_of_memory(error):
                 raise
             warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)", each=True)
-            policy.most_rows[precision] = rows // 2
+            policy.most_rows[float32] = rows // 2
         except KeyboardInterrupt:
             interrupted = True  # the others must hear of it before this one leaves
             break
@@ -1906,6 +1833,9 @@ def warn(text: str, each: bool = False) -> None:
     """On standard error. Of several processes the first one speaks for all, unless `each` has something of its own to say."""
     if each or process_rank() == 0:
         tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+warn_once = functools.lru_cache(warn)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1949,8 +1879,6 @@ def response_logprobs(policy: Policy, examples: Sequence[Example], temperature: 
             return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
         chunks = zip(hidden.split(2048), ids[rows, columns].split(2048), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([chunk_logprobs(*chunk) for chunk in chunks])
         return torch.cat([recompute_in_backward(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
@@ -2026,10 +1954,7 @@ def backward_in_parts(
         parameters = [p for p, has in zip(parameters, has_gradient, strict=True) if has]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+            dist.all_reduce(p.grad)
     return np.sum(gather(parts), axis=0).tolist()
 
 
@@ -2070,11 +1995,10 @@ def clipped_step(optimizer: torch.optim.Optimizer, loss: float) -> list[float]:
 
 def check_memory(model: torch.nn.Module) -> None:
     """UserError if a model whose weights are on a GPU cannot be trained there: better before hours of sampling than after.
-    Beside its 4 bytes a weight has a gradient and the two moments of AdamW, 12 bytes more; of several processes each holds
-    the gradient twice while they are added up."""
+    Beside its 4 bytes a weight has a gradient and the two moments of AdamW, 12 bytes more."""
     weights = [p for p in model.parameters() if p.requires_grad]
     if weights and weights[0].device.type == "cuda":
-        needed = (16 if process_count() > 1 else 12) * sum(p.numel() for p in weights)
+        needed = 12 * sum(p.numel() for p in weights)
         free = torch.cuda.mem_get_info(weights[0].device)[0]
         free += torch.cuda.memory_reserved(weights[0].device) - torch.cuda.memory_allocated(weights[0].device)
         if needed > free:
@@ -2089,13 +2013,6 @@ def adam_w(parameters: Iterable, lr: float) -> torch.optim.AdamW:
     parameters = list(parameters)
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=first.is_cuda or None)
-
-
-@torch.no_grad()
-def cross_entropy(policy: Policy, examples: Sequence[Example], token_budget: int) -> float:
-    """Mean cross-entropy of the response tokens, in nats per token."""
-    logprobs = in_batches(lambda batch: by_example(response_logprobs(policy, batch), batch), examples, token_budget)
-    return -float(np.concatenate(logprobs).mean(dtype=np.float64))
 
 
 def cosine_lr(step: int, n_steps: int, lr: float) -> float:
@@ -2179,13 +2096,6 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: missing or broken ({error})") from None
 
 
-INPUTS = ("train_samples", "selection", "dataset", "pool")  # settings that may name files
-
-
-def listed(value) -> list:
-    return value if isinstance(value, list) else [value] if value else []
-
-
 class Run:
     """The folder --out: args.json, metrics.jsonl, samples/, model/ and checkpoint/state.pt (of a finished run without
     the weights).
@@ -2211,9 +2121,14 @@ class Run:
         """What to replace in the folder, and whether to go on from its checkpoint."""
         if self.out.is_dir():
             hold(self.out)
-        models = {key: name for key in ("model", "base", "orm", "genrm") if (name := self.settings.get(key))}
-        files = {key: names for key in INPUTS if (names := listed(self.settings.get(key)))}
-        self._identify(models, files)
+        given = self.settings.get
+        models = {key: given(key) for key in ("model", "base", "orm", "genrm") if given(key)}
+        files = {key: given(key) for key in ("train_samples", "selection", "dataset", "pool") if given(key)}
+        files = {key: [names] if isinstance(names, str) else names for key, names in files.items()}
+        # what shows after a change of them that they are not the same any more
+        self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items()}
+        for key, names in files.items():
+            self.settings |= file_fingerprints(key, names)
         folders = ("checkpoint", "samples", "model", "model.old")
         logged = self.metrics_file.exists() and self.metrics_file.stat().st_size
         occupied = [name for name in folders if any((self.out / name).glob("*"))] + ["metrics.jsonl"] * bool(logged)
@@ -2231,12 +2146,6 @@ class Run:
         files.pop("selection", None)  # it is read before anything is deleted, the others again by a resumed run
         self._check_inputs([*models.values(), *itertools.chain(*files.values())], replaced)
         return replaced, False
-
-    def _identify(self, models: dict[str, str], files: dict[str, list[str]]) -> None:
-        """Add to the settings what shows after a change of these models and files that they are not the same any more."""
-        self.settings |= {f"{key}_fingerprint": fingerprint(name, f"--{key}") for key, name in models.items()}
-        for key, names in files.items():
-            self.settings |= file_fingerprints(key, names)
 
     def _check_settings(self) -> None:
         """UserError if the run that is resumed was started with other settings."""
@@ -2298,11 +2207,8 @@ class Run:
         row = {"step": row.pop("step"), "seconds": round(self.clock(), 1)} | row
         append(self.metrics_file, json.dumps(row) + "\n")
         self.lines += 1
-        tqdm.write(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+        tqdm.write("  ".join(f"{key} {value}" for key, value in shown.items()))
 
     def checkpoint(self, now: bool = False, **state) -> None:
         """Save `state` if `now`, or if --checkpoint-every seconds have passed, or if Ctrl-C was pressed; then stop."""
@@ -2343,10 +2249,10 @@ def sample_to_file(
     rows = how["rows"] * process_count()
     group = max(1, 32 * rows // per_problem)  # long enough that the emptying of the rows at its end is rare
     prefixes = prefixes or [""] * len(problems)
-    check_prompts(policy, problems, how["max_new_tokens"], prefixes, how.get("few_shot", False))
+    encode_prompts(policy, problems, how["max_new_tokens"], prefixes, how.get("few_shot", False))  # do all fit?
     samples = on_first(lambda: read_samples(path, problems, per_problem, prefixes) if path.exists() else [])
     if len(samples) < len(problems) * per_problem:
-        samples = samples[: len(samples) // (group * per_problem) * (group * per_problem)]
+        samples = samples[: len(samples) - len(samples) % (group * per_problem)]
         write_samples(path, samples)
     clock_file = run.out / "checkpoint" / f"{path.stem}.json" if run else None
     if samples and run and clock_file.exists():
@@ -2371,20 +2277,16 @@ def read_samples(
 ) -> list[Sample]:
     """The samples of a file that `sample_to_file` began: those before the first line that is broken or out of order."""
     samples, prefixes = [], prefixes or [""] * len(problems)
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if len(samples) == len(problems) * per_problem:
-            break
-        place, number = divmod(len(samples), per_problem)
-        problem = problems[place]
+    wanted = itertools.product(zip(problems, prefixes, strict=True), range(per_problem))
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for ((problem, prefix), number), line in zip(wanted, lines, strict=False):
         try:
             row = json.loads(line)
-            if not row["text"].startswith(prefixes[place]):
-                break
-            expected = (problem.id, number, problem.question, str(problem.answer))
-            if (row["problem"], row["sample"], row["question"], row["reference"]) != expected:
+            found = row["problem"], row["sample"], row["question"], row["reference"], row["text"][: len(prefix)]
+            if found != (problem.id, number, problem.question, str(problem.answer), prefix):
                 break
             samples.append(Sample(problem, number, row["text"], row["finished"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError):
             break
     return samples
 
@@ -2463,12 +2365,12 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, *argv):
         args = super().parse_args(*argv)
-        if "overwrite" in args and args.overwrite and args.resume:
+        if args.overwrite and args.resume:
             self.error("--resume goes on with what --overwrite replaces; give one of them")
-        if "token_budget" in args and args.token_budget is None:
-            args.token_budget = usual_token_budget(args.device)
-        if "rows" in args and args.rows is None:
-            args.rows = usual_rows(args.device)
+        on_gpu = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
+        args.rows = args.rows or (1024 if on_gpu else 256)
+        # on a CPU small micro-batches: they pad less, and stay in its cache
+        args.token_budget = args.token_budget or (32768 if on_gpu else 1024)
         return args
 
     def error(self, message: str):
@@ -2525,8 +2427,8 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
     }  # fmt: skip
     everywhere = {
         "dataset": "arithmetic", "seed": 0, "device": "auto", "dtype": "auto", "max_new_tokens": 128, "rows": None,
+        "token_budget": None, "limit_eval": None, "resume": False, "overwrite": False,
     }  # fmt: skip
-    everywhere |= {"limit_eval": None, "resume": False, "overwrite": False}
     parser = OneLineParser(description=doc)
     for name, default in (everywhere | defaults).items():
         parser.add_argument("--" + name.replace("_", "-"), default=default, **flags[name])

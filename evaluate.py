@@ -33,7 +33,7 @@ import common
 
 
 def parse_args(argv: list[str]):
-    parser = common.common_parser(__doc__, model="runs/sft/model", samples=16, temperature=0.7, token_budget=None)
+    parser = common.common_parser(__doc__, model="runs/sft/model", samples=16, temperature=0.7)
     add = parser.add_argument
     add("--out", help="JSON file; the samples go beside it (default: runs/evaluate/, named after model and dataset)")
     add("--split", choices=["train", "dev", "test", "all"], default="test", help="all: the whole of a single file")

@@ -46,7 +46,7 @@ import common
 def parse_args(argv: list[str]):
     parser = common.common_parser(
         __doc__, model="runs/sft/model", out="runs/expert_iteration", samples=4, temperature=1.0, lr=1e-3, epochs=4,
-        batch_size=16, token_budget=None, limit_train=None, checkpoint_every=300,
+        batch_size=16, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
     add("--base", default="tiny", help="pretrained model that every round trains from, whatever --model is")

@@ -48,8 +48,10 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +66,7 @@ import common
 def parse_args(argv: list[str]):
     parser = common.common_parser(
         __doc__, model="runs/sft/model", out="runs/ppo", samples=4, temperature=0.7, lr=2e-4, epochs=2, batch_size=128,
-        token_budget=None, limit_train=None, checkpoint_every=120,
+        limit_train=None, checkpoint_every=120,
     )  # fmt: skip
     whole, positive, share = common.number(int, 1), common.number(float, 0), common.number(float, 0, 1)
     add = parser.add_argument
@@ -206,7 +208,7 @@ class Judges:
     # problem id -> text that the generative reward model compares with; the answers of all other problems are checked
     references: dict[str, str] = dataclasses.field(default_factory=dict)
     golden: set[str] = dataclasses.field(default_factory=set)  # the ids whose reference is a gold solution
-    token_budget: int | None = None
+    token_budget: int = 1024
 
     def scores(self, kind: str, samples: list[common.Sample]) -> list[float]:
         """What each solution as a whole is worth. One that was cut is worth nothing, even if its answer is right."""
@@ -253,7 +255,7 @@ def routes(problems: list[common.Problem], hide_answers: float, hide_solutions: 
     order = np.random.default_rng([seed, 3, 1 << 31]).permutation(len(problems))  # no pass over them has this order
     order = order[: round(hide_answers * len(problems))].tolist()
     hidden, bare = set(order), set(order[: round(hide_solutions * len(order))])
-    bare |= {i for i in hidden if not problems[i].gold}
+    bare |= {i for i in hidden if not problems[i].reference}
     return ["verifier" if i not in hidden else "best" if i in bare else "gold" for i in range(len(problems))]
 
 
@@ -283,7 +285,7 @@ def find_references(
 ) -> None:
     """Tell the judges what the generative reward model compares with: of the golden problems the gold solution, of the bare
     ones the best of several samples, which lie in samples/references.json after a restart."""
-    judges.references = {problem.id: problem.gold for problem in golden}
+    judges.references = {problem.id: problem.reference for problem in golden}
     judges.golden = set(judges.references)
     if bare:
         file = run.out / "samples" / "references.json"
@@ -314,15 +316,21 @@ def potential_rewards(
     return reward
 
 
+def computed_values(text: str) -> list[Fraction]:
+    """The results in the calculator annotations of a text, in order: "14+6=<<14+6=20>>20\n#### 20" -> [20]."""
+    found = (common.extract_answer(f"{common.MARKER} {value}") for value in re.findall(r"<<[^<>]*=([^<>=]*)>>", text))
+    return [value for value in found if value is not None]
+
+
 def step_rewards(policy: common.Policy, sample: common.Sample) -> np.ndarray:
     """1 / (values in the reference) at the end of the line in which one of them appears for the first time."""
     reward = np.zeros(len(sample.tokens), np.float32)
-    reference = common.computed_values(sample.problem.reference or "")
+    reference = computed_values(sample.problem.reference or "")
     open_values, seen = list(reference), 0
     ends = policy.line_ends(sample.tokens)
     for place, line_end in enumerate([None, *ends]):
         text = sample.prefix + ("" if line_end is None else policy.decode(sample.tokens[: line_end + 1]))
-        found = common.computed_values(common.first_solution(text))
+        found = computed_values(common.first_solution(text))
         for value in found[seen:]:
             if value in open_values:
                 open_values.remove(value)
@@ -699,7 +707,7 @@ def main(argv: list[str]) -> None:
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
     pool, domains = load_pool(args, train) if args.select else ([], [])
     given_scores = read_scores(args.selection, pool) if args.selection else None
-    if args.reward == "dense" and not any(common.computed_values(p.reference or "") for p in train):
+    if args.reward == "dense" and not any(computed_values(p.reference or "") for p in train):
         raise common.UserError(f"--reward dense: --dataset {args.dataset} has no solutions with <<a+b=c>> annotations")
     if args.curriculum == "backtracking" and not any(p.reference for p in train):
         raise common.UserError(f"--curriculum backtracking: --dataset {args.dataset} has no reference solutions")
@@ -744,7 +752,7 @@ def main(argv: list[str]) -> None:
 
     # whether everything fits must show now, not in the phase that draws the longest; at most all lines but one are given
     given = [beginning(p, 1) if args.curriculum == "backtracking" else "" for p in everything]
-    common.check_prompts(policy, everything, args.max_new_tokens, given, args.few_shot)
+    common.encode_prompts(policy, everything, args.max_new_tokens, given, args.few_shot)
     if args.reward.startswith("orm"):
         judges.orm.check_lengths(everything, args.max_new_tokens, given)
     elif bare:

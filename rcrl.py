@@ -50,7 +50,7 @@ LABELS = {"good": "[GOOD]", "bad": "[BAD]"}
 def parse_args(argv: list[str]):
     parser = common.common_parser(
         __doc__, model="runs/expert_iteration/model", out="runs/rcrl", samples=16, temperature=1.0, lr=1e-3, epochs=4,
-        batch_size=16, token_budget=None, limit_train=None, checkpoint_every=300,
+        batch_size=16, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add = parser.add_argument
     add("--base", default="tiny", help="pretrained model that is trained, whatever --model is")

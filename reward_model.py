@@ -54,7 +54,7 @@ GENRM_DEFAULTS = {"out": "runs/genrm", "lr": 5e-4, "epochs": 3, "batch_size": 8}
 def parse_args(argv: list[str]):
     parser = common.common_parser(
         __doc__, model="runs/sft/model", out="runs/reward_model", samples=16, temperature=0.7, lr=1e-3, epochs=5,
-        batch_size=32, token_budget=None, limit_train=None, checkpoint_every=300,
+        batch_size=32, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     add = parser.add_argument
     add("--kind", choices=["orm", "genrm"], default="orm", help="outcome reward model, or generative: a language model that "
@@ -103,7 +103,7 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[
     solution, the gold solution of another question, and the beginning of this one's, of any length and often a short one."""
     asked, targets, rng, previous = [], [], np.random.default_rng([seed, 2]), ""
     for group in common.by_problem(samples):
-        problem, reference = group[0].problem, group[0].problem.gold
+        problem, reference = group[0].problem, group[0].problem.reference
         right, wrong = (list(dict.fromkeys(s.solution for s in group if s.correct == kind)) for kind in (True, False))
         right, wrong = ([texts[i] for i in rng.permutation(len(texts))] for texts in (right, wrong))
         pairs = [(w, reference, 0.0) for w in wrong[:n_pairs] if reference]
@@ -207,14 +207,14 @@ def comparable(samples: list[common.Sample]) -> tuple[list[common.Sample], dict[
     """The samples that a generative reward model is tried on, and the reference of each question by its id: the gold solution
     or, where there is none, the question's first right sample; that text is not scored beside itself, and a question without
     a right sample is left out. UserError if nothing is left."""
-    references = {group[0].problem.id: group[0].problem.gold for group in common.by_problem(samples)}
+    references = {group[0].problem.id: group[0].problem.reference for group in common.by_problem(samples)}
     for sample in samples:
         if references[sample.problem.id] is None and sample.correct:
             references[sample.problem.id] = sample.solution
     samples = [
         sample
         for sample in samples
-        if (reference := references[sample.problem.id]) and (sample.problem.gold or sample.solution != reference)
+        if (reference := references[sample.problem.id]) and (sample.problem.reference or sample.solution != reference)
     ]
     if not samples:
         raise common.UserError("no dev question has a gold solution or a right sample to compare with")
@@ -295,7 +295,7 @@ def main(argv: list[str]) -> None:
     common.check_memory(orm.model)  # which the student leaves before the training
     student = common.Policy(args.model, args.device, args.dtype)
     # now, not after the sampling
-    orm.check_lengths([p for p in train + dev if p.gold or not generative], args.max_new_tokens)
+    orm.check_lengths([p for p in train + dev if p.reference or not generative], args.max_new_tokens)
     run.begin()
 
     # 1. samples of the student (read back where a restart finds them on disk)

@@ -25,6 +25,7 @@ One GPU, the paper's setting as far as we know it (README.md):
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import common
@@ -32,7 +33,7 @@ import common
 
 def parse_args(argv: list[str]):
     parser = common.common_parser(
-        __doc__, model="tiny", out="runs/sft", lr=2e-4, epochs=4, batch_size=8, token_budget=None,
+        __doc__, model="tiny", out="runs/sft", lr=2e-4, epochs=4, batch_size=8,
         temperature=0.7, limit_train=None, checkpoint_every=300,
     )  # fmt: skip
     parser.add_argument(
@@ -43,6 +44,15 @@ def parse_args(argv: list[str]):
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0: all samples of a problem are the same; the greedy one is maj@1")
     return args
+
+
+@torch.no_grad()
+def cross_entropy(policy: common.Policy, examples: list[common.Example], token_budget: int) -> float:
+    """Mean cross-entropy of the response tokens, in nats per token."""
+    found = common.in_batches(
+        lambda e: common.by_example(common.response_logprobs(policy, e), e), examples, token_budget
+    )
+    return -float(np.concatenate(found).mean(dtype=np.float64))
 
 
 def main(argv: list[str]) -> None:
@@ -71,7 +81,7 @@ def main(argv: list[str]) -> None:
     def evaluate(epoch: int) -> dict:
         metrics = common.dev_metrics(policy, dev, args, args.samples, run.out / "samples" / f"dev_{epoch}.jsonl")
         if dev_examples:
-            metrics["dev_loss"] = common.cross_entropy(policy, dev_examples, args.token_budget)
+            metrics["dev_loss"] = cross_entropy(policy, dev_examples, args.token_budget)
         return metrics
 
     progress = {"step": 0, "tokens": 0, "best": -1.0, "unreadable": 1.0, "losses": []}

@@ -208,7 +208,7 @@ def run_plain(policy, problems, samples, rows, args, seed) -> list[int]:
 
 def run_without_shared_cache(policy, problems, samples, rows, args, seed, *, has_cache: bool) -> list[int]:
     policy = copy.copy(policy)
-    policy.decodes_fast, policy.has_cache = False, has_cache
+    policy.decode_loop = functools.partial(common.decode_plainly, cached=has_cache)
     return run_generate(policy, problems, samples, rows, args, seed)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import os
 import subprocess
@@ -91,7 +92,7 @@ def test_greedy_equals_model_generate_for_every_architecture_and_number_of_rows(
     """Prompts of 6 to 40 tokens, 48 new ones (two pages), sliding windows shorter than either. A wrong position, mask or
     cache entry changes the text of a random model within a few tokens."""
     policy = random_policy(name, tmp_path_factory, device)
-    assert policy.decodes_fast
+    assert policy.decode_loop is common.decode
     expected = reference_greedy(policy, PROBLEMS, 48)
     assert len({tuple(tokens) for tokens in expected}) > 1
     for rows in (1, 3, 64):
@@ -216,7 +217,6 @@ def test_a_prompted_model_stops_at_its_answer_line(tiny, monkeypatch):
 def test_a_prompted_model_stops_where_it_makes_up_the_next_question(tiny, monkeypatch):
     """With or without an answer line before it, and only at the end of a line."""
     texts = ["2+2=4\nQuestion: and?\nAnswer:\n5", "2+2=4\n#### 4\nQuestion:", "A Question: x?\n5\nQuestion"]
-    assert tiny.decodes_fast
 
     def decode(policy, prompts, wanted, draws, deliver, *, is_complete, **how):
         for i, text in enumerate(texts):
@@ -224,7 +224,7 @@ def test_a_prompted_model_stops_where_it_makes_up_the_next_question(tiny, monkey
             length = next((n for n in range(1, len(ids)) if is_complete(ids[:n])), len(ids))
             deliver(i, 0, ids[:length], np.zeros(length, np.float32), True)
 
-    monkeypatch.setattr(common, "decode", decode)
+    monkeypatch.setitem(tiny.__dict__, "decode_loop", decode)
     samples = common.generate(tiny, [common.Problem(t, "?", 1) for t in texts], few_shot=True)
     assert [s.text for s in samples] == ["2+2=4\nQuestion: and?\n", "2+2=4\n#### 4\n", *texts[2:]]
 
@@ -261,7 +261,7 @@ def test_broken_weights_are_noticed(nano):
 def test_one_prefill_serves_all_samples_of_a_problem(tmp_path_factory, monkeypatch):
     """Count what goes through the model: each prompt once, then one token a row and step."""
     policy, calls = random_policy("llama", tmp_path_factory), []
-    assert policy.decodes_fast  # found out before the passes are counted
+    assert policy.decode_loop is common.decode  # found out before the passes are counted
     model = policy.model.base_model
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(tuple(k["input_ids"].shape)) or forward(*a, **k))
@@ -353,7 +353,7 @@ def test_where_the_kernel_cannot_be_built_pytorch_computes_the_attention(tmp_pat
     policy = copy.copy(random_policy("llama", tmp_path_factory))
     how = dict(samples=3, max_new_tokens=20, rows=7)
     expected = ids_of(common.generate(policy, PROBLEMS, **how))
-    policy.__dict__.pop("decodes_fast")
+    policy.__dict__.pop("decode_loop")
     monkeypatch.setattr(common, "FUSED_DEVICES", {"cpu"})
 
     def refuse(*_):
@@ -363,7 +363,7 @@ def test_where_the_kernel_cannot_be_built_pytorch_computes_the_attention(tmp_pat
     for _ in range(2):
         assert ids_of(common.generate(policy, PROBLEMS, **how)) == expected
     said = capsys.readouterr().err
-    assert said.count("warning") == said.count("C compiler") == 1 and policy.decodes_fast
+    assert said.count("warning") == said.count("C compiler") == 1 and policy.decode_loop is common.decode
 
 
 def test_steps_that_cannot_be_recorded_run_as_they_are(tmp_path_factory, monkeypatch, capsys):
@@ -417,7 +417,7 @@ def test_nothing_of_the_cache_is_left_where_steps_are_not_recorded(tmp_path_fact
         "__init__",
         lambda self, *args, **how: caches.append(weakref.ref(self)) or start(self, *args, **how),
     )
-    policy.decodes_fast  # noqa: B018
+    policy.decode_loop  # noqa: B018
     gc.collect()
     gc.disable()
     try:
@@ -446,7 +446,7 @@ def test_few_sizes_are_recorded(tiny, monkeypatch):
 def test_a_model_that_the_cache_does_not_fit_is_sampled_slowly_and_says_so_once(tmp_path_factory, monkeypatch, capsys):
     """Scores that are capped, as in Gemma 2, are not what `attend` computes: found out, not assumed."""
     policy = random_policy("llama", tmp_path_factory)
-    monkeypatch.delitem(policy.__dict__, "decodes_fast", raising=False)
+    monkeypatch.delitem(policy.__dict__, "decode_loop", raising=False)
     attend = common.attend
     monkeypatch.setattr(common, "attend", lambda q, k, v, b: attend(q.tanh() / 2, k, v, b))
     how = dict(samples=2, temperature=1.0, max_new_tokens=12, rows=7)
@@ -455,9 +455,9 @@ def test_a_model_that_the_cache_does_not_fit_is_sampled_slowly_and_says_so_once(
     assert ids_of(common.generate(policy, PROBLEMS, **how)) == ids_of(got), "the slow path has no steps of 16"
     assert capsys.readouterr().err.count("sampling is slow") == 1
     monkeypatch.undo()
-    policy.__dict__.pop("decodes_fast")
+    policy.__dict__.pop("decode_loop")
     assert ids_of(got) == ids_of(common.generate(policy, PROBLEMS, **how))
-    assert policy.decodes_fast
+    assert policy.decode_loop is common.decode
 
 
 def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory):
@@ -465,7 +465,7 @@ def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory):
     folder = random_policy("llama", tmp_path_factory).model.config._name_or_path
     policy = common.Policy(folder, device="cpu", dtype="bfloat16")
     samples = common.generate(policy, PROBLEMS, samples=2, max_new_tokens=8)
-    assert policy.decodes_fast and all(np.isfinite(s.logprobs).all() for s in samples)
+    assert policy.decode_loop is common.decode and all(np.isfinite(s.logprobs).all() for s in samples)
 
 
 def test_logits_are_not_rounded_to_bfloat16(tiny):
@@ -512,7 +512,7 @@ def test_other_families_sample_with_the_shared_cache(name, tmp_path):
     config = getattr(transformers, f"{name}Config")
     write_model(lambda v: config(vocab_size=v, **FAST[name]), tmp_path, scale=4.0)
     policy = common.Policy(str(tmp_path), "cpu")
-    assert policy.decodes_fast
+    assert policy.decode_loop is common.decode
     samples = common.generate(policy, PROBLEMS, samples=2, max_new_tokens=12, rows=4)
     with torch.no_grad():
         again = common.response_logprobs(policy, [(s.prompt, s.tokens.tolist()) for s in samples])
@@ -539,7 +539,7 @@ def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(name, tmp_path,
     config = getattr(transformers, f"{name}Config")
     write_model(lambda v: config(vocab_size=v, **PLAIN[name]), tmp_path, scale=1.0 if name == "Mamba" else 4.0)
     policy = common.Policy(str(tmp_path), "cpu")
-    assert not policy.decodes_fast and policy.has_cache
+    assert policy.decode_loop is common.decode_plainly
     assert "is slower" in capsys.readouterr().err
     policy.eos_ids += range(20, 60)  # one of seven tokens ends a sample
     how = dict(samples=5, temperature=1.0, max_new_tokens=24)
@@ -563,9 +563,9 @@ def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(name, tmp_path,
             common, "DynamicCache", dict
         )  # a cache of another kind may hold what `reorder_cache` does not know
         assert ids_of(common.generate(policy, PROBLEMS, rows=8, **how)) == ids_of(samples) and not dropped
-    policy.has_cache = False
+    policy.decode_loop = functools.partial(common.decode_plainly, cached=False)
     assert ids_of(common.generate(policy, PROBLEMS, rows=64, **how)) == ids_of(samples)
-    policy.has_cache = True
+    policy.decode_loop = common.decode_plainly
     greedy = common.generate(policy, PROBLEMS, temperature=0, max_new_tokens=6)
     assert ids_of(greedy) == reference_greedy(policy, PROBLEMS, 6)
 
@@ -573,8 +573,7 @@ def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(name, tmp_path,
 def test_one_long_prompt_does_not_make_all_others_wait(tiny, monkeypatch):
     """What is left of a longer prompt of a batch costs a step a token for all its rows."""
     problems = [*PROBLEMS[:4], dataclasses.replace(PROBLEMS[0], id="long", question="many " * 200)]
-    monkeypatch.setitem(tiny.__dict__, "decodes_fast", False)
-    monkeypatch.setitem(tiny.__dict__, "has_cache", True)
+    monkeypatch.setitem(tiny.__dict__, "decode_loop", common.decode_plainly)
     steps, head = [], tiny.head
     monkeypatch.setattr(tiny, "head", lambda hidden: steps.append(len(hidden)) or head(hidden))
     samples = common.generate(tiny, problems, samples=2, max_new_tokens=10, rows=64)
@@ -584,7 +583,7 @@ def test_one_long_prompt_does_not_make_all_others_wait(tiny, monkeypatch):
 def test_a_model_without_any_cache_is_sampled_slowly(tmp_path, capsys):
     write_model(lambda v: transformers.OpenAIGPTConfig(vocab_size=v, n_embd=16, n_layer=2, n_head=2), tmp_path)
     policy = common.Policy(str(tmp_path), "cpu")
-    assert not policy.decodes_fast and not policy.has_cache
+    assert policy.decode_loop.keywords == {"cached": False}
     assert "no cache that can be used" in capsys.readouterr().err
     got = common.generate(policy, PROBLEMS[:3], temperature=0, max_new_tokens=6, rows=2)
     for sample in got:
@@ -616,8 +615,8 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch, caps
     assert "going on with 24" in capsys.readouterr().err
     assert len(delivered) == 48, "no finished sample is drawn again"
     fits, decode, asked = tiny.most_rows[False], common.decode, []
-    monkeypatch.setattr(
-        common, "decode", lambda *args, rows, **how: asked.append(rows) or decode(*args, rows=rows, **how)
+    monkeypatch.setitem(
+        tiny.__dict__, "decode_loop", lambda *args, rows, **how: asked.append(rows) or decode(*args, rows=rows, **how)
     )
     common.generate(tiny, problems[:1], rows=48, samples=48, max_new_tokens=4)
     assert asked == [fits] and fits < 48, "what did not fit is not tried again"
@@ -700,7 +699,7 @@ def test_a_step_computes_little_more_than_the_pages_and_prompts_in_use(tiny, mon
         seen.append((used, len(view.own_row), len(view.grid)))
         begin(self, ages, starts, view)
 
-    tiny.decodes_fast  # noqa: B018, the self-check decodes, too
+    tiny.decode_loop  # noqa: B018, the self-check decodes, too
     monkeypatch.setattr(common.PagedCache, "begin_step", watching)
     how = dict(samples=8, max_new_tokens=100, seed=2)
     samples = common.generate(tiny, common.load_problems("arithmetic", "dev", 24), rows=192, **how)

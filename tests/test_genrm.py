@@ -103,7 +103,7 @@ def test_the_score_is_the_mean_over_both_orders_and_of_equal_texts_one_half(genr
 def test_a_reference_that_is_sampled_takes_the_room_of_a_sample(genrm):
     """Beside a gold solution one sample has to fit, where there is none two."""
     for solution, n in (("1+1=2\n#### 2", 1), (None, 2)):
-        problem = common.Problem("p", "How many?", 2, solution)
+        problem = common.Problem("p", "How many?", 2, solution, solution)
         room = genrm.max_length - len(genrm.encode(problem, "", solution or "")[0])
         genrm.check_lengths([problem], room // n)
         with pytest.raises(common.UserError, match="a reference and a sample"):

@@ -245,7 +245,7 @@ def test_adapters_leave_the_cache_in_bfloat16(monkeypatch):
         return slots
 
     ppo.Lora(policy, 3)
-    policy.decodes_fast  # noqa: B018, in float32
+    policy.decode_loop  # noqa: B018, in float32
     monkeypatch.setattr(common.PagedCache, "keep_prompts", watching)
     common.generate(policy, common.load_problems("arithmetic", "dev", 2), max_new_tokens=4)
     assert dtypes == {torch.bfloat16}

@@ -194,7 +194,7 @@ def test_scoring_goes_on_when_memory_runs_out(capsys):
 def test_the_loss_is_measured_when_memory_runs_out(tiny, monkeypatch, capsys):
     prompt, solution = tiny.encode_prompt("Question: ..."), tiny.encode_solution("1+2=<<1+2=3>>3")
     examples = [(prompt, solution[i:]) for i in range(len(solution))]
-    logprobs, expected = common.response_logprobs, common.cross_entropy(tiny, examples, 1000)
+    logprobs, expected = common.response_logprobs, sft.cross_entropy(tiny, examples, 1000)
 
     def small_memory(policy, examples):
         if len(examples) > 3:
@@ -202,7 +202,7 @@ def test_the_loss_is_measured_when_memory_runs_out(tiny, monkeypatch, capsys):
         return logprobs(policy, examples)
 
     monkeypatch.setattr(common, "response_logprobs", small_memory)
-    assert common.cross_entropy(tiny, examples, 1000) == pytest.approx(expected, rel=1e-5)
+    assert sft.cross_entropy(tiny, examples, 1000) == pytest.approx(expected, rel=1e-5)
     assert "going on with" in capsys.readouterr().err
     common._halvings.clear()
 

@@ -182,9 +182,10 @@ def test_labels_of_several_tokens_are_forced_on_every_path(name, tmp_path_factor
     policy.eos_ids = [i for i in range(1, policy.vocabulary, 30) if i not in policy.label]  # rows end at any time
     how = dict(samples=3, max_new_tokens=24, seed=1)
     found = []
-    for rows, devices, fast in ((2, set(), True), (9, set(), True), (9, {"cpu"}, True), (4, set(), False)):
+    loops = common.decode, common.decode_plainly
+    for rows, devices, loop in ((2, set(), 0), (9, set(), 0), (9, {"cpu"}, 0), (4, set(), 1)):
         monkeypatch.setattr(common, "GRAPH_DEVICES", devices)
-        policy.__dict__["decodes_fast"] = fast
+        policy.decode_loop = loops[loop]
         samples = common.generate(policy, PROBLEMS[:3], rows=rows, **how)
         found.append([sample.tokens.tolist() for sample in samples])
     assert found[0] == found[1] == found[2] == found[3]

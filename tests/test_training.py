@@ -154,7 +154,7 @@ def test_the_cross_entropy_is_minus_the_mean_log_probability(tiny):
     examples = [(tiny.encode_prompt(common.prompt_text(p)), tiny.encode_solution(p.solution)) for p in problems]
     with torch.no_grad():
         expected = -torch.cat([naive_logprobs(tiny, example, 1.0) for example in examples]).mean().item()
-    assert common.cross_entropy(tiny, examples, 100) == pytest.approx(expected, rel=1e-5) and expected > 0
+    assert sft.cross_entropy(tiny, examples, 100) == pytest.approx(expected, rel=1e-5) and expected > 0
 
 
 class Pickled:
@@ -277,7 +277,7 @@ def test_scaled_and_capped_logits_are_the_models_own(family, setting, tmp_path):
         torch.testing.assert_close(last, logits[0], atol=1e-4, rtol=1e-4)
         found = common.response_logprobs(policy, [(prompt, response)])
     torch.testing.assert_close(found, logits.log_softmax(-1)[range(4), response], atol=1e-4, rtol=1e-4)
-    assert policy.decodes_fast
+    assert policy.decode_loop is common.decode
     setattr(policy.model if family == "Cohere" else policy.model.config, setting, 1.0)
     with torch.no_grad():
         assert (common.response_logprobs(policy, [(prompt, response)]) - found).abs().max() > 1e-2
