@@ -1018,6 +1018,53 @@ class Sample:
 PAGE = 32  # tokens
 
 
+class Pool:
+    """Slots for prompts, or pages: all that the layers keep of one has one number. Per layer [keys, values]."""
+
+    def __init__(self, on_growth: Callable[[], None]):
+        self.layers, self.on_growth = [], on_growth  # [[places, ...], [places, ...]] each, one block of memory
+        self.free = []  # a heap: the lowest first, so that those in use lie together
+
+    def __len__(self) -> int:
+        return len(self.layers[0][0])
+
+    def reserve(self, size: int) -> None:
+        """Make it at least so large."""
+        old = len(self)
+        if size > old:
+            for layer in self.layers:
+                for i, t in enumerate(layer):
+                    layer[i] = t.new_zeros(size, *t.shape[1:])
+                    layer[i][:old] = t
+            self.free += range(old, size)  # larger than all others, so it stays a heap
+            self.on_growth()
+
+    def take(self, count: int) -> list[int]:
+        """The numbers of so many free ones; a pool that has too few grows by a quarter at least."""
+        if len(self.free) < count:
+            self.reserve(len(self) + max(count, len(self) // 4))
+        return [heapq.heappop(self.free) for _ in range(count)]
+
+    def give_back(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            heapq.heappush(self.free, number)
+
+    def compact(self, used: np.ndarray, first: int) -> np.ndarray | None:
+        """If a quarter of those up to the highest of `used` is free, as when the last samples are running, move the used
+        ones together, from `first` on: a step computes all up to the highest. -> the new numbers by the old, None if nothing
+        was moved."""
+        if used.max() + 1 <= 1.25 * (len(used) + first) + 4:
+            return None
+        new, target = np.arange(len(self)), np.arange(first, first + len(used))
+        moved, new[used] = used != target, target
+        self.free = list(range(first + len(used), len(self)))
+        old, target = (torch.from_numpy(t[moved]).to(self.layers[0][0].device) for t in (used, target))
+        for layer in self.layers:
+            for t in layer:
+                t[target] = t[old]
+        return new
+
+
 class PagedCache:
     """Keys and values of the sequences that are being decoded. Stands in for a transformers cache: the model calls
     `update` once a layer and hands what that returns to `paged_attention`.
@@ -1028,11 +1075,10 @@ class PagedCache:
     matrix product makes a copy first."""
 
     def __init__(self, longest_prompt: int, on_growth: Callable[[], None], fused: bool = False):
-        # per layer [keys, values]: [slots or pages, key heads, tokens, head_dim] each, but own values
-        # [pages, key heads, head_dim, tokens]: for the product of so few rows this order is the faster one
-        self.prompts, self.own = [], []
-        self.free = {"prompts": [], "own": []}  # heaps: the lowest first, so that those in use lie together
-        self.longest_prompt, self.on_growth, self.fused = longest_prompt, on_growth, fused
+        # [slots or pages, key heads, tokens, head_dim] each, but own values [pages, key heads, head_dim, tokens]: for the
+        # product of so few rows this order is the faster one
+        self.prompts, self.own = Pool(on_growth), Pool(on_growth)
+        self.longest_prompt, self.fused = longest_prompt, fused
         self.recorded = None  # while prompts are run: per layer (keys, values)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
@@ -1044,60 +1090,21 @@ class PagedCache:
     def get_seq_length(self, layer: int = 0) -> int:
         return 0
 
-    def reserve(self, pool: str, size: int) -> None:
-        """Make a pool at least `size` slots or pages large."""
-        layers = getattr(self, pool)
-        old = len(layers[0][0])
-        if size > old:
-            for layer in layers:
-                for i, t in enumerate(layer):
-                    layer[i] = t.new_zeros(size, *t.shape[1:])
-                    layer[i][:old] = t
-            self.free[pool] += range(old, size)  # larger than all others, so it stays a heap
-            self.on_growth()
-
-    def take(self, pool: str, count: int) -> list[int]:
-        """The numbers of so many free slots or pages; a pool that has too few grows by a quarter at least."""
-        if len(self.free[pool]) < count:
-            size = len(getattr(self, pool)[0][0])
-            self.reserve(pool, size + max(count, size // 4))
-        return [heapq.heappop(self.free[pool]) for _ in range(count)]
-
-    def give_back(self, pool: str, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            heapq.heappush(self.free[pool], number)
-
-    def compact(self, pool: str, used: np.ndarray, first: int) -> np.ndarray | None:
-        """If a quarter of the slots or pages up to the highest of `used` is free, as when the last samples are running,
-        move the used ones together, from `first` on: a step computes all up to the highest. -> the new numbers by the
-        old, None if nothing was moved."""
-        if used.max() + 1 <= 1.25 * (len(used) + first) + 4:
-            return None
-        size, target = len(getattr(self, pool)[0][0]), np.arange(first, first + len(used))
-        new, moved = np.arange(size), used != target
-        new[used] = target
-        self.free[pool] = list(range(first + len(used), size))
-        old, target = (torch.from_numpy(t[moved]).to(self.own[0][0].device) for t in (used, target))
-        for layer in getattr(self, pool):
-            for t in layer:
-                t[target] = t[old]
-        return new
-
     def keep_prompts(self) -> list[int]:
         """Move the recorded keys and values into slots; their numbers."""
         recorded, self.recorded = self.recorded, None
-        if not self.own:  # how many layers there are, of what shape, shows with the first prompts
+        if not self.own.layers:  # how many layers there are, of what shape, shows with the first prompts
             for keys, values in recorded:
                 device = values.device.type  # under autocast keys come in float32, and attention works in bfloat16
                 dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
                 (_, heads, _, width), (_, _, _, value_width) = keys.shape, values.shape
                 prompts = (heads, self.longest_prompt, width), (heads, self.longest_prompt, value_width)
                 own = (heads, PAGE, width), (heads, value_width, PAGE)
-                self.prompts.append([values.new_zeros(0, *shape, dtype=dtype) for shape in prompts])
-                self.own.append([values.new_zeros(0, *shape, dtype=dtype) for shape in own])
-            self.take("own", 1)  # page 0 belongs to no sample: it stands for "none" in a row's table
-        slots = self.take("prompts", len(recorded[0][0]))
-        for layer, pair in zip(self.prompts, recorded, strict=True):
+                self.prompts.layers.append([values.new_zeros(0, *shape, dtype=dtype) for shape in prompts])
+                self.own.layers.append([values.new_zeros(0, *shape, dtype=dtype) for shape in own])
+            self.own.take(1)  # page 0 belongs to no sample: it stands for "none" in a row's table
+        slots = self.prompts.take(len(recorded[0][0]))
+        for layer, pair in zip(self.prompts.layers, recorded, strict=True):
             for stored, new in zip(layer, pair, strict=True):
                 stored[slots, :, : new.shape[2]] = new.to(stored.dtype)
         return slots
@@ -1189,11 +1196,11 @@ def paged_attention(module, query, key, value, attention_mask, scaling=None, sli
     if key.cache.fused:
         return fused_attention(query[:, :, 0], key, value, scaling, sliding_window)[:, None], None
     cache, view, (prompt_bias, own_bias) = key.cache, key.cache.view, key.cache.bias(sliding_window)
-    own_keys, own_values = cache.own[key.layer]
+    own_keys, own_values = cache.own.layers[key.layer]
     own_keys[cache.page, :, cache.place] = key.new.to(own_keys.dtype)
     own_values[cache.page, :, :, cache.place] = value.new.to(own_values.dtype)
-    prompt_keys, prompt_values = (t[: len(view.grid)] for t in cache.prompts[key.layer])
-    own_keys, own_values = (t[: len(view.own_row)] for t in cache.own[key.layer])
+    prompt_keys, prompt_values = (t[: len(view.grid)] for t in cache.prompts.layers[key.layer])
+    own_keys, own_values = (t[: len(view.own_row)] for t in cache.own.layers[key.layer])
     rows, heads, _, head_dim = query.shape
     scaled = (query[:, :, 0] * (scaling or head_dim**-0.5)).to(own_keys.dtype).unflatten(1, (own_keys.shape[1], -1))
     mean, weight = attend(take_rows(scaled, view.grid).transpose(1, 2), prompt_keys, prompt_values, prompt_bias)
@@ -1269,12 +1276,13 @@ def fused_attention(
 ) -> torch.Tensor:
     """What `PagedCache.update` and `paged_attention` do together, in one kernel: query [rows, heads, head_dim] -> [rows,
     heads, value width]. Every row reads its whole prompt; what many rows read comes from the cache of the GPU."""
-    cache, view, layer = key.cache, key.cache.view, key.layer
-    (rows, heads, width), (_, key_heads, longest, value_width) = query.shape, cache.prompts[layer][1].shape
+    cache, view = key.cache, key.cache.view
+    prompts, own = cache.prompts.layers[key.layer], cache.own.layers[key.layer]
+    (rows, heads, width), (_, key_heads, longest, value_width) = query.shape, prompts[1].shape
     sizes = heads // key_heads, width, value_width
-    out = query.new_empty(rows, heads, value_width, dtype=cache.own[layer][1].dtype)
+    out = query.new_empty(rows, heads, value_width, dtype=own[1].dtype)
     _attend_and_store[rows, key_heads](
-        query.contiguous(), key.new.contiguous(), value.new.contiguous(), *cache.prompts[layer], *cache.own[layer],
+        query.contiguous(), key.new.contiguous(), value.new.contiguous(), *prompts, *own,
         view.slot, view.table.contiguous(), cache.ages, cache.starts, out, scaling or width**-0.5,
         1 << 30 if window is None else window, longest, view.table.shape[1], *sizes,
         *(max(16, 1 << (size - 1).bit_length()) for size in sizes), PAGE,
@@ -1500,17 +1508,17 @@ def decode(
 
     def group(n: int) -> tuple[Size, dict[str, np.ndarray]]:
         """What a step computes that multiplies all prompts and pages with all queries that read them, and in which order."""
-        if (new := cache.compact("own", np.unique(table[:n][table[:n] > 0]), 1)) is not None:
+        if (new := cache.own.compact(np.unique(table[:n][table[:n] > 0]), 1)) is not None:
             table[:n] = new[table[:n]]
-        if (new := cache.compact("prompts", np.array(sorted(slot_of.values())), 0)) is not None:
+        if (new := cache.prompts.compact(np.array(sorted(slot_of.values())), 0)) is not None:
             row_slot[:n] = new[row_slot[:n]]
             slot_of.update({i: int(new[slot]) for i, slot in slot_of.items()})
         slot, readers = row_slot[:n], np.bincount(row_slot[:n])
         row, nth = table[:n].nonzero()
         page = table[row, nth]
         size = size_of(Size(n, len(readers), int(readers.max()), int(page.max()) + 1))
-        cache.reserve("prompts", size.slots)
-        cache.reserve("own", size.pages)
+        cache.prompts.reserve(size.slots)
+        cache.own.reserve(size.pages)
         order, reader = slot.argsort(kind="stable"), np.zeros(size.rows, np.int64)
         reader[order] = np.arange(n) - (readers.cumsum() - readers)[slot[order]]  # its rank among those of its slot
         grid = np.zeros((size.slots, size.readers), np.int64)
@@ -1523,7 +1531,7 @@ def decode(
         """Give the first n rows the pages that the next steps write to, and say where everything is."""
         need = (lengths[:n] + stride - 1) // PAGE + 1
         missing = (table[:n] == 0) & (np.arange(table.shape[1]) < need[:, None])
-        table[:n][missing] = cache.take("own", int(missing.sum()))
+        table[:n][missing] = cache.own.take(int(missing.sum()))
         size, order = (size_of(Size(n, 0, 0, 0)), {}) if cache.fused else group(n)
         slot = np.zeros(size.rows, np.int64)
         slot[:n] = row_slot[:n]
@@ -1601,10 +1609,10 @@ def decode(
                 ids, said = host_tokens[row, : length[row]].astype(np.int32), host_logprobs[row, : length[row]].copy()
                 ready.append((i, number, ids, said, bool(ended[row])))
                 left[i] -= 1
-                cache.give_back("own", table[row][table[row] > 0].tolist())
+                cache.own.give_back(table[row][table[row] > 0].tolist())
                 table[row] = 0
                 if not left[i]:
-                    cache.give_back("prompts", [slot_of.pop(i)])
+                    cache.prompts.give_back([slot_of.pop(i)])
             # 3. hand their rows to the next samples; where there is none left, move the last rows into the gaps
             vacant = set(fill(vacant))
             n -= len(vacant)

@@ -627,11 +627,11 @@ def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny,
     problems, ended, delivered, kept = common.load_problems("arithmetic", "dev", 12), [], [], []
     how = dict(samples=4, max_new_tokens=96, rows=16)
     expected = ids_of(common.generate(tiny, problems, **how))
-    give_back, keep_prompts, warn = common.PagedCache.give_back, common.PagedCache.keep_prompts, common.warn
+    give_back, keep_prompts, warn = common.Pool.give_back, common.PagedCache.keep_prompts, common.warn
 
-    def counting(self, pool, numbers):
-        ended.extend([1] * (pool == "own"))
-        give_back(self, pool, numbers)
+    def counting(self, numbers):
+        ended.extend([1] * (self.layers[0][1].shape[-1] == common.PAGE))  # pages, not a prompt
+        give_back(self, numbers)
 
     def refusing(self):
         kept.append(1)
@@ -639,7 +639,7 @@ def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny,
             raise MemoryError("cannot allocate memory")
         return keep_prompts(self)
 
-    monkeypatch.setattr(common.PagedCache, "give_back", counting)
+    monkeypatch.setattr(common.Pool, "give_back", counting)
     monkeypatch.setattr(common.PagedCache, "keep_prompts", refusing)
     monkeypatch.setattr(tiny, "most_rows", tiny.most_rows.copy())
     monkeypatch.setattr(tiny, "decode", lambda ids: delivered.append(1) or common.Policy.decode(tiny, ids))
@@ -705,7 +705,7 @@ def test_a_step_computes_little_more_than_the_pages_and_prompts_in_use(tiny, mon
     samples = common.generate(tiny, common.load_problems("arithmetic", "dev", 24), rows=192, **how)
     assert all(own <= 1.25 * (used + 1) + 4 for used, own, _ in seen)
     assert max(own for _, own, _ in seen) > 150 and seen[-1][1] < 30 and seen[-1][2] < 16
-    monkeypatch.setattr(common.PagedCache, "compact", lambda *_: None)
+    monkeypatch.setattr(common.Pool, "compact", lambda *_: None)
     assert ids_of(samples) == ids_of(
         common.generate(tiny, common.load_problems("arithmetic", "dev", 24), rows=192, **how)
     )
