@@ -70,6 +70,25 @@ class UserError(Exception):
     """Something the user can mend. `run_main` prints it as one line and exits with code 2."""
 
 
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that the memory of the device is used up: PyTorch and CUDA say it in several ways."""
+    said = ("t allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
+def warn(text: str, each: bool = False) -> None:
+    """On standard error. Of several processes the first one speaks for all, unless `each` has something of its own to say."""
+    if each or process_rank() == 0:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+warn_once = functools.lru_cache(warn)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 0. Several processes: `torchrun --nproc-per-node N script.py ...`
 #
@@ -473,9 +492,53 @@ def vote(answers: Sequence[Fraction | None], weights: Sequence[float] | None = N
     return max(votes, key=votes.get) if votes else None
 
 
+@dataclasses.dataclass
+class Sample:
+    """One sampled solution. `finished`: ended by itself (end-of-text token or complete answer line), not cut. `grade` sets
+    `answer` and `correct`, which may be true of one that was cut later."""
+
+    problem: Problem
+    number: int  # which sample of its problem, from 0
+    text: str
+    finished: bool
+    # Filled by `generate`, empty when read from a file: the ids (int32), with the end-of-text token if that ended the
+    # sample, and the log-probability (float32) of each under the distribution that it was sampled from.
+    tokens: np.ndarray | tuple = ()
+    logprobs: np.ndarray | tuple = ()
+    prompt: Sequence[int] = ()  # the ids that it was sampled from; those of `prefix` are at their end
+    prefix: str = ""  # the beginning of `text` that was given, not sampled
+    score: float | None = None  # a reward model's, where one was asked
+
+    def __post_init__(self):
+        self.grade()
+
+    def grade(self, lenient: bool = False) -> None:
+        """Read the answer and check it. A sample that was cut within its answer line has none: "#### 1" of "#### 18"; and
+        lenient reading, where there is no such line, leaves a number out within which the sample may have been cut."""
+        cut = not self.finished and "\n" not in self.text.partition(MARKER)[2]
+        if cut and MARKER in self.text:
+            self.answer = None
+        else:
+            self.answer = extract_answer(self.text if self.finished else self.text.rstrip("0123456789.,/"), lenient)
+        self.correct = self.answer == self.problem.answer
+
+    @property
+    def solution(self) -> str:
+        """The text up to the end of its solution."""
+        return first_solution(self.text).strip()
+
+    def to_json(self) -> str:
+        row = {"problem": self.problem.id, "sample": self.number, "correct": self.correct, "finished": self.finished}
+        row |= {"answer": None if self.answer is None else str(self.answer), "reference": str(self.problem.answer)}
+        row |= {} if self.score is None else {"score": round(self.score, 6)}
+        return json.dumps(row | {"question": self.problem.question, "text": self.text}, ensure_ascii=False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The policy and the reward model
 # ---------------------------------------------------------------------------------------------------------------------
+
+Example = tuple[list[int], list[int]]  # prompt ids, response ids
 
 # Two worked examples for a pretrained model that never saw the format; the paper prompts with two as well.
 FEW_SHOT = f"""\
@@ -676,7 +739,7 @@ class Policy:
                 raise
             return f"{type(error).__name__}: {first_line(error)}"
 
-    def run_once(self, run: Callable[[list["Example"]], Iterable], examples: dict, token_budget: int) -> dict:
+    def run_once(self, run: Callable[[list[Example]], Iterable], examples: dict, token_budget: int) -> dict:
         """`run` of a batch returns something for each of its examples -> the same keys with what it returned of theirs."""
         return dict(zip(examples, in_batches(run, list(examples.values()), token_budget), strict=True))
 
@@ -743,7 +806,7 @@ class RewardModel(Policy):
         """Hidden states [..., width] -> log-odds [..., 1]."""
         return self.linear(hidden)
 
-    def encode(self, sample: "Sample") -> "Example":
+    def encode(self, sample: Sample) -> Example:
         """Prompt and solution with the end-of-text token, which a solution that was cut gets, too. From the text, so it
         does not matter whose tokens the sample was made of."""
         prompt, response = self.encode_prompt(prompt_text(sample.problem)), self.encode_solution(sample.solution)
@@ -756,7 +819,7 @@ class RewardModel(Policy):
         """UserError if a question with a sample, or with its prefix and a sample, might not fit into the positions."""
         encode_prompts(self, problems, max_new_tokens, prefixes, what="for the reward model the longest prompt")
 
-    def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
+    def log_odds(self, examples: Sequence[Example]) -> torch.Tensor:
         """After every response token, that token included: [response tokens of all examples, one after the other]."""
         ids = right_padded(self, [prompt + response for prompt, response in examples])
         rows, columns = response_places(examples, self.device)
@@ -765,7 +828,7 @@ class RewardModel(Policy):
         return self.head(hidden.float())[:, 0]
 
     @torch.no_grad()
-    def scores(self, samples: Sequence["Sample"], token_budget: int = 1024) -> list[np.ndarray]:
+    def scores(self, samples: Sequence[Sample], token_budget: int = 1024) -> list[np.ndarray]:
         """For every sample the probability after each of its solution's tokens; the last one is its score. Equal texts are
         run once, and no more than `token_budget` tokens at a time."""
         keys = [(sample.problem.question, sample.text) for sample in samples]
@@ -773,7 +836,7 @@ class RewardModel(Policy):
         found = self.run_once(lambda batch: by_example(self.log_odds(batch).sigmoid(), batch), examples, token_budget)
         return [found[key] for key in keys]
 
-    def grade(self, samples: Sequence["Sample"], token_budget: int = 1024) -> None:
+    def grade(self, samples: Sequence[Sample], token_budget: int = 1024) -> None:
         """Fill in `score` of every sample: the probability after its last token."""
         for sample, probabilities in zip(samples, self.scores(samples, token_budget), strict=True):
             sample.score = float(probabilities[-1])
@@ -826,7 +889,7 @@ class GenerativeRewardModel(Policy):
             raise UserError("this is not a generative reward model; reward_model.py --kind genrm trains one")
         return model
 
-    def encode(self, problem: Problem, first: str, second: str) -> "Example":
+    def encode(self, problem: Problem, first: str, second: str) -> Example:
         """The prompt up to the verdict, and as its response the verdict A. A solution ends where it goes on with words of
         the prompt: it could else write its own verdict."""
         a, b = (re.split(r"^(?:Answer [AB]|Better answer):", s, flags=re.M)[0].strip() for s in (first, second))
@@ -840,7 +903,7 @@ class GenerativeRewardModel(Policy):
         longest = max((len(ids) + n * max_new_tokens for ids, n in gold), default=0)
         check_length(self, longest, f"the longest question with a reference and a sample of {max_new_tokens} tokens")
 
-    def log_odds(self, examples: Sequence["Example"]) -> torch.Tensor:
+    def log_odds(self, examples: Sequence[Example]) -> torch.Tensor:
         """Of verdict A over verdict B, for every comparison that `encode` made: [comparisons]."""
         ids = right_padded(self, [prompt for prompt, _ in examples], "the longest question with its two solutions")
         last = torch.tensor([len(prompt) - 1 for prompt, _ in examples], device=self.device)
@@ -860,7 +923,7 @@ class GenerativeRewardModel(Policy):
         both = [[first_is_better[p.question, first, second] for p, first, second in pair] for pair in orders]
         return np.array([[as_a, 1 - as_b] for as_a, as_b in both]).reshape(-1, 2)
 
-    def scores(self, samples: Sequence["Sample"], references: dict[str, str], token_budget: int = 1024) -> list[float]:
+    def scores(self, samples: Sequence[Sample], references: dict[str, str], token_budget: int = 1024) -> list[float]:
         """The score of every sample beside its problem's reference, a text by problem id."""
         comparisons = [(s.problem, s.solution, references[s.problem.id]) for s in samples]
         return self.verdicts(comparisons, token_budget).mean(1).round(6).tolist()  # beside itself exactly 0.5
@@ -889,31 +952,6 @@ def model_folder(name: str, flag: str = "--model") -> str:
         hint = f"; run `python {scripts[name]}` first" if name in scripts else ""
         raise UserError(f"{flag} {name}: no such folder{hint}")
     return name
-
-
-def rms_norm(weight: torch.Tensor, eps: float, promotes: bool, x: torch.Tensor) -> torch.Tensor:
-    normed = torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps)
-    return normed.to(torch.promote_types(x.dtype, weight.dtype) if promotes else x.dtype)
-
-
-@torch.no_grad()
-def fuse_norms(model: torch.nn.Module) -> None:
-    """Let PyTorch compute root mean square norms in one kernel, where transformers runs six small ones and more in the
-    backward pass: the classes named so, as far as they compute just this. That of Gemma, for one, stays as it is."""
-    for module in model.modules():
-        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        known = type(module).__name__.endswith("RMSNorm") and getattr(module, "bias", None) is None
-        if known and isinstance(eps, float) and isinstance(weight, torch.nn.Parameter):
-            x = torch.linspace(-2, 3, 2 * weight.numel(), device=weight.device).view(2, *weight.shape)
-            try:
-                promotes = module(x.bfloat16()).dtype != torch.bfloat16  # what they return differs
-                # no lambda: a deep copy of the module must have one with its own weight
-                fused = functools.partial(rms_norm, weight, eps, promotes)
-                same = torch.allclose(module(x), fused(x), rtol=1e-4, atol=1e-5)
-            except (TypeError, RuntimeError):  # of another signature
-                continue
-            if same:
-                module.forward = fused
 
 
 def check_base(policy: Policy, base: str) -> None:
@@ -964,55 +1002,455 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Generation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Sample:
-    """One sampled solution. `finished`: ended by itself (end-of-text token or complete answer line), not cut. `grade` sets
-    `answer` and `correct`, which may be true of one that was cut later."""
+NOT_FINITE = "the model's probabilities are not finite: its weights are broken"
+FUSED_DEVICES = {"cuda"} if triton else set()
+GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
 
-    problem: Problem
-    number: int  # which sample of its problem, from 0
-    text: str
-    finished: bool
-    # Filled by `generate`, empty when read from a file: the ids (int32), with the end-of-text token if that ended the
-    # sample, and the log-probability (float32) of each under the distribution that it was sampled from.
-    tokens: np.ndarray | tuple = ()
-    logprobs: np.ndarray | tuple = ()
-    prompt: Sequence[int] = ()  # the ids that it was sampled from; those of `prefix` are at their end
-    prefix: str = ""  # the beginning of `text` that was given, not sampled
-    score: float | None = None  # a reward model's, where one was asked
 
-    def __post_init__(self):
-        self.grade()
+def encode_prompts(
+    policy: Policy, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] | None = None,
+    few_shot: bool = False, what: str = "the longest prompt",
+) -> list[list[int]]:  # fmt: skip
+    """The ids of every prompt with its prefix and label. UserError if what is sampled after the longest does not fit into the
+    model's positions."""
+    prefixes = prefixes or [""] * len(problems)
+    prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
+    prompts = [ids + policy.encode_prefix(prefix) + policy.label for ids, prefix in zip(prompts, prefixes, strict=True)]
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    check_length(policy, longest, f"{what} with --max-new-tokens {max_new_tokens}")
+    return prompts
 
-    def grade(self, lenient: bool = False) -> None:
-        """Read the answer and check it. A sample that was cut within its answer line has none: "#### 1" of "#### 18"; and
-        lenient reading, where there is no such line, leaves a number out within which the sample may have been cut."""
-        cut = not self.finished and "\n" not in self.text.partition(MARKER)[2]
-        if cut and MARKER in self.text:
-            self.answer = None
-        else:
-            self.answer = extract_answer(self.text if self.finished else self.text.rstrip("0123456789.,/"), lenient)
-        self.correct = self.answer == self.problem.answer
 
-    @property
-    def solution(self) -> str:
-        """The text up to the end of its solution."""
-        return first_solution(self.text).strip()
+@torch.no_grad()  # not inference_mode, under which autocast would cast the weights anew in every step
+def generate(
+    policy: Policy, problems: Sequence[Problem], *, samples: int = 1, temperature: float = 1.0,
+    max_new_tokens: int = 256, seed: int | Sequence[int] = 0, rows: int = 128, few_shot: bool = False,
+    prefixes: Sequence[str] | None = None, progress: str | None = None, stop: Callable[[], bool] = lambda: False,
+) -> list[Sample]:  # fmt: skip
+    """`samples` solutions of every problem, in the order of the problems, from the full softmax at `temperature`
+    (0: greedy).
 
-    def to_json(self) -> str:
-        row = {"problem": self.problem.id, "sample": self.number, "correct": self.correct, "finished": self.finished}
-        row |= {"answer": None if self.answer is None else str(self.answer), "reference": str(self.problem.answer)}
-        row |= {} if self.score is None else {"score": round(self.score, 6)}
-        return json.dumps(row | {"question": self.problem.question, "text": self.text}, ensure_ascii=False)
+    A prompt is run once, and its keys and values are shared by its samples. `rows` sequences are decoded at a time; a
+    row that has finished is handed to the next sample at once. The random numbers of a sample depend on (seed,
+    problem, sample number) alone, so it does not matter how many rows there are or what else is sampled. (A model that
+    this cache does not fit uses its own, in batches; see `decode_plainly`.) When memory
+    runs out, the number of rows is halved, for good and with a warning, and no finished sample is lost.
+    few_shot: prompt with two worked examples; a sample then ends when its answer line is complete, because such a model
+    goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
+    asked before every step; when true, KeyboardInterrupt. Of several processes each samples for every n-th problem, and all
+    get all samples. Raises UserError if a prompt does not fit into the model's positions."""
+    prefixes = prefixes or [""] * len(problems)
+    prompts = encode_prompts(policy, problems, max_new_tokens, prefixes, few_shot)
+    done: list[list[Sample | None]] = [[None] * samples for _ in problems]
+    mine = range(process_rank(), len(problems), process_count())
+    bar = tqdm(total=len(mine) * samples, desc=progress, unit="sample", disable=None if progress else True)
+
+    def draws(i: int, number: int) -> np.ndarray:
+        key = [*np.atleast_1d(seed).tolist(), zlib.crc32(problems[i].id.encode()), number]
+        return np.random.default_rng(key).random(max_new_tokens, np.float32)
+
+    def deliver(i: int, number: int, ids: np.ndarray, logprobs: np.ndarray, finished: bool) -> None:
+        text = prefixes[i] + policy.decode(ids)
+        done[i][number] = Sample(problems[i], number, text, finished, ids, logprobs, prompts[i], prefixes[i])
+        bar.update()
+
+    def is_complete(ids: np.ndarray) -> bool:
+        lines = "\n" + policy.decode(ids).rpartition("\n")[0]
+        return MARKER in lines or "\nQuestion:" in lines
+
+    interrupted = False
+    while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
+        float32 = policy.autocast is contextlib.nullcontext
+        rows = min(rows, policy.most_rows.get(float32, rows), sum(map(len, wanted.values())))
+        try:
+            with policy.autocast(), packed_weights(policy), casts_kept(policy):
+                policy.decode_loop(
+                    policy, prompts, wanted, draws, deliver, temperature=temperature, max_new_tokens=max_new_tokens,
+                    rows=rows, is_complete=is_complete if few_shot else None, stop=stop,
+                    label=policy.label if policy.label_every_line else (),
+                )  # fmt: skip
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+            warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)", each=True)
+            policy.most_rows[float32] = rows // 2
+        except KeyboardInterrupt:
+            interrupted = True  # the others must hear of it before this one leaves
+            break
+    bar.close()
+    if any(gather([interrupted])):
+        raise KeyboardInterrupt
+    for i, group in gather([(i, done[i]) for i in mine]):
+        done[i] = group
+    return [sample for group in done for sample in group]
+
+
+def decode(
+    policy: Policy, prompts: Sequence[list[int]], wanted: dict[int, Sequence[int]],
+    draws: Callable[[int, int], np.ndarray], deliver: Callable[[int, int, np.ndarray, np.ndarray, bool], None], *,
+    temperature: float, max_new_tokens: int, rows: int, is_complete: Callable[[np.ndarray], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False, label: Sequence[int] = (),
+) -> None:  # fmt: skip
+    """The loop of `generate`, on token ids. wanted: prompt index -> sample numbers; draws(prompt, number): the uniforms
+    of a sample; deliver(prompt, number, ids, logprobs, finished) is called with each soon after it has ended. label: ids
+    that follow every line break without being sampled (log-probability 0).
+
+    The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
+    step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
+    for each of the few sizes that `size_of` leaves."""
+    device, config, base = policy.device, policy.model.config.get_text_config(), policy.model.base_model
+    on_gpu = device.type in GRAPH_DEVICES
+    stride = 16 if on_gpu else 1
+    width = max_new_tokens + stride - 1  # a row may run on until the host looks
+    uniforms, tokens, logprobs = (torch.zeros(rows, width, device=device, dtype=t) for t in (torch.float, torch.long, torch.float))  # fmt: skip
+    ages, starts, inputs, owed = torch.zeros(4, rows, device=device, dtype=torch.long)  # owed: ids of the label to come
+    label_ids = torch.tensor(label, device=device)
+    breaks_line = torch.from_numpy(policy.ends_line).to(device) if label else None
+    is_eos = np.zeros(policy.vocabulary, bool)
+    is_eos[policy.eos_ids] = True
+    queue = ((i, number) for i, numbers in wanted.items() for number in numbers)
+    upcoming, left = iter(wanted), {i: len(numbers) for i, numbers in wanted.items()}  # to be run; samples to deliver
+    work, lengths = [None] * rows, np.zeros(rows, np.int64)  # what a row samples (prompt, number); `ages` for the host
+    table = np.zeros((rows, (width - 1) // PAGE + 1), np.int64)  # the pages of a row, 0: none
+    row_slot, slot_of = np.zeros(rows, np.int64), {}  # where the prompt of a row is; the same by prompt
+    graphs, pool = {}, None
+
+    def forget_graphs() -> None:
+        """They read tensors that are replaced when the cache grows. All share their memory: only one runs at a time."""
+        nonlocal pool
+        graphs.clear()
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    fused = policy.fuses_attention and device.type in FUSED_DEVICES
+    cache = PagedCache(max(1, max(map(len, prompts)) - 1), forget_graphs, fused)
+    with_cache = {cache_argument(base): cache, "use_cache": True}
+
+    def size_of(used: Size) -> Size:
+        """What to compute so that a graph can be replayed: the smallest recorded size that is nowhere more than twice too
+        large. Where there is none: all, half, a quarter ... of the rows, and of the others up to the next of 1, 2, 3, ... 8,
+        10, 12, 14, 16, 20, ..."""
+        if not on_gpu:
+            return used
+        if fitting := [size for size in graphs if all(a <= b <= 2 * a for a, b in zip(used, size, strict=True))]:
+            return min(fitting, key=sum)
+        grains = [1 << max(0, (count - 1).bit_length() - 3) for count in used[1:]]
+        rest = [-(-count // grain) * grain for count, grain in zip(used[1:], grains, strict=True)]
+        return Size(rows >> int(math.log2(rows / used.rows)), *rest)
+
+    def prefill(count: int) -> None:
+        """Run the next `count` prompts, all but their last token, which the decode loop feeds like any other."""
+        batch = list(itertools.islice(upcoming, count))
+        length = max(1, max(len(prompts[i]) for i in batch) - 1)
+        ids = torch.tensor([(prompts[i][:-1] + [0] * length)[:length] for i in batch], device=device)
+        where = torch.arange(length, device=device)[None].expand(len(ids), -1)
+        cache.recorded = []
+        base(
+            input_ids=ids, position_ids=where, attention_mask=attention_masks(config, where, length), **with_cache
+        )  # fmt: skip
+        slot_of.update(zip(batch, cache.keep_prompts(), strict=True))
+
+    def fill(free: list[int]) -> list[int]:
+        """Hand rows to the next samples; returns those for which there is no work."""
+        taken = []
+        for row in free:
+            if (job := next(queue, None)) is None:
+                break
+            if job[0] not in slot_of:
+                prefill(max(1, min(64, rows // len(wanted[job[0]]))))
+            work[row] = job
+            taken.append(row)
+        if taken:
+            at, jobs = torch.tensor(taken, device=device), [work[row] for row in taken]
+            uniforms[at, :max_new_tokens] = torch.from_numpy(np.stack([draws(*job) for job in jobs])).to(device)
+            starts[at] = torch.tensor([len(prompts[i]) - 1 for i, _ in jobs], device=device)
+            inputs[at] = torch.tensor([prompts[i][-1] for i, _ in jobs], device=device)
+            ages[at] = owed[at] = 0
+            lengths[taken] = 0
+            row_slot[taken] = [slot_of[i] for i, _ in jobs]
+        return free[len(taken) :]
+
+    def step(n: int, view: View) -> None:
+        """One token for each of the first n rows. Device only; the shapes depend on n and the view's."""
+        cache.begin_step(ages[:n], starts[:n], view)
+        where = (starts[:n] + ages[:n]).clamp_(max=policy.max_length - 1)
+        hidden = base(
+            input_ids=inputs[:n, None], position_ids=where[:, None], **with_cache,
+            attention_mask=attention_masks(config, where[:, None] * 0, 1),  # not used, but without one it makes its own
+        ).last_hidden_state[:, -1]  # fmt: skip
+        age = ages[:n, None]
+        picked, said = next_tokens(policy, hidden, uniforms[:n].gather(1, age)[:, 0], temperature)
+        if label:
+            picked, said, owed[:n] = forced(picked, said, owed[:n], label_ids, breaks_line)
+        tokens[:n].scatter_(1, age, picked[:, None])
+        logprobs[:n].scatter_(1, age, said[:, None])
+        inputs[:n] = picked
+        ages[:n] += 1
+
+    def group(n: int) -> tuple[Size, dict[str, np.ndarray]]:
+        """What a step computes that multiplies all prompts and pages with all queries that read them, and in which order."""
+        if (new := cache.own.compact(np.unique(table[:n][table[:n] > 0]), 1)) is not None:
+            table[:n] = new[table[:n]]
+        if (new := cache.prompts.compact(np.array(sorted(slot_of.values())), 0)) is not None:
+            row_slot[:n] = new[row_slot[:n]]
+            slot_of.update({i: int(new[slot]) for i, slot in slot_of.items()})
+        slot, readers = row_slot[:n], np.bincount(row_slot[:n])
+        row, nth = table[:n].nonzero()
+        page = table[row, nth]
+        size = size_of(Size(n, len(readers), int(readers.max()), int(page.max()) + 1))
+        cache.prompts.reserve(size.slots)
+        cache.own.reserve(size.pages)
+        order, reader = slot.argsort(kind="stable"), np.zeros(size.rows, np.int64)
+        reader[order] = np.arange(n) - (readers.cumsum() - readers)[slot[order]]  # its rank among those of its slot
+        grid = np.zeros((size.slots, size.readers), np.int64)
+        grid[slot, reader[:n]] = np.arange(n)
+        own_row, own_first = np.zeros(size.pages, np.int64), np.full(size.pages, width)
+        own_row[page], own_first[page] = row, nth * PAGE
+        return size, {"grid": grid, "reader": reader, "own_row": own_row, "own_first": own_first}
+
+    def look(n: int) -> tuple[Size, View]:
+        """Give the first n rows the pages that the next steps write to, and say where everything is."""
+        need = (lengths[:n] + stride - 1) // PAGE + 1
+        missing = (table[:n] == 0) & (np.arange(table.shape[1]) < need[:, None])
+        table[:n][missing] = cache.own.take(int(missing.sum()))
+        size, order = (size_of(Size(n, 0, 0, 0)), {}) if cache.fused else group(n)
+        slot = np.zeros(size.rows, np.int64)
+        slot[:n] = row_slot[:n]
+        # while others end the longest row grows on: its pages would ask for one graph after the other
+        columns = table.shape[1] if on_gpu else need.max()
+        view = View(slot, table[: size.rows, :columns], **order)
+        return size, View(*(torch.from_numpy(array).to(device) for array in view))
+
+    def first_step(run: Callable[[], None]) -> Callable[[], None]:
+        """Run a step of a new size as it is, which warms up what a graph needs -> what replays it, `run` where nothing can."""
+        done = False
+        try:
+            with waiting_is_an_error(device):
+                run()
+            done = True
+            return record(run, device, pool)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        if not done:
+            run()  # again: until its end it changes nothing that it reads
+        warn(f"sampling is slower than it could be, because a step cannot be recorded ({reason})")
+        policy.records_steps = False  # nor can steps of other sizes
+        return run
+
+    def advance(n: int) -> None:
+        """`stride` steps of at least the first n rows."""
+        ages[n:] = 0
+        size, view = look(n)
+        run, n_steps = functools.partial(step, size.rows, view), stride
+        if size in graphs:
+            run, static = graphs[size]
+            for t, new in zip(static, view, strict=True):
+                t.copy_(new)
+        elif on_gpu and policy.records_steps:
+            run, n_steps = first_step(run), stride - 1
+            if policy.records_steps:
+                graphs[size] = run, view
+        for _ in range(n_steps):
+            run()
+
+    ready = []  # samples that have ended
+
+    def deliver_ready() -> None:
+        while ready:
+            deliver(*ready.pop(0))
+
+    n = rows - len(fill(list(range(rows))))
+    try:
+        while n:
+            if stop():
+                raise KeyboardInterrupt
+            # 1. the next token of the first n rows; on a GPU the next 16, and while it computes them, the last samples
+            advance(n)
+            deliver_ready()
+            host_tokens, host_logprobs = tokens[:n].cpu().numpy(), logprobs[:n].cpu().numpy()
+            before = lengths[:n].copy()
+            lengths[:n] += stride
+            # 2. which have ended, and after how many tokens
+            columns = before[:, None] + np.arange(stride)
+            new = np.take_along_axis(host_tokens, columns, 1)
+            if not np.isfinite(np.take_along_axis(host_logprobs, columns, 1)).all():
+                raise UserError(NOT_FINITE)
+            ends = is_eos[new]
+            if is_complete:
+                for row, column in np.argwhere(policy.ends_line[new] & ~ends):
+                    ends[row, column] = is_complete(host_tokens[row, : before[row] + column + 1])
+            ends &= columns < max_new_tokens
+            ended = ends.any(1)
+            length = np.where(ended, before + ends.argmax(1) + 1, max_new_tokens)
+            vacant = np.flatnonzero(ended | (lengths[:n] >= max_new_tokens)).tolist()
+            for row in vacant:
+                i, number = work[row]
+                ids, said = host_tokens[row, : length[row]].astype(np.int32), host_logprobs[row, : length[row]].copy()
+                ready.append((i, number, ids, said, bool(ended[row])))
+                left[i] -= 1
+                cache.own.give_back(table[row][table[row] > 0].tolist())
+                table[row] = 0
+                if not left[i]:
+                    cache.prompts.give_back([slot_of.pop(i)])
+            # 3. hand their rows to the next samples; where there is none left, move the last rows into the gaps
+            vacant = set(fill(vacant))
+            n -= len(vacant)
+            gaps, last = [r for r in vacant if r < n], [r for r in range(n, n + len(vacant)) if r not in vacant]
+            if gaps:
+                for state in (uniforms, tokens, logprobs, ages, starts, inputs, owed, lengths, table, row_slot):
+                    state[gaps] = state[last]
+                table[last] = 0
+                for gap, row in zip(gaps, last, strict=True):
+                    work[gap] = work[row]
+    finally:  # also when memory runs out
+        deliver_ready()
+
+
+def decode_plainly(
+    policy: Policy, prompts, wanted, draws, deliver, *, temperature: float, max_new_tokens: int, rows: int,
+    is_complete=None, stop=lambda: False, label=(), cached: bool = True,
+) -> None:  # fmt: skip
+    """What `decode` does, with the same arguments, for a model that PagedCache does not fit: with the cache that the model
+    makes itself, or with none (`cached` False), running whole sequences again for every token, which is right for any
+    causal model, and slow.
+
+    Prompts of about the same length make a batch. It begins with as much of them as the shortest is long, and what is left
+    of the others is fed like sampled tokens, so nothing is padded, which a model with states could not take. Rows that have
+    finished run on until they are half of the batch, and no others take their place."""
+    device, base = policy.device, policy.model.base_model
+    argument, label_ids = cache_argument(base), torch.tensor(label, device=device)
+    breaks_line = torch.from_numpy(policy.ends_line).to(device) if label else None
+    jobs = [(i, number) for i in sorted(wanted, key=lambda i: len(prompts[i])) for number in wanted[i]]
+    batches: list[list[tuple[int, int]]] = []
+    for job in jobs:  # what is left of a prompt costs a step a token, so it is no more than what is sampled
+        first = batches[-1][0] if batches and len(batches[-1]) < rows else None
+        if first is None or len(prompts[job[0]]) > len(prompts[first[0]]) + max_new_tokens:
+            batches.append([])
+        batches[-1].append(job)
+    for batch in batches:
+        begin = np.array([len(prompts[i]) for i, _ in batch])  # where the sampled tokens begin [rows]
+        lengths, shortest, longest = torch.from_numpy(begin).to(device), begin[0], begin[-1]
+        given = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i, _ in batch], device=device)
+        uniforms = torch.from_numpy(np.stack([draws(*job) for job in batch])).to(device)
+        ids, logprobs = given[:, :shortest], uniforms.new_zeros(len(batch), shortest)  # [rows, length so far]
+        owed, running, cache = ids.new_zeros(len(batch)), np.ones(len(batch), bool), None
+        while running.any():
+            if stop():
+                raise KeyboardInterrupt
+            # 1. the next token of all rows
+            held = {} if cache is None else {argument: cache}
+            out = base(input_ids=ids if cache is None else ids[:, -1:], use_cache=cached, **held)
+            if cached and (cache := out.get(argument) or out.get("past_key_values")) is None:
+                raise NotImplementedError("it returns none")
+            place = ids.shape[1]
+            age = (place - lengths).clamp(0, max_new_tokens - 1)
+            picked, said = next_tokens(
+                policy, out.last_hidden_state[:, -1], uniforms.gather(1, age[:, None])[:, 0], temperature
+            )
+            if label:
+                picked, said, owed = forced(picked, said, owed, label_ids, breaks_line)
+            if place < longest:
+                in_prompt = lengths > place
+                picked, owed = torch.where(in_prompt, given[:, place], picked), owed.masked_fill(in_prompt, 0)
+            ids, logprobs = torch.cat([ids, picked[:, None]], 1), torch.cat([logprobs, said[:, None]], 1)
+            # 2. which have ended
+            if not said.isfinite().all():
+                raise UserError(NOT_FINITE)
+            new, sampling = picked.cpu().numpy(), running & (begin <= place)
+            ended = np.isin(new, policy.eos_ids) & sampling
+            if is_complete:
+                for row in np.flatnonzero(policy.ends_line[new] & sampling & ~ended):
+                    ended[row] = is_complete(ids[row, begin[row] :].cpu().numpy())
+            for row in np.flatnonzero(ended | sampling & (place + 1 - begin == max_new_tokens)):
+                # copies, not views, which keep all rows
+                own_ids, own_logprobs = ids[row, begin[row] :].int(), logprobs[row, begin[row] :].clone()
+                deliver(*batch[row], own_ids.cpu().numpy(), own_logprobs.cpu().numpy(), bool(ended[row]))
+                running[row] = False
+            # 3. drop them
+            keep = np.flatnonzero(running)
+            if 0 < len(keep) <= len(running) / 2 and type(cache) in (DynamicCache, type(None)):  # others may hold more
+                index = torch.from_numpy(keep).to(device)
+                ids, uniforms, logprobs, owed, lengths, given = (
+                    t[index] for t in (ids, uniforms, logprobs, owed, lengths, given)
+                )
+                batch, running, begin = [batch[row] for row in keep], running[keep], begin[keep]
+                if cache is not None:
+                    cache.reorder_cache(index)
+
+
+def cache_argument(base: torch.nn.Module) -> str:
+    """How a model calls its cache: by the first name in transformers 5.24 and newer, before by the second; Mamba by the
+    third."""
+    known = inspect.signature(type(base).forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")
+
+
+# ---- one token -------------------------------------------------------------------------------------------------------
+
+
+BLOCK = 256  # of the vocabulary
+
+
+def next_tokens(
+    policy: Policy, hidden: torch.Tensor, uniforms: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pick_tokens` after hidden states [rows, width], so few rows at a time that on a CPU their logits stay in its cache."""
+    at_once = max(1, (1 << 28 if policy.device.type in GRAPH_DEVICES else 1 << 22) // policy.vocabulary)
+    n_parts = -(-len(hidden) // at_once)  # of equal size: one row left over costs a fifth of a whole part
+    parts = zip(hidden.chunk(n_parts), uniforms.chunk(n_parts), strict=True)
+    picked = [pick_tokens(policy.head(h), u, temperature) for h, u in parts]
+    return tuple(torch.cat(t) for t in zip(*picked, strict=True))
+
+
+def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample from softmax(logits / temperature) by inverse CDF: one uniform number in [0, 1) a row.
+
+    logits [rows, vocabulary], which may be overwritten, uniforms [rows] -> tokens [rows] and their log-probabilities [rows]
+    under that distribution. temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
+    logits, size = logits.float(), logits.shape[-1]
+    if temperature not in (0, 1):
+        logits.div_(temperature)
+    weights = logits.softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:  # first which block of the vocabulary, then where in the block: no sums over all of it, which are slow
+        whole = size // BLOCK
+        blocks = weights[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).sum(-1)
+        blocks = torch.cat([blocks, weights[:, whole * BLOCK :].sum(-1, keepdim=True)], 1)
+        block, rest = search(blocks, uniforms[:, None] * blocks.sum(-1, keepdim=True))
+        places = block * BLOCK + torch.arange(BLOCK, device=logits.device)
+        inside = weights.gather(1, places.clamp(max=size - 1)).masked_fill_(places >= size, 0)
+        tokens = block * BLOCK + search(inside, rest)[0]
+        tokens = tokens.clamp_(max=size - 1)  # NaN: caught later
+    tiny = torch.finfo(weights.dtype).tiny
+    return tokens[:, 0], weights.gather(-1, tokens).clamp_min_(tiny).log()[:, 0]
+
+
+def search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse CDF: the index of the interval of the cumulated `weights` [rows, intervals] that holds `target` [rows, 1], and
+    how far into it. Never an interval of length 0, nor one beyond the last, whatever the rounding."""
+    ends = weights.cumsum(-1)
+    total = ends[:, -1:]
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(ends, target, right=True).clamp_(max=weights.shape[-1] - 1)
+    return place, (target - ends.gather(1, place) + weights.gather(1, place)).clamp_min_(0)
+
+
+def forced(tokens, logprobs, owed, label, breaks_line) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The picked tokens [rows] and log-probabilities, but where ids of the `label` [ids] are owed [rows] the next of these,
+    and how many are owed from now on: all of them after a token that breaks the line (breaks_line [vocabulary])."""
+    due, size = owed > 0, len(label)
+    tokens = torch.where(due, label[(size - owed).clamp(max=size - 1)], tokens)
+    return tokens, logprobs.masked_fill(due, 0.0), torch.where(due, owed - 1, breaks_line[tokens] * size)
+
+
+# ---- the cache and the attention -------------------------------------------------------------------------------------
 
 
 PAGE = 32  # tokens
@@ -1314,389 +1752,12 @@ def attention_masks(config, positions: torch.Tensor, length: int):
     return {"full_attention": full, "sliding_attention": sliding} if len(kinds) > 1 else sliding
 
 
-def right_padded(
-    policy: Policy, sequences: Sequence[list[int]], what: str = "the longest solution with its prompt"
-) -> torch.Tensor:
-    """Token ids [sequences, longest]. UserError if `what` they are does not fit into the model's positions."""
-    width = max(map(len, sequences))
-    check_length(policy, width, what)
-    return torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences], device=policy.device)
-
-
 def check_length(policy: Policy, length: int, what: str) -> None:
     if length > policy.max_length:
         raise UserError(f"{what} is {length} tokens long; the model has {policy.max_length} positions")
 
 
-def encode_prompts(
-    policy: Policy, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] | None = None,
-    few_shot: bool = False, what: str = "the longest prompt",
-) -> list[list[int]]:  # fmt: skip
-    """The ids of every prompt with its prefix and label. UserError if what is sampled after the longest does not fit into the
-    model's positions."""
-    prefixes = prefixes or [""] * len(problems)
-    prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
-    prompts = [ids + policy.encode_prefix(prefix) + policy.label for ids, prefix in zip(prompts, prefixes, strict=True)]
-    longest = max(map(len, prompts), default=0) + max_new_tokens
-    check_length(policy, longest, f"{what} with --max-new-tokens {max_new_tokens}")
-    return prompts
-
-
-BLOCK = 256  # of the vocabulary
-
-
-def search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse CDF: the index of the interval of the cumulated `weights` [rows, intervals] that holds `target` [rows, 1], and
-    how far into it. Never an interval of length 0, nor one beyond the last, whatever the rounding."""
-    ends = weights.cumsum(-1)
-    total = ends[:, -1:]
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(ends, target, right=True).clamp_(max=weights.shape[-1] - 1)
-    return place, (target - ends.gather(1, place) + weights.gather(1, place)).clamp_min_(0)
-
-
-def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample from softmax(logits / temperature) by inverse CDF: one uniform number in [0, 1) a row.
-
-    logits [rows, vocabulary], which may be overwritten, uniforms [rows] -> tokens [rows] and their log-probabilities [rows]
-    under that distribution. temperature 0 takes the most likely token and reports its log-probability at temperature 1."""
-    logits, size = logits.float(), logits.shape[-1]
-    if temperature not in (0, 1):
-        logits.div_(temperature)
-    weights = logits.softmax(-1)
-    if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
-    else:  # first which block of the vocabulary, then where in the block: no sums over all of it, which are slow
-        whole = size // BLOCK
-        blocks = weights[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).sum(-1)
-        blocks = torch.cat([blocks, weights[:, whole * BLOCK :].sum(-1, keepdim=True)], 1)
-        block, rest = search(blocks, uniforms[:, None] * blocks.sum(-1, keepdim=True))
-        places = block * BLOCK + torch.arange(BLOCK, device=logits.device)
-        inside = weights.gather(1, places.clamp(max=size - 1)).masked_fill_(places >= size, 0)
-        tokens = block * BLOCK + search(inside, rest)[0]
-        tokens = tokens.clamp_(max=size - 1)  # NaN: caught later
-    tiny = torch.finfo(weights.dtype).tiny
-    return tokens[:, 0], weights.gather(-1, tokens).clamp_min_(tiny).log()[:, 0]
-
-
-def next_tokens(
-    policy: Policy, hidden: torch.Tensor, uniforms: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`pick_tokens` after hidden states [rows, width], so few rows at a time that on a CPU their logits stay in its cache."""
-    at_once = max(1, (1 << 28 if policy.device.type in GRAPH_DEVICES else 1 << 22) // policy.vocabulary)
-    n_parts = -(-len(hidden) // at_once)  # of equal size: one row left over costs a fifth of a whole part
-    parts = zip(hidden.chunk(n_parts), uniforms.chunk(n_parts), strict=True)
-    picked = [pick_tokens(policy.head(h), u, temperature) for h, u in parts]
-    return tuple(torch.cat(t) for t in zip(*picked, strict=True))
-
-
-def forced(tokens, logprobs, owed, label, breaks_line) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The picked tokens [rows] and log-probabilities, but where ids of the `label` [ids] are owed [rows] the next of these,
-    and how many are owed from now on: all of them after a token that breaks the line (breaks_line [vocabulary])."""
-    due, size = owed > 0, len(label)
-    tokens = torch.where(due, label[(size - owed).clamp(max=size - 1)], tokens)
-    return tokens, logprobs.masked_fill(due, 0.0), torch.where(due, owed - 1, breaks_line[tokens] * size)
-
-
-def cache_argument(base: torch.nn.Module) -> str:
-    """How a model calls its cache: by the first name in transformers 5.24 and newer, before by the second; Mamba by the
-    third."""
-    known = inspect.signature(type(base).forward).parameters
-    return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")
-
-
-def decode(
-    policy: Policy, prompts: Sequence[list[int]], wanted: dict[int, Sequence[int]],
-    draws: Callable[[int, int], np.ndarray], deliver: Callable[[int, int, np.ndarray, np.ndarray, bool], None], *,
-    temperature: float, max_new_tokens: int, rows: int, is_complete: Callable[[np.ndarray], bool] | None = None,
-    stop: Callable[[], bool] = lambda: False, label: Sequence[int] = (),
-) -> None:  # fmt: skip
-    """The loop of `generate`, on token ids. wanted: prompt index -> sample numbers; draws(prompt, number): the uniforms
-    of a sample; deliver(prompt, number, ids, logprobs, finished) is called with each soon after it has ended. label: ids
-    that follow every line break without being sampled (log-probability 0).
-
-    The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
-    step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
-    for each of the few sizes that `size_of` leaves."""
-    device, config, base = policy.device, policy.model.config.get_text_config(), policy.model.base_model
-    on_gpu = device.type in GRAPH_DEVICES
-    stride = 16 if on_gpu else 1
-    width = max_new_tokens + stride - 1  # a row may run on until the host looks
-    uniforms, tokens, logprobs = (torch.zeros(rows, width, device=device, dtype=t) for t in (torch.float, torch.long, torch.float))  # fmt: skip
-    ages, starts, inputs, owed = torch.zeros(4, rows, device=device, dtype=torch.long)  # owed: ids of the label to come
-    label_ids = torch.tensor(label, device=device)
-    breaks_line = torch.from_numpy(policy.ends_line).to(device) if label else None
-    is_eos = np.zeros(policy.vocabulary, bool)
-    is_eos[policy.eos_ids] = True
-    queue = ((i, number) for i, numbers in wanted.items() for number in numbers)
-    upcoming, left = iter(wanted), {i: len(numbers) for i, numbers in wanted.items()}  # to be run; samples to deliver
-    work, lengths = [None] * rows, np.zeros(rows, np.int64)  # what a row samples (prompt, number); `ages` for the host
-    table = np.zeros((rows, (width - 1) // PAGE + 1), np.int64)  # the pages of a row, 0: none
-    row_slot, slot_of = np.zeros(rows, np.int64), {}  # where the prompt of a row is; the same by prompt
-    graphs, pool = {}, None
-
-    def forget_graphs() -> None:
-        """They read tensors that are replaced when the cache grows. All share their memory: only one runs at a time."""
-        nonlocal pool
-        graphs.clear()
-        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-
-    fused = policy.fuses_attention and device.type in FUSED_DEVICES
-    cache = PagedCache(max(1, max(map(len, prompts)) - 1), forget_graphs, fused)
-    with_cache = {cache_argument(base): cache, "use_cache": True}
-
-    def size_of(used: Size) -> Size:
-        """What to compute so that a graph can be replayed: the smallest recorded size that is nowhere more than twice too
-        large. Where there is none: all, half, a quarter ... of the rows, and of the others up to the next of 1, 2, 3, ... 8,
-        10, 12, 14, 16, 20, ..."""
-        if not on_gpu:
-            return used
-        if fitting := [size for size in graphs if all(a <= b <= 2 * a for a, b in zip(used, size, strict=True))]:
-            return min(fitting, key=sum)
-        grains = [1 << max(0, (count - 1).bit_length() - 3) for count in used[1:]]
-        rest = [-(-count // grain) * grain for count, grain in zip(used[1:], grains, strict=True)]
-        return Size(rows >> int(math.log2(rows / used.rows)), *rest)
-
-    def prefill(count: int) -> None:
-        """Run the next `count` prompts, all but their last token, which the decode loop feeds like any other."""
-        batch = list(itertools.islice(upcoming, count))
-        length = max(1, max(len(prompts[i]) for i in batch) - 1)
-        ids = torch.tensor([(prompts[i][:-1] + [0] * length)[:length] for i in batch], device=device)
-        where = torch.arange(length, device=device)[None].expand(len(ids), -1)
-        cache.recorded = []
-        base(
-            input_ids=ids, position_ids=where, attention_mask=attention_masks(config, where, length), **with_cache
-        )  # fmt: skip
-        slot_of.update(zip(batch, cache.keep_prompts(), strict=True))
-
-    def fill(free: list[int]) -> list[int]:
-        """Hand rows to the next samples; returns those for which there is no work."""
-        taken = []
-        for row in free:
-            if (job := next(queue, None)) is None:
-                break
-            if job[0] not in slot_of:
-                prefill(max(1, min(64, rows // len(wanted[job[0]]))))
-            work[row] = job
-            taken.append(row)
-        if taken:
-            at, jobs = torch.tensor(taken, device=device), [work[row] for row in taken]
-            uniforms[at, :max_new_tokens] = torch.from_numpy(np.stack([draws(*job) for job in jobs])).to(device)
-            starts[at] = torch.tensor([len(prompts[i]) - 1 for i, _ in jobs], device=device)
-            inputs[at] = torch.tensor([prompts[i][-1] for i, _ in jobs], device=device)
-            ages[at] = owed[at] = 0
-            lengths[taken] = 0
-            row_slot[taken] = [slot_of[i] for i, _ in jobs]
-        return free[len(taken) :]
-
-    def step(n: int, view: View) -> None:
-        """One token for each of the first n rows. Device only; the shapes depend on n and the view's."""
-        cache.begin_step(ages[:n], starts[:n], view)
-        where = (starts[:n] + ages[:n]).clamp_(max=policy.max_length - 1)
-        hidden = base(
-            input_ids=inputs[:n, None], position_ids=where[:, None], **with_cache,
-            attention_mask=attention_masks(config, where[:, None] * 0, 1),  # not used, but without one it makes its own
-        ).last_hidden_state[:, -1]  # fmt: skip
-        age = ages[:n, None]
-        picked, said = next_tokens(policy, hidden, uniforms[:n].gather(1, age)[:, 0], temperature)
-        if label:
-            picked, said, owed[:n] = forced(picked, said, owed[:n], label_ids, breaks_line)
-        tokens[:n].scatter_(1, age, picked[:, None])
-        logprobs[:n].scatter_(1, age, said[:, None])
-        inputs[:n] = picked
-        ages[:n] += 1
-
-    def group(n: int) -> tuple[Size, dict[str, np.ndarray]]:
-        """What a step computes that multiplies all prompts and pages with all queries that read them, and in which order."""
-        if (new := cache.own.compact(np.unique(table[:n][table[:n] > 0]), 1)) is not None:
-            table[:n] = new[table[:n]]
-        if (new := cache.prompts.compact(np.array(sorted(slot_of.values())), 0)) is not None:
-            row_slot[:n] = new[row_slot[:n]]
-            slot_of.update({i: int(new[slot]) for i, slot in slot_of.items()})
-        slot, readers = row_slot[:n], np.bincount(row_slot[:n])
-        row, nth = table[:n].nonzero()
-        page = table[row, nth]
-        size = size_of(Size(n, len(readers), int(readers.max()), int(page.max()) + 1))
-        cache.prompts.reserve(size.slots)
-        cache.own.reserve(size.pages)
-        order, reader = slot.argsort(kind="stable"), np.zeros(size.rows, np.int64)
-        reader[order] = np.arange(n) - (readers.cumsum() - readers)[slot[order]]  # its rank among those of its slot
-        grid = np.zeros((size.slots, size.readers), np.int64)
-        grid[slot, reader[:n]] = np.arange(n)
-        own_row, own_first = np.zeros(size.pages, np.int64), np.full(size.pages, width)
-        own_row[page], own_first[page] = row, nth * PAGE
-        return size, {"grid": grid, "reader": reader, "own_row": own_row, "own_first": own_first}
-
-    def look(n: int) -> tuple[Size, View]:
-        """Give the first n rows the pages that the next steps write to, and say where everything is."""
-        need = (lengths[:n] + stride - 1) // PAGE + 1
-        missing = (table[:n] == 0) & (np.arange(table.shape[1]) < need[:, None])
-        table[:n][missing] = cache.own.take(int(missing.sum()))
-        size, order = (size_of(Size(n, 0, 0, 0)), {}) if cache.fused else group(n)
-        slot = np.zeros(size.rows, np.int64)
-        slot[:n] = row_slot[:n]
-        # while others end the longest row grows on: its pages would ask for one graph after the other
-        columns = table.shape[1] if on_gpu else need.max()
-        view = View(slot, table[: size.rows, :columns], **order)
-        return size, View(*(torch.from_numpy(array).to(device) for array in view))
-
-    def first_step(run: Callable[[], None]) -> Callable[[], None]:
-        """Run a step of a new size as it is, which warms up what a graph needs -> what replays it, `run` where nothing can."""
-        done = False
-        try:
-            with waiting_is_an_error(device):
-                run()
-            done = True
-            return record(run, device, pool)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            reason = first_line(error)
-        if not done:
-            run()  # again: until its end it changes nothing that it reads
-        warn(f"sampling is slower than it could be, because a step cannot be recorded ({reason})")
-        policy.records_steps = False  # nor can steps of other sizes
-        return run
-
-    def advance(n: int) -> None:
-        """`stride` steps of at least the first n rows."""
-        ages[n:] = 0
-        size, view = look(n)
-        run, n_steps = functools.partial(step, size.rows, view), stride
-        if size in graphs:
-            run, static = graphs[size]
-            for t, new in zip(static, view, strict=True):
-                t.copy_(new)
-        elif on_gpu and policy.records_steps:
-            run, n_steps = first_step(run), stride - 1
-            if policy.records_steps:
-                graphs[size] = run, view
-        for _ in range(n_steps):
-            run()
-
-    ready = []  # samples that have ended
-
-    def deliver_ready() -> None:
-        while ready:
-            deliver(*ready.pop(0))
-
-    n = rows - len(fill(list(range(rows))))
-    try:
-        while n:
-            if stop():
-                raise KeyboardInterrupt
-            # 1. the next token of the first n rows; on a GPU the next 16, and while it computes them, the last samples
-            advance(n)
-            deliver_ready()
-            host_tokens, host_logprobs = tokens[:n].cpu().numpy(), logprobs[:n].cpu().numpy()
-            before = lengths[:n].copy()
-            lengths[:n] += stride
-            # 2. which have ended, and after how many tokens
-            columns = before[:, None] + np.arange(stride)
-            new = np.take_along_axis(host_tokens, columns, 1)
-            if not np.isfinite(np.take_along_axis(host_logprobs, columns, 1)).all():
-                raise UserError(NOT_FINITE)
-            ends = is_eos[new]
-            if is_complete:
-                for row, column in np.argwhere(policy.ends_line[new] & ~ends):
-                    ends[row, column] = is_complete(host_tokens[row, : before[row] + column + 1])
-            ends &= columns < max_new_tokens
-            ended = ends.any(1)
-            length = np.where(ended, before + ends.argmax(1) + 1, max_new_tokens)
-            vacant = np.flatnonzero(ended | (lengths[:n] >= max_new_tokens)).tolist()
-            for row in vacant:
-                i, number = work[row]
-                ids, said = host_tokens[row, : length[row]].astype(np.int32), host_logprobs[row, : length[row]].copy()
-                ready.append((i, number, ids, said, bool(ended[row])))
-                left[i] -= 1
-                cache.own.give_back(table[row][table[row] > 0].tolist())
-                table[row] = 0
-                if not left[i]:
-                    cache.prompts.give_back([slot_of.pop(i)])
-            # 3. hand their rows to the next samples; where there is none left, move the last rows into the gaps
-            vacant = set(fill(vacant))
-            n -= len(vacant)
-            gaps, last = [r for r in vacant if r < n], [r for r in range(n, n + len(vacant)) if r not in vacant]
-            if gaps:
-                for state in (uniforms, tokens, logprobs, ages, starts, inputs, owed, lengths, table, row_slot):
-                    state[gaps] = state[last]
-                table[last] = 0
-                for gap, row in zip(gaps, last, strict=True):
-                    work[gap] = work[row]
-    finally:  # also when memory runs out
-        deliver_ready()
-
-
-def decode_plainly(
-    policy: Policy, prompts, wanted, draws, deliver, *, temperature: float, max_new_tokens: int, rows: int,
-    is_complete=None, stop=lambda: False, label=(), cached: bool = True,
-) -> None:  # fmt: skip
-    """What `decode` does, with the same arguments, for a model that PagedCache does not fit: with the cache that the model
-    makes itself, or with none (`cached` False), running whole sequences again for every token, which is right for any
-    causal model, and slow.
-
-    Prompts of about the same length make a batch. It begins with as much of them as the shortest is long, and what is left
-    of the others is fed like sampled tokens, so nothing is padded, which a model with states could not take. Rows that have
-    finished run on until they are half of the batch, and no others take their place."""
-    device, base = policy.device, policy.model.base_model
-    argument, label_ids = cache_argument(base), torch.tensor(label, device=device)
-    breaks_line = torch.from_numpy(policy.ends_line).to(device) if label else None
-    jobs = [(i, number) for i in sorted(wanted, key=lambda i: len(prompts[i])) for number in wanted[i]]
-    batches: list[list[tuple[int, int]]] = []
-    for job in jobs:  # what is left of a prompt costs a step a token, so it is no more than what is sampled
-        first = batches[-1][0] if batches and len(batches[-1]) < rows else None
-        if first is None or len(prompts[job[0]]) > len(prompts[first[0]]) + max_new_tokens:
-            batches.append([])
-        batches[-1].append(job)
-    for batch in batches:
-        begin = np.array([len(prompts[i]) for i, _ in batch])  # where the sampled tokens begin [rows]
-        lengths, shortest, longest = torch.from_numpy(begin).to(device), begin[0], begin[-1]
-        given = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i, _ in batch], device=device)
-        uniforms = torch.from_numpy(np.stack([draws(*job) for job in batch])).to(device)
-        ids, logprobs = given[:, :shortest], uniforms.new_zeros(len(batch), shortest)  # [rows, length so far]
-        owed, running, cache = ids.new_zeros(len(batch)), np.ones(len(batch), bool), None
-        while running.any():
-            if stop():
-                raise KeyboardInterrupt
-            # 1. the next token of all rows
-            held = {} if cache is None else {argument: cache}
-            out = base(input_ids=ids if cache is None else ids[:, -1:], use_cache=cached, **held)
-            if cached and (cache := out.get(argument) or out.get("past_key_values")) is None:
-                raise NotImplementedError("it returns none")
-            place = ids.shape[1]
-            age = (place - lengths).clamp(0, max_new_tokens - 1)
-            picked, said = next_tokens(
-                policy, out.last_hidden_state[:, -1], uniforms.gather(1, age[:, None])[:, 0], temperature
-            )
-            if label:
-                picked, said, owed = forced(picked, said, owed, label_ids, breaks_line)
-            if place < longest:
-                in_prompt = lengths > place
-                picked, owed = torch.where(in_prompt, given[:, place], picked), owed.masked_fill(in_prompt, 0)
-            ids, logprobs = torch.cat([ids, picked[:, None]], 1), torch.cat([logprobs, said[:, None]], 1)
-            # 2. which have ended
-            if not said.isfinite().all():
-                raise UserError(NOT_FINITE)
-            new, sampling = picked.cpu().numpy(), running & (begin <= place)
-            ended = np.isin(new, policy.eos_ids) & sampling
-            if is_complete:
-                for row in np.flatnonzero(policy.ends_line[new] & sampling & ~ended):
-                    ended[row] = is_complete(ids[row, begin[row] :].cpu().numpy())
-            for row in np.flatnonzero(ended | sampling & (place + 1 - begin == max_new_tokens)):
-                # copies, not views, which keep all rows
-                own_ids, own_logprobs = ids[row, begin[row] :].int(), logprobs[row, begin[row] :].clone()
-                deliver(*batch[row], own_ids.cpu().numpy(), own_logprobs.cpu().numpy(), bool(ended[row]))
-                running[row] = False
-            # 3. drop them
-            keep = np.flatnonzero(running)
-            if 0 < len(keep) <= len(running) / 2 and type(cache) in (DynamicCache, type(None)):  # others may hold more
-                index = torch.from_numpy(keep).to(device)
-                ids, uniforms, logprobs, owed, lengths, given = (
-                    t[index] for t in (ids, uniforms, logprobs, owed, lengths, given)
-                )
-                batch, running, begin = [batch[row] for row in keep], running[keep], begin[keep]
-                if cache is not None:
-                    cache.reorder_cache(index)
+# ---- what makes a step cheaper ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1719,9 +1780,43 @@ def packed_weights(policy: Policy):
             del layer.forward
 
 
-NOT_FINITE = "the model's probabilities are not finite: its weights are broken"
-FUSED_DEVICES = {"cuda"} if triton else set()
-GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
+@contextlib.contextmanager
+def casts_kept(policy: Policy):
+    """Autocast keeps the bfloat16 copy of a weight only if the weight requires a gradient; those that are frozen beside
+    adapters would be cast anew in every step. Without gradients only."""
+    frozen = [weight for weight in policy.model.parameters() if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def rms_norm(weight: torch.Tensor, eps: float, promotes: bool, x: torch.Tensor) -> torch.Tensor:
+    normed = torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    return normed.to(torch.promote_types(x.dtype, weight.dtype) if promotes else x.dtype)
+
+
+@torch.no_grad()
+def fuse_norms(model: torch.nn.Module) -> None:
+    """Let PyTorch compute root mean square norms in one kernel, where transformers runs six small ones and more in the
+    backward pass: the classes named so, as far as they compute just this. That of Gemma, for one, stays as it is."""
+    for module in model.modules():
+        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        known = type(module).__name__.endswith("RMSNorm") and getattr(module, "bias", None) is None
+        if known and isinstance(eps, float) and isinstance(weight, torch.nn.Parameter):
+            x = torch.linspace(-2, 3, 2 * weight.numel(), device=weight.device).view(2, *weight.shape)
+            try:
+                promotes = module(x.bfloat16()).dtype != torch.bfloat16  # what they return differs
+                # no lambda: a deep copy of the module must have one with its own weight
+                fused = functools.partial(rms_norm, weight, eps, promotes)
+                same = torch.allclose(module(x), fused(x), rtol=1e-4, atol=1e-5)
+            except (TypeError, RuntimeError):  # of another signature
+                continue
+            if same:
+                module.forward = fused
 
 
 @contextlib.contextmanager
@@ -1753,104 +1848,18 @@ def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[],
     return graph.replay
 
 
-@contextlib.contextmanager
-def casts_kept(policy: Policy):
-    """Autocast keeps the bfloat16 copy of a weight only if the weight requires a gradient; those that are frozen beside
-    adapters would be cast anew in every step. Without gradients only."""
-    frozen = [weight for weight in policy.model.parameters() if not weight.requires_grad]
-    for weight in frozen:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
-@torch.no_grad()  # not inference_mode, under which autocast would cast the weights anew in every step
-def generate(
-    policy: Policy, problems: Sequence[Problem], *, samples: int = 1, temperature: float = 1.0,
-    max_new_tokens: int = 256, seed: int | Sequence[int] = 0, rows: int = 128, few_shot: bool = False,
-    prefixes: Sequence[str] | None = None, progress: str | None = None, stop: Callable[[], bool] = lambda: False,
-) -> list[Sample]:  # fmt: skip
-    """`samples` solutions of every problem, in the order of the problems, from the full softmax at `temperature`
-    (0: greedy).
-
-    A prompt is run once, and its keys and values are shared by its samples. `rows` sequences are decoded at a time; a
-    row that has finished is handed to the next sample at once. The random numbers of a sample depend on (seed,
-    problem, sample number) alone, so it does not matter how many rows there are or what else is sampled. (A model that
-    this cache does not fit uses its own, in batches; see `decode_plainly`.) When memory
-    runs out, the number of rows is halved, for good and with a warning, and no finished sample is lost.
-    few_shot: prompt with two worked examples; a sample then ends when its answer line is complete, because such a model
-    goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
-    asked before every step; when true, KeyboardInterrupt. Of several processes each samples for every n-th problem, and all
-    get all samples. Raises UserError if a prompt does not fit into the model's positions."""
-    prefixes = prefixes or [""] * len(problems)
-    prompts = encode_prompts(policy, problems, max_new_tokens, prefixes, few_shot)
-    done: list[list[Sample | None]] = [[None] * samples for _ in problems]
-    mine = range(process_rank(), len(problems), process_count())
-    bar = tqdm(total=len(mine) * samples, desc=progress, unit="sample", disable=None if progress else True)
-
-    def draws(i: int, number: int) -> np.ndarray:
-        key = [*np.atleast_1d(seed).tolist(), zlib.crc32(problems[i].id.encode()), number]
-        return np.random.default_rng(key).random(max_new_tokens, np.float32)
-
-    def deliver(i: int, number: int, ids: np.ndarray, logprobs: np.ndarray, finished: bool) -> None:
-        text = prefixes[i] + policy.decode(ids)
-        done[i][number] = Sample(problems[i], number, text, finished, ids, logprobs, prompts[i], prefixes[i])
-        bar.update()
-
-    def is_complete(ids: np.ndarray) -> bool:
-        lines = "\n" + policy.decode(ids).rpartition("\n")[0]
-        return MARKER in lines or "\nQuestion:" in lines
-
-    interrupted = False
-    while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
-        float32 = policy.autocast is contextlib.nullcontext
-        rows = min(rows, policy.most_rows.get(float32, rows), sum(map(len, wanted.values())))
-        try:
-            with policy.autocast(), packed_weights(policy), casts_kept(policy):
-                policy.decode_loop(
-                    policy, prompts, wanted, draws, deliver, temperature=temperature, max_new_tokens=max_new_tokens,
-                    rows=rows, is_complete=is_complete if few_shot else None, stop=stop,
-                    label=policy.label if policy.label_every_line else (),
-                )  # fmt: skip
-        except (RuntimeError, MemoryError) as error:
-            if rows == 1 or not is_out_of_memory(error):
-                raise
-            warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)", each=True)
-            policy.most_rows[float32] = rows // 2
-        except KeyboardInterrupt:
-            interrupted = True  # the others must hear of it before this one leaves
-            break
-    bar.close()
-    if any(gather([interrupted])):
-        raise KeyboardInterrupt
-    for i, group in gather([(i, done[i]) for i in mine]):
-        done[i] = group
-    return [sample for group in done for sample in group]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that the memory of the device is used up: PyTorch and CUDA say it in several ways."""
-    said = ("t allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
-
-
-def warn(text: str, each: bool = False) -> None:
-    """On standard error. Of several processes the first one speaks for all, unless `each` has something of its own to say."""
-    if each or process_rank() == 0:
-        tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-warn_once = functools.lru_cache(warn)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Log-probabilities, batches, one training step
 # ---------------------------------------------------------------------------------------------------------------------
 
-Example = tuple[list[int], list[int]]  # prompt ids, response ids
+
+def right_padded(
+    policy: Policy, sequences: Sequence[list[int]], what: str = "the longest solution with its prompt"
+) -> torch.Tensor:
+    """Token ids [sequences, longest]. UserError if `what` they are does not fit into the model's positions."""
+    width = max(map(len, sequences))
+    check_length(policy, width, what)
+    return torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences], device=policy.device)
 
 
 def written_examples(policy: Policy, problems: Iterable[Problem]) -> list[Example]:
