@@ -1067,9 +1067,10 @@ def generate(
     while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
         float32 = policy.autocast is contextlib.nullcontext
         rows = min(rows, policy.most_rows.get(float32, rows), sum(map(len, wanted.values())))
+        loop = policy.decode_loop  # found out here: under autocast its comparison would not be in float32
         try:
             with policy.autocast(), packed_weights(policy), casts_kept(policy):
-                policy.decode_loop(
+                loop(
                     policy, prompts, wanted, draws, deliver, temperature=temperature, max_new_tokens=max_new_tokens,
                     rows=rows, is_complete=is_complete if few_shot else None, stop=stop,
                     label=policy.label if policy.label_every_line else (),

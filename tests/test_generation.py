@@ -460,12 +460,19 @@ def test_a_model_that_the_cache_does_not_fit_is_sampled_slowly_and_says_so_once(
     assert policy.decode_loop is common.decode
 
 
-def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory):
+def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory, monkeypatch):
     """The check is made in float32: the rounding of bfloat16 would look like a wrong mask."""
     folder = random_policy("llama", tmp_path_factory).model.config._name_or_path
-    policy = common.Policy(folder, device="cpu", dtype="bfloat16")
+    policy, differs, checked = common.Policy(folder, device="cpu", dtype="bfloat16"), common.Policy._differs, []
+
+    def in_float32(self, decode):
+        checked.append(torch.is_autocast_enabled("cpu"))
+        return differs(self, decode)
+
+    monkeypatch.setattr(common.Policy, "_differs", in_float32)
     samples = common.generate(policy, PROBLEMS, samples=2, max_new_tokens=8)
     assert policy.decode_loop is common.decode and all(np.isfinite(s.logprobs).all() for s in samples)
+    assert checked == [False]
 
 
 def test_logits_are_not_rounded_to_bfloat16(tiny):
