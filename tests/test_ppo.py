@@ -241,7 +241,7 @@ def test_adapters_leave_the_cache_in_bfloat16(monkeypatch):
 
     def watching(self):
         slots = keep(self)
-        dtypes.update(t.dtype for layer in self.prompts + self.own for t in layer)
+        dtypes.update(t.dtype for pool in (self.prompts, self.own) for layer in pool.layers for t in layer)
         return slots
 
     ppo.Lora(policy, 3)
