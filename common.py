@@ -279,7 +279,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
         files = [path / f"{part}{suffix}" for suffix in (".jsonl", ".json") if (path / f"{part}{suffix}").is_file()]
         if not files:
             raise UserError(f"--dataset {dataset}: the folder has no {part}.jsonl")
-        problems = _file_problems(files[0])
+        problems = _file_problems(files[0], f"{path.resolve().name}/")
     elif path.is_file():
         problems = _file_problems(path)
         if split == "all":
@@ -320,8 +320,8 @@ def _hub_problems(dataset: str, part: str) -> list[Problem]:
     return [_read_problem(row, f"{dataset}/{part}/{i}", f"{dataset} {part} row {i}") for i, row in enumerate(rows)]
 
 
-def _file_problems(path: Path) -> list[Problem]:
-    """.json: a list of problems; anything else: one problem a line."""
+def _file_problems(path: Path, folder: str = "") -> list[Problem]:
+    """.json: a list of problems; anything else: one problem a line. folder: what the ids of the problems begin with."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -333,7 +333,7 @@ def _file_problems(path: Path) -> list[Problem]:
         rows = [(f"{path} entry {i}", row) for i, row in enumerate(rows, 1)]
     else:
         rows = json_lines(text, path)
-    return [_read_problem(row, f"{path.name}/{i}", place) for i, (place, row) in enumerate(rows)]
+    return [_read_problem(row, f"{folder}{path.name}/{i}", place) for i, (place, row) in enumerate(rows)]
 
 
 def json_lines(text: str, path: Path) -> list[tuple[str, object]]:
@@ -2390,6 +2390,12 @@ class OneLineParser(argparse.ArgumentParser):
         # on a CPU small micro-batches: they pad less, and stay in its cache
         args.token_budget = args.token_budget or (32768 if on_gpu else 1024)
         return args
+
+    def only_with(self, condition: str, holds: bool, args: argparse.Namespace, *flags: str) -> None:
+        """An error if one of these flags, which do nothing unless the condition holds, is not at its default."""
+        for flag in flags:
+            if not holds and getattr(args, flag) != self.get_default(flag):
+                self.error(f"--{flag.replace('_', '-')} does nothing without {condition}")
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")

@@ -157,6 +157,7 @@ def main(argv: list[str]) -> None:
     if args.condition:
         policy.condition(args.condition)
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
+    common.encode_prompts(policy, problems, args.max_new_tokens, few_shot=args.few_shot)  # do all fit?
     if orm:
         orm.check_lengths(problems, args.max_new_tokens)
     common.on_first(prepare)

@@ -127,23 +127,23 @@ def parse_args(argv: list[str]):
         args.orm = args.orm or "runs/reward_model/model"
     if compares:
         args.genrm = args.genrm or "runs/genrm/model"
-    if args.hide_answers is not None and args.reward != "hybrid" or args.hide_solutions and not compares:
-        parser.error("--hide-answers is for --reward hybrid, --hide-solutions for genrm and hybrid")
+    parser.only_with("--reward hybrid", args.reward == "hybrid", args, "hide_answers")
     args.hide_answers = 0.5 if args.hide_answers is None else args.hide_answers
-    if args.add_outcome and not args.reward.startswith("orm"):
-        parser.error("--add-outcome is for --reward orm and orm_dense; the others are made of outcomes")
+    parser.only_with("--reward orm or orm_dense", args.reward.startswith("orm"), args, "add_outcome")
     if args.select in ("floor", "frontier") and compares:
         parser.error(
             f"--select {args.select} counts successes, and beside a gold solution a score tells none: use lowest"
         )
-    if (args.pool or args.selection) and not args.select:
-        parser.error("--pool and --selection are for --select")
     if args.curriculum == "backtracking" and compares:
         parser.error(f"--curriculum backtracking gives away what --reward {args.reward} hides; use another reward")
     if args.curriculum == "verifiable_first" and (args.reward != "hybrid" or args.hide_answers == 1):
         parser.error("--curriculum verifiable_first needs --reward hybrid and questions whose answer can be checked")
     if args.select and not (args.pool or args.limit_train):
         parser.error("--select: needs a --pool, or --limit-train, after which the pool begins")
+    parser.only_with("--curriculum verifiable_first", args.curriculum == "verifiable_first", args, "switch")
+    parser.only_with("--select", bool(args.select), args, "pool", "selection", "select_fraction", "select_samples")
+    parser.only_with("scores to be made, which --selection has", not args.selection, args, "select_samples")
+    parser.only_with("--reward genrm or hybrid", compares, args, "hide_solutions", "reference_samples")
     return args
 
 
@@ -484,7 +484,9 @@ def load_pool(args, train: list[common.Problem]) -> tuple[list[common.Problem], 
         raise common.UserError("--select: the pool has no question beyond those to train on, of dev and of the test")
     pool = [problem for problem, _ in new]
     if len({problem.id for problem in train + pool}) < len(train + pool):
-        raise common.UserError("--pool: two files of one name; rename one, because samples are kept by name and line")
+        raise common.UserError(
+            "--pool: two files of one name; rename one, or its folder if that is given: samples are kept by name and line"
+        )
     return pool, [name for _, name in new]
 
 
@@ -521,10 +523,15 @@ def choose(
 def read_scores(file: str, pool: list[common.Problem]) -> tuple[list[float], list[float]]:
     """What `score_pool` gives, from the selection.json of another run."""
     try:
-        rows = {row["id"]: (row["score"], row["passed"]) for row in common.read_json(Path(file))["questions"]}
+        rows = {
+            row["id"]: (row["score"], row["passed"], row.get("question"))
+            for row in common.read_json(Path(file))["questions"]
+        }
     except (KeyError, TypeError):
         raise common.UserError(f"--selection {file}: not a selection.json of this program") from None
-    if missing := [problem.id for problem in pool if problem.id not in rows]:
+    # the question is the same, too; older files do not have it
+    missing = [p.id for p in pool if p.id not in rows or rows[p.id][2] not in (None, p.question)]
+    if missing:
         raise common.UserError(f"--selection {file}: has no score for {missing[0]} ({len(missing)} missing)")
     return [rows[p.id][0] for p in pool], [rows[p.id][1] for p in pool]
 
@@ -558,7 +565,15 @@ def select_questions(
         scores, passed = given_scores or score_pool(policy, pool, judges, run, args)
         kept = set(choose(args.select, scores, passed, domains, args.select_fraction, args.seed))
         questions = [
-            {"id": p.id, "domain": d, "score": s, "passed": share, "standardised": z, "chosen": i in kept}
+            {
+                "id": p.id,
+                "question": p.question,
+                "domain": d,
+                "score": s,
+                "passed": share,
+                "standardised": z,
+                "chosen": i in kept,
+            }
             for i, (p, d, s, share, z) in enumerate(
                 zip(pool, domains, scores, passed, standardised(scores, domains).tolist(), strict=True)
             )
@@ -753,6 +768,7 @@ def main(argv: list[str]) -> None:
     # whether everything fits must show now, not in the phase that draws the longest; at most all lines but one are given
     given = [beginning(p, 1) if args.curriculum == "backtracking" else "" for p in everything]
     common.encode_prompts(policy, everything, args.max_new_tokens, given, args.few_shot)
+    common.encode_prompts(policy, dev, args.max_new_tokens, few_shot=args.few_shot)
     if args.reward.startswith("orm"):
         judges.orm.check_lengths(everything, args.max_new_tokens, given)
     elif bare:

@@ -68,10 +68,7 @@ def parse_args(argv: list[str]):
     add("--check-labels", type=common.number(int, 0), default=0,
         help="complete so many beginnings 64 times more, and log how often that changes the label")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.check_labels and args.labels != "step":
-        parser.error(
-            f"--check-labels: with --labels {args.labels} no beginning is completed, so there is nothing to check"
-        )
+    parser.only_with("--labels step", args.labels == "step", args, "completions", "check_labels")
     if args.temperature == 0:
         parser.error("--temperature 0: all samples and all completions of a beginning are the same")
     return args
@@ -221,6 +218,8 @@ def main(argv: list[str]) -> None:
             raise common.UserError(f"{flag}: is a model of rcrl.py; take one that was trained without labels")
     torch.manual_seed(args.seed)  # of the new rows of the embedding
     teach_labels(policy, args.labels)
+    for model, problems in ((policy, dev), (sampler, [] if written else train)):  # do all fit?
+        common.encode_prompts(model, problems, args.max_new_tokens)
     run.begin()
 
     # 1. sample K solutions per question (read back where a restart finds them on disk)

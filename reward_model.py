@@ -68,6 +68,7 @@ def parse_args(argv: list[str]):
     if parser.parse_args(argv).kind == "genrm":
         parser.set_defaults(**GENRM_DEFAULTS)
     args = parser.parse_args(argv)
+    parser.only_with("--kind genrm", args.kind == "genrm", args, "pairs")
     if args.temperature == 0:
         parser.error("--temperature 0: all samples of a question are the same, and right or wrong together")
     return args

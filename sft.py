@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
     policy = common.Policy(args.model, args.device, args.dtype)
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
     examples, dev_examples = (common.written_examples(policy, problems) for problems in (train, dev))
+    common.encode_prompts(policy, dev, args.max_new_tokens)  # do all fit?
     run.begin()
     optimizer = common.adam_w(policy.model.parameters(), args.lr)
     steps_per_epoch = -(-len(examples) // args.batch_size)

@@ -1,5 +1,6 @@
 """The generative reward model and the methods around it: comparisons, routing, selection of questions, the order of them."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -379,6 +380,11 @@ def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):  # noqa: F
     }  # those are trained on anyway
     code, message = cli(ppo, *argv, "--pool", file, tmp_path / "again" / "more.jsonl", "--out", tmp_path / "twice")
     assert code == 2 and "two files of one name" in message
+    for name in ("one", "two"):  # folders, whose files must have this name
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(file.read_text())
+    pool, _ = ppo.load_pool(SimpleNamespace(dataset="arithmetic", pool=[f"{tmp_path}/one", f"{tmp_path}/two/"]), [])
+    assert {problem.id.rpartition("/")[0] for problem in pool} == {"one/train.jsonl", "two/train.jsonl"}
 
 
 def test_a_pool_of_its_own_is_taken_from_its_first_question_on(tmp_path):
@@ -395,8 +401,15 @@ def test_the_scores_of_another_run_are_found_by_the_question(tmp_path):
     """Its pool may have been larger, and in another order."""
     file = tmp_path / "selection.json"
     rows = [{"id": p.id, "score": i / 10, "passed": i / 5} for i, p in enumerate(PROBLEMS[:5])]
-    file.write_text(json.dumps({"questions": rows[::-1]}))
-    assert ppo.read_scores(str(file), PROBLEMS[1:4]) == ([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
+    for _ in range(2):
+        file.write_text(json.dumps({"questions": rows[::-1]}))
+        assert ppo.read_scores(str(file), PROBLEMS[1:4]) == ([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
+        rows = [
+            row | {"question": p.question} for row, p in zip(rows, PROBLEMS[:5], strict=True)
+        ]  # as it is written now
+    other = [dataclasses.replace(PROBLEMS[1], question="another one of this name"), *PROBLEMS[2:4]]
+    with pytest.raises(common.UserError, match="1 missing"):
+        ppo.read_scores(str(file), other)
 
 
 def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa: F811

@@ -166,6 +166,43 @@ def begin(args) -> None:
     signal.signal(signal.SIGINT, handler)
 
 
+@pytest.mark.parametrize("script, flags, condition", [
+    (ppo, ["--switch", "0.1", "0.2"], "--curriculum verifiable_first"),
+    (ppo, ["--select-fraction", "0.5"], "--select"),
+    (ppo, ["--select-samples", "3"], "--select"),
+    (ppo, ["--selection", "x.json"], "--select"),
+    (ppo, ["--select", "lowest", "--limit-train", "9", "--selection", "x.json", "--select-samples", "3"], "--selection"),
+    (ppo, ["--reference-samples", "3"], "--reward genrm"),
+    (ppo, ["--hide-solutions", "0.5"], "--reward genrm"),
+    (ppo, ["--hide-answers", "0.5", "--reward", "genrm"], "--reward hybrid"),
+    (ppo, ["--add-outcome"], "--reward orm"),
+    (reward_model, ["--pairs", "3"], "--kind genrm"),
+    (rcrl, ["--labels", "outcome", "--completions", "3"], "--labels step"),
+    (rcrl, ["--labels", "none", "--check-labels", "3"], "--labels step"),
+])  # fmt: skip
+def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.parse_args(flags)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and condition in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, ppo, evaluate], **scripts)
+def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(script, cli, tmp_path):  # noqa: F811
+    """The last of 30 questions is one of dev and of all; the others fit."""
+    rows = [{"question": f"q{i}" + " How many?" * 600 * (i == 29), "answer": f"1+1=2\n#### {i}"} for i in range(30)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / ("run.json" if script is evaluate else "run")
+    before = tmp_path / ("run.samples.jsonl" if script is evaluate else "run/model/config.json")
+    before.parent.mkdir(parents=True, exist_ok=True)
+    before.write_text("{}")
+    argv = ["--model", "tiny", "--dataset", tmp_path / "data", "--samples", 2, "--out", out, "--overwrite"]
+    code, message = cli(script, *argv, *(["--split", "dev"] if script is evaluate else []))
+    assert code == 2 and "positions" in message and message.count("\n") == 1
+    assert before.read_text() == "{}"
+
+
 @pytest.mark.parametrize("key", ["model", "base", "orm", "genrm", "pool", "selection"])
 def test_a_run_does_not_go_on_with_another_input(key, tmp_path):
     given, policy = tmp_path / "given", common.Policy("tiny", "cpu")
