@@ -570,6 +570,9 @@ class Policy:
     autocast. The model stays in evaluation mode, in training too: dropout would make the log-probabilities of
     sampling and training differ.
 
+    eos_ids: the tokens that end a sample; vocabulary: how many logits there are; max_length: positions. Of a model of
+    rcrl.py, labels: the words that it knows; label: the ids of the one that is forced now, none otherwise.
+
     Raises UserError if `name` is neither a folder nor a loadable hub name."""
 
     def __init__(self, name: str, device: str = "auto", dtype: str = "auto", flag: str = "--model"):
@@ -579,8 +582,9 @@ class Policy:
         if self.device.type == "cuda":  # beside bfloat16, TensorFloat32 for what stays in float32: above all the head
             torch.set_float32_matmul_precision("high" if autocast else "highest")
         self.fuses_attention = self.records_steps = True  # on a GPU; until it fails once
-        # rows of `generate` that fit into memory, in float32 arithmetic (True) or not; known once more did not
-        self.most_rows: dict[bool, int] = {}
+        self.most_rows: dict[
+            bool, int
+        ] = {}  # rows of `generate` that fit, known once more did not; within `in_float32`, else
         folder = model_folder(name, flag)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -1065,8 +1069,8 @@ def generate(
 
     interrupted = False
     while wanted := {i: [k for k, s in enumerate(done[i]) if s is None] for i in mine if None in done[i]}:
-        float32 = policy.autocast is contextlib.nullcontext
-        rows = min(rows, policy.most_rows.get(float32, rows), sum(map(len, wanted.values())))
+        in_float32 = policy.autocast is contextlib.nullcontext
+        rows = min(rows, policy.most_rows.get(in_float32, rows), sum(map(len, wanted.values())))
         loop = policy.decode_loop  # found out here: under autocast its comparison would not be in float32
         try:
             with policy.autocast(), packed_weights(policy), casts_kept(policy):
@@ -1079,7 +1083,7 @@ def generate(
             if rows == 1 or not is_out_of_memory(error):
                 raise
             warn(f"out of memory while sampling {rows} rows: going on with {rows // 2} (see --rows)", each=True)
-            policy.most_rows[float32] = rows // 2
+            policy.most_rows[in_float32] = rows // 2
         except KeyboardInterrupt:
             interrupted = True  # the others must hear of it before this one leaves
             break
@@ -1103,7 +1107,7 @@ def decode(
 
     The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
     step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
-    for each of the few sizes that `size_of` leaves."""
+    for each of the few sizes that `size_of` leaves. Between two looks the host knows nothing of what is sampled."""
     device, config, base = policy.device, policy.model.config.get_text_config(), policy.model.base_model
     on_gpu = device.type in GRAPH_DEVICES
     stride = 16 if on_gpu else 1
@@ -1116,7 +1120,8 @@ def decode(
     is_eos[policy.eos_ids] = True
     queue = ((i, number) for i, numbers in wanted.items() for number in numbers)
     upcoming, left = iter(wanted), {i: len(numbers) for i, numbers in wanted.items()}  # to be run; samples to deliver
-    work, lengths = [None] * rows, np.zeros(rows, np.int64)  # what a row samples (prompt, number); `ages` for the host
+    work = [None] * rows  # what a row samples: (prompt, number)
+    host_ages = np.zeros(rows, np.int64)  # what the host knows of `ages`
     table = np.zeros((rows, (width - 1) // PAGE + 1), np.int64)  # the pages of a row, 0: none
     row_slot, slot_of = np.zeros(rows, np.int64), {}  # where the prompt of a row is; the same by prompt
     graphs, pool = {}, None
@@ -1171,7 +1176,7 @@ def decode(
             starts[at] = torch.tensor([len(prompts[i]) - 1 for i, _ in jobs], device=device)
             inputs[at] = torch.tensor([prompts[i][-1] for i, _ in jobs], device=device)
             ages[at] = owed[at] = 0
-            lengths[taken] = 0
+            host_ages[taken] = 0
             row_slot[taken] = [slot_of[i] for i, _ in jobs]
         return free[len(taken) :]
 
@@ -1186,13 +1191,13 @@ def decode(
         age = ages[:n, None]
         picked, said = next_tokens(policy, hidden, uniforms[:n].gather(1, age)[:, 0], temperature)
         if label:
-            picked, said, owed[:n] = forced(picked, said, owed[:n], label_ids, breaks_line)
+            picked, said, owed[:n] = force_label(picked, said, owed[:n], label_ids, breaks_line)
         tokens[:n].scatter_(1, age, picked[:, None])
         logprobs[:n].scatter_(1, age, said[:, None])
         inputs[:n] = picked
         ages[:n] += 1
 
-    def group(n: int) -> tuple[Size, dict[str, np.ndarray]]:
+    def group_by_prompt(n: int) -> tuple[Size, dict[str, np.ndarray]]:
         """What a step computes that multiplies all prompts and pages with all queries that read them, and in which order."""
         if (new := cache.own.compact(np.unique(table[:n][table[:n] > 0]), 1)) is not None:
             table[:n] = new[table[:n]]
@@ -1213,12 +1218,12 @@ def decode(
         own_row[page], own_first[page] = row, nth * PAGE
         return size, {"grid": grid, "reader": reader, "own_row": own_row, "own_first": own_first}
 
-    def look(n: int) -> tuple[Size, View]:
+    def make_view(n: int) -> tuple[Size, View]:
         """Give the first n rows the pages that the next steps write to, and say where everything is."""
-        need = (lengths[:n] + stride - 1) // PAGE + 1
+        need = (host_ages[:n] + stride - 1) // PAGE + 1
         missing = (table[:n] == 0) & (np.arange(table.shape[1]) < need[:, None])
         table[:n][missing] = cache.own.take(int(missing.sum()))
-        size, order = (size_of(Size(n, 0, 0, 0)), {}) if cache.fused else group(n)
+        size, order = (size_of(Size(n, 0, 0, 0)), {}) if cache.fused else group_by_prompt(n)
         slot = np.zeros(size.rows, np.int64)
         slot[:n] = row_slot[:n]
         # while others end the longest row grows on: its pages would ask for one graph after the other
@@ -1228,7 +1233,7 @@ def decode(
 
     def first_step(run: Callable[[], None]) -> Callable[[], None]:
         """Run a step of a new size as it is, which warms up what a graph needs -> what replays it, `run` where nothing can."""
-        done = False
+        done = False  # whether the step itself was made, and only recording it failed
         try:
             with waiting_is_an_error(device):
                 run()
@@ -1247,7 +1252,7 @@ def decode(
     def advance(n: int) -> None:
         """`stride` steps of at least the first n rows."""
         ages[n:] = 0
-        size, view = look(n)
+        size, view = make_view(n)
         run, n_steps = functools.partial(step, size.rows, view), stride
         if size in graphs:
             run, static = graphs[size]
@@ -1275,8 +1280,8 @@ def decode(
             advance(n)
             deliver_ready()
             host_tokens, host_logprobs = tokens[:n].cpu().numpy(), logprobs[:n].cpu().numpy()
-            before = lengths[:n].copy()
-            lengths[:n] += stride
+            before = host_ages[:n].copy()
+            host_ages[:n] += stride
             # 2. which have ended, and after how many tokens
             columns = before[:, None] + np.arange(stride)
             new = np.take_along_axis(host_tokens, columns, 1)
@@ -1289,7 +1294,7 @@ def decode(
             ends &= columns < max_new_tokens
             ended = ends.any(1)
             length = np.where(ended, before + ends.argmax(1) + 1, max_new_tokens)
-            vacant = np.flatnonzero(ended | (lengths[:n] >= max_new_tokens)).tolist()
+            vacant = np.flatnonzero(ended | (host_ages[:n] >= max_new_tokens)).tolist()
             for row in vacant:
                 i, number = work[row]
                 ids, said = host_tokens[row, : length[row]].astype(np.int32), host_logprobs[row, : length[row]].copy()
@@ -1304,7 +1309,7 @@ def decode(
             n -= len(vacant)
             gaps, last = [r for r in vacant if r < n], [r for r in range(n, n + len(vacant)) if r not in vacant]
             if gaps:
-                for state in (uniforms, tokens, logprobs, ages, starts, inputs, owed, lengths, table, row_slot):
+                for state in (uniforms, tokens, logprobs, ages, starts, inputs, owed, host_ages, table, row_slot):
                     state[gaps] = state[last]
                 table[last] = 0
                 for gap, row in zip(gaps, last, strict=True):
@@ -1336,7 +1341,7 @@ def decode_plainly(
         batches[-1].append(job)
     for batch in batches:
         begin = np.array([len(prompts[i]) for i, _ in batch])  # where the sampled tokens begin [rows]
-        lengths, shortest, longest = torch.from_numpy(begin).to(device), begin[0], begin[-1]
+        begin_at, shortest, longest = torch.from_numpy(begin).to(device), begin[0], begin[-1]
         given = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i, _ in batch], device=device)
         uniforms = torch.from_numpy(np.stack([draws(*job) for job in batch])).to(device)
         ids, logprobs = given[:, :shortest], uniforms.new_zeros(len(batch), shortest)  # [rows, length so far]
@@ -1350,14 +1355,14 @@ def decode_plainly(
             if cached and (cache := out.get(argument) or out.get("past_key_values")) is None:
                 raise NotImplementedError("it returns none")
             place = ids.shape[1]
-            age = (place - lengths).clamp(0, max_new_tokens - 1)
+            age = (place - begin_at).clamp(0, max_new_tokens - 1)
             picked, said = next_tokens(
                 policy, out.last_hidden_state[:, -1], uniforms.gather(1, age[:, None])[:, 0], temperature
             )
             if label:
-                picked, said, owed = forced(picked, said, owed, label_ids, breaks_line)
+                picked, said, owed = force_label(picked, said, owed, label_ids, breaks_line)
             if place < longest:
-                in_prompt = lengths > place
+                in_prompt = begin_at > place
                 picked, owed = torch.where(in_prompt, given[:, place], picked), owed.masked_fill(in_prompt, 0)
             ids, logprobs = torch.cat([ids, picked[:, None]], 1), torch.cat([logprobs, said[:, None]], 1)
             # 2. which have ended
@@ -1377,8 +1382,8 @@ def decode_plainly(
             keep = np.flatnonzero(running)
             if 0 < len(keep) <= len(running) / 2 and type(cache) in (DynamicCache, type(None)):  # others may hold more
                 index = torch.from_numpy(keep).to(device)
-                ids, uniforms, logprobs, owed, lengths, given = (
-                    t[index] for t in (ids, uniforms, logprobs, owed, lengths, given)
+                ids, uniforms, logprobs, owed, begin_at, given = (
+                    t[index] for t in (ids, uniforms, logprobs, owed, begin_at, given)
                 )
                 batch, running, begin = [batch[row] for row in keep], running[keep], begin[keep]
                 if cache is not None:
@@ -1424,17 +1429,17 @@ def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
         whole = size // BLOCK
         blocks = weights[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).sum(-1)
         blocks = torch.cat([blocks, weights[:, whole * BLOCK :].sum(-1, keepdim=True)], 1)
-        block, rest = search(blocks, uniforms[:, None] * blocks.sum(-1, keepdim=True))
+        block, rest = invert_cdf(blocks, uniforms[:, None] * blocks.sum(-1, keepdim=True))
         places = block * BLOCK + torch.arange(BLOCK, device=logits.device)
         inside = weights.gather(1, places.clamp(max=size - 1)).masked_fill_(places >= size, 0)
-        tokens = block * BLOCK + search(inside, rest)[0]
+        tokens = block * BLOCK + invert_cdf(inside, rest)[0]
         tokens = tokens.clamp_(max=size - 1)  # NaN: caught later
     tiny = torch.finfo(weights.dtype).tiny
     return tokens[:, 0], weights.gather(-1, tokens).clamp_min_(tiny).log()[:, 0]
 
 
-def search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse CDF: the index of the interval of the cumulated `weights` [rows, intervals] that holds `target` [rows, 1], and
+def invert_cdf(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The index of the interval of the cumulated `weights` [rows, intervals] that holds `target` [rows, 1], and
     how far into it. Never an interval of length 0, nor one beyond the last, whatever the rounding."""
     ends = weights.cumsum(-1)
     total = ends[:, -1:]
@@ -1443,7 +1448,9 @@ def search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, t
     return place, (target - ends.gather(1, place) + weights.gather(1, place)).clamp_min_(0)
 
 
-def forced(tokens, logprobs, owed, label, breaks_line) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def force_label(
+    tokens: torch.Tensor, logprobs: torch.Tensor, owed: torch.Tensor, label: torch.Tensor, breaks_line: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The picked tokens [rows] and log-probabilities, but where ids of the `label` [ids] are owed [rows] the next of these,
     and how many are owed from now on: all of them after a token that breaks the line (breaks_line [vocabulary])."""
     due, size = owed > 0, len(label)
