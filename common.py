@@ -279,7 +279,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
         files = [path / f"{part}{suffix}" for suffix in (".jsonl", ".json") if (path / f"{part}{suffix}").is_file()]
         if not files:
             raise UserError(f"--dataset {dataset}: the folder has no {part}.jsonl")
-        problems = _file_problems(files[0], f"{path.resolve().name}/")
+        problems = _file_problems(files[0])
     elif path.is_file():
         problems = _file_problems(path)
         if split == "all":
@@ -320,8 +320,8 @@ def _hub_problems(dataset: str, part: str) -> list[Problem]:
     return [_read_problem(row, f"{dataset}/{part}/{i}", f"{dataset} {part} row {i}") for i, row in enumerate(rows)]
 
 
-def _file_problems(path: Path, folder: str = "") -> list[Problem]:
-    """.json: a list of problems; anything else: one problem a line. folder: what the ids of the problems begin with."""
+def _file_problems(path: Path) -> list[Problem]:
+    """.json: a list of problems; anything else: one problem a line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -333,7 +333,7 @@ def _file_problems(path: Path, folder: str = "") -> list[Problem]:
         rows = [(f"{path} entry {i}", row) for i, row in enumerate(rows, 1)]
     else:
         rows = json_lines(text, path)
-    return [_read_problem(row, f"{folder}{path.name}/{i}", place) for i, (place, row) in enumerate(rows)]
+    return [_read_problem(row, f"{path.name}/{i}", place) for i, (place, row) in enumerate(rows)]
 
 
 def json_lines(text: str, path: Path) -> list[tuple[str, object]]:
@@ -582,9 +582,8 @@ class Policy:
         if self.device.type == "cuda":  # beside bfloat16, TensorFloat32 for what stays in float32: above all the head
             torch.set_float32_matmul_precision("high" if autocast else "highest")
         self.fuses_attention = self.records_steps = True  # on a GPU; until it fails once
-        self.most_rows: dict[
-            bool, int
-        ] = {}  # rows of `generate` that fit, known once more did not; within `in_float32`, else
+        # rows of `generate` that fit into memory, within `in_float32` (True) or not; known once more did not
+        self.most_rows: dict[bool, int] = {}
         folder = model_folder(name, flag)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -707,7 +706,7 @@ class Policy:
 
     @functools.cached_property
     def decode_loop(self) -> Callable:
-        """The fastest loop for `generate` that works with this model, found by trying: `decode`, with the fused attention or
+        """The fastest loop for `generate` (section 4) that works with this model, found by trying: `decode`, with the fused attention or
         without; `decode_plainly` with the model's own cache, or with none."""
         reason = self._differs(decode)
         if reason and self.device.type in FUSED_DEVICES:
@@ -1016,6 +1015,11 @@ FUSED_DEVICES = {"cuda"} if triton else set()
 GRAPH_DEVICES = {"cuda"}  # where `decode` looks every 16 steps and replays a recorded step
 
 
+def check_length(policy: Policy, length: int, what: str) -> None:
+    if length > policy.max_length:
+        raise UserError(f"{what} is {length} tokens long; the model has {policy.max_length} positions")
+
+
 def encode_prompts(
     policy: Policy, problems: Sequence[Problem], max_new_tokens: int, prefixes: Sequence[str] | None = None,
     few_shot: bool = False, what: str = "the longest prompt",
@@ -1025,8 +1029,9 @@ def encode_prompts(
     prefixes = prefixes or [""] * len(problems)
     prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
     prompts = [ids + policy.encode_prefix(prefix) + policy.label for ids, prefix in zip(prompts, prefixes, strict=True)]
-    longest = max(map(len, prompts), default=0) + max_new_tokens
-    check_length(policy, longest, f"{what} with --max-new-tokens {max_new_tokens}")
+    if prompts:
+        longest = max(map(len, prompts)) + max_new_tokens
+        check_length(policy, longest, f"{what} with --max-new-tokens {max_new_tokens}")
     return prompts
 
 
@@ -1041,9 +1046,9 @@ def generate(
 
     A prompt is run once, and its keys and values are shared by its samples. `rows` sequences are decoded at a time; a
     row that has finished is handed to the next sample at once. The random numbers of a sample depend on (seed,
-    problem, sample number) alone, so it does not matter how many rows there are or what else is sampled. (A model that
-    this cache does not fit uses its own, in batches; see `decode_plainly`.) When memory
-    runs out, the number of rows is halved, for good and with a warning, and no finished sample is lost.
+    problem, sample number) alone, so it does not matter how many rows there are or what else is sampled. (A model that the
+    shared cache, `PagedCache`, does not fit uses its own, in batches; see `decode_plainly`.) When memory runs out, the number
+    of rows is halved, for good and with a warning, and no finished sample is lost.
     few_shot: prompt with two worked examples; a sample then ends when its answer line is complete, because such a model
     goes on to invent the next question. prefixes: for each problem the beginning of a solution to go on from. stop:
     asked before every step; when true, KeyboardInterrupt. Of several processes each samples for every n-th problem, and all
@@ -1073,7 +1078,7 @@ def generate(
         rows = min(rows, policy.most_rows.get(in_float32, rows), sum(map(len, wanted.values())))
         loop = policy.decode_loop  # found out here: under autocast its comparison would not be in float32
         try:
-            with policy.autocast(), packed_weights(policy), casts_kept(policy):
+            with policy.autocast(), packed_weights(policy), casts_kept(policy):  # the last two: end of this section
                 loop(
                     policy, prompts, wanted, draws, deliver, temperature=temperature, max_new_tokens=max_new_tokens,
                     rows=rows, is_complete=is_complete if few_shot else None, stop=stop,
@@ -1107,7 +1112,8 @@ def decode(
 
     The state of the rows lives on the device and a step touches nothing else. On a CPU the host looks at it after every
     step; on a GPU after every 16th, so that no step waits for the host, and the step is replayed as a CUDA graph, one
-    for each of the few sizes that `size_of` leaves. Between two looks the host knows nothing of what is sampled."""
+    for each of the few sizes that `size_of` leaves. Between two looks the host knows nothing of what is sampled.
+    Keys and values of a prompt lie in a slot, those of a row's own tokens in pages: see `PagedCache` and `View`."""
     device, config, base = policy.device, policy.model.config.get_text_config(), policy.model.base_model
     on_gpu = device.type in GRAPH_DEVICES
     stride = 16 if on_gpu else 1
@@ -1124,13 +1130,13 @@ def decode(
     host_ages = np.zeros(rows, np.int64)  # what the host knows of `ages`
     table = np.zeros((rows, (width - 1) // PAGE + 1), np.int64)  # the pages of a row, 0: none
     row_slot, slot_of = np.zeros(rows, np.int64), {}  # where the prompt of a row is; the same by prompt
-    graphs, pool = {}, None
+    graphs, graph_memory = {}, None
 
     def forget_graphs() -> None:
         """They read tensors that are replaced when the cache grows. All share their memory: only one runs at a time."""
-        nonlocal pool
+        nonlocal graph_memory
         graphs.clear()
-        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     fused = policy.fuses_attention and device.type in FUSED_DEVICES
     cache = PagedCache(max(1, max(map(len, prompts)) - 1), forget_graphs, fused)
@@ -1238,7 +1244,7 @@ def decode(
             with waiting_is_an_error(device):
                 run()
             done = True
-            return record(run, device, pool)
+            return record(run, device, graph_memory)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -1465,7 +1471,8 @@ PAGE = 32  # tokens
 
 
 class Pool:
-    """Slots for prompts, or pages: all that the layers keep of one has one number. Per layer [keys, values]."""
+    """Slots, each for a prompt, or pages, each for so many of a sample's own tokens: what all layers keep of one has the same
+    number. Per layer [keys, values]."""
 
     def __init__(self, on_growth: Callable[[], None]):
         self.layers, self.on_growth = [], on_growth  # [[places, ...], [places, ...]] each, one block of memory
@@ -1633,8 +1640,9 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: 
 
 def paged_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
     """The attention function of every model whose attention can be replaced; transformers calls it in each layer. In
-    decoding, a prompt is read once for all the rows that sample from it, and the parts of a row, its prompt and its own
-    pages, are merged by the weight that each has in the softmax over all of them. Everything else is the usual attention."""
+    decoding, it stores the new keys and values; a prompt is read once for all the rows that sample from it, and the parts of
+    a row, its prompt and its own pages, are merged by the weight that each has in the softmax over all of them. Everything
+    else is the usual attention."""
     if not isinstance(key, _CachedLayer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
@@ -1720,7 +1728,7 @@ if triton:
 def fused_attention(
     query: torch.Tensor, key: _CachedLayer, value: _CachedLayer, scaling: float | None, window: int | None
 ) -> torch.Tensor:
-    """What `PagedCache.update` and `paged_attention` do together, in one kernel: query [rows, heads, head_dim] -> [rows,
+    """What `paged_attention` does in decoding, in one kernel: query [rows, heads, head_dim] -> [rows,
     heads, value width]. Every row reads its whole prompt; what many rows read comes from the cache of the GPU."""
     cache, view = key.cache, key.cache.view
     prompts, own = cache.prompts.layers[key.layer], cache.own.layers[key.layer]
@@ -1758,11 +1766,6 @@ def attention_masks(config, positions: torch.Tensor, length: int):
         return full
     sliding = full & (distance < window)
     return {"full_attention": full, "sliding_attention": sliding} if len(kinds) > 1 else sliding
-
-
-def check_length(policy: Policy, length: int, what: str) -> None:
-    if length > policy.max_length:
-        raise UserError(f"{what} is {length} tokens long; the model has {policy.max_length} positions")
 
 
 # ---- what makes a step cheaper ---------------------------------------------------------------------------------------
@@ -1842,13 +1845,13 @@ def waiting_is_an_error(device: torch.device):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def record(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
+def record(step: Callable[[], None], device: torch.device, graph_memory) -> Callable[[], None]:
     """Something that does what `step` does without Python: a CUDA graph. On a CPU `step` itself."""
     if device.type != "cuda":
         return step
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=graph_memory):
             step()
     except RuntimeError as error:
         torch.cuda.set_stream(stream)  # a recording that fails does not come back from its own
@@ -2399,9 +2402,10 @@ class OneLineParser(argparse.ArgumentParser):
         return args
 
     def only_with(self, condition: str, holds: bool, args: argparse.Namespace, *flags: str) -> None:
-        """An error if one of these flags, which do nothing unless the condition holds, is not at its default."""
+        """An error if one of these flags, which do nothing unless the condition holds, is not at its default; but a run that
+        was begun with it goes on."""
         for flag in flags:
-            if not holds and getattr(args, flag) != self.get_default(flag):
+            if not holds and not args.resume and getattr(args, flag) != self.get_default(flag):
                 self.error(f"--{flag.replace('_', '-')} does nothing without {condition}")
 
     def error(self, message: str):

@@ -124,7 +124,8 @@ def main(argv: list[str]) -> None:
     orm = common.RewardModel(args.orm, args.device, args.dtype) if args.orm else None
     if args.sft_data:
         common.written_examples(policy, train)  # whether they fit must show now, not after the sampling
-    common.encode_prompts(policy, train + dev, args.max_new_tokens, few_shot=args.few_shot)  # do all fit?
+    few_shot = args.few_shot and not run.state  # do all fit?
+    common.encode_prompts(policy, train + dev, args.max_new_tokens, few_shot=few_shot)
     if orm:
         orm.check_lengths(train, args.max_new_tokens)
     run.begin()

@@ -481,12 +481,12 @@ def load_pool(args, train: list[common.Problem]) -> tuple[list[common.Problem], 
     new = [(p, name) for name, problems in zip(names, found, strict=True) for p in problems if p.question not in taken]
     if not new:
         raise common.UserError("--select: the pool has no question beyond those to train on, of dev and of the test")
-    pool = [problem for problem, _ in new]
-    if len({problem.id for problem in train + pool}) < len(train + pool):
-        raise common.UserError(
-            "--pool: two files of one name; rename one, or its folder if that is given: samples are kept by name and line"
-        )
-    return pool, [name for _, name in new]
+    pool, domains = [problem for problem, _ in new], [name for _, name in new]
+    if len({problem.id for problem in train + pool}) < len(train + pool):  # files of one name, as folders have
+        pool = [dataclasses.replace(p, id=f"{name}: {p.id}") for p, name in zip(pool, domains, strict=True)]
+    if len(set(args.pool)) < len(args.pool):
+        raise common.UserError("--pool: names a dataset twice")
+    return pool, domains
 
 
 def standardised(scores: list[float], domains: list[str]) -> np.ndarray:

@@ -295,7 +295,8 @@ def main(argv: list[str]) -> None:
     orm = kind(args.base, args.device, args.dtype, flag="--base", new=True)
     common.check_memory(orm.model)  # which the student leaves before the training
     student = common.Policy(args.model, args.device, args.dtype)
-    # now, not after the sampling
+    # whether all fit must show now, not after the sampling
+    common.encode_prompts(student, dev if written else train + dev, args.max_new_tokens)
     orm.check_lengths([p for p in train + dev if p.reference or not generative], args.max_new_tokens)
     run.begin()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -378,13 +379,24 @@ def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):  # noqa: F
     assert not {row["id"].rsplit("/", 1)[1] for row in rows} & {
         str(i) for i in range(20)
     }  # those are trained on anyway
-    code, message = cli(ppo, *argv, "--pool", file, tmp_path / "again" / "more.jsonl", "--out", tmp_path / "twice")
-    assert code == 2 and "two files of one name" in message
-    for name in ("one", "two"):  # folders, whose files must have this name
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text(file.read_text())
-    pool, _ = ppo.load_pool(SimpleNamespace(dataset="arithmetic", pool=[f"{tmp_path}/one", f"{tmp_path}/two/"]), [])
-    assert {problem.id.rpartition("/")[0] for problem in pool} == {"one/train.jsonl", "two/train.jsonl"}
+    code, message = cli(ppo, *argv, "--pool", file, file, "--out", tmp_path / "twice")
+    assert code == 2 and "twice" in message
+
+
+def test_pools_whose_files_have_the_same_name_are_told_apart(tmp_path):
+    """As those of folders must have; the training questions are such a folder, too."""
+    names = [str(tmp_path / name) for name in ("one", "two", "three")]
+    for name in names:
+        Path(name).mkdir()
+        rows = [{"question": f"{name} {i}", "answer": "1"} for i in range(30)]
+        Path(name, "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = common.load_problems(names[0], "train")
+    for others in (names[1:], names[1:2]):
+        pool, domains = ppo.load_pool(SimpleNamespace(dataset=names[0], pool=others), train)
+        assert set(domains) == set(others) and len({p.id for p in train + pool}) == len(train + pool) == 27 * (
+            1 + len(others)
+        )
+        assert all(p.id.startswith(f"{name}: ") for p, name in zip(pool, domains, strict=True))
 
 
 def test_a_pool_of_its_own_is_taken_from_its_first_question_on(tmp_path):

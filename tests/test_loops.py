@@ -203,7 +203,7 @@ def guesser(nano, folder, answers: dict[str, str]) -> str:
 
 def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):  # noqa: F811
     """Two questions and a policy that answers either with 1 or 2 at random: a round of filtered samples tells it which. That
-    untrained weights get 36 of 40 right has probability 1e-7."""
+    untrained weights get 38 of 40 right has probability 1e-9."""
     model = guesser(nano, tmp_path, {"Is it odd?": "1", "Is it even?": "2"})
     argv = ["--model", model, "--base", model, "--dataset", tmp_path, "--max-new-tokens", 8, "--samples", 8, "--epochs", 20,
             "--lr", "3e-3", "--rounds", 1, "--pass-k", 0]  # fmt: skip
@@ -214,7 +214,7 @@ def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, n
     answers = common.generate(
         common.Policy(str(tmp_path / "run" / "model"), "cpu"), problems, samples=20, max_new_tokens=8
     )
-    assert sum(s.correct for s in answers) >= 36
+    assert sum(s.correct for s in answers) >= 38
 
 
 # ---- PPO

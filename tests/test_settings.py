@@ -182,13 +182,19 @@ def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsy
     with pytest.raises(SystemExit) as left:
         script.parse_args(flags)
     said = capsys.readouterr().err
-    assert left.value.code == 2 and condition in said and said.count("\n") == 1
+    assert left.value.code == 2 and f"does nothing without {condition}" in said and said.count("\n") == 1
+    script.parse_args([*flags, "--resume"])  # a run that was begun with it goes on
 
 
-@pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, ppo, evaluate], **scripts)
-def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(script, cli, tmp_path):  # noqa: F811
-    """The last of 30 questions is one of dev and of all; the others fit."""
-    rows = [{"question": f"q{i}" + " How many?" * 600 * (i == 29), "answer": f"1+1=2\n#### {i}"} for i in range(30)]
+@pytest.mark.parametrize("split", ["train", "dev"])
+@pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, ppo, reward_model, evaluate], **scripts)
+def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(script, split, cli, tmp_path):  # noqa: F811
+    """One question of 30 is too long, and has no written solution; the last three are dev."""
+    rows = [{"question": f"q{i}", "answer": f"1+1=2\n#### {i}"} for i in range(30)]
+    if script is not sft or split == "dev":  # which trains on written solutions alone
+        rows[{"train": 5, "dev": 29}[split]] = {"question": "How many?" * 600, "answer": "5"}
+    else:
+        rows[5] = {"question": "How many?" * 600, "answer": "1+1=2\n#### 5"}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / ("run.json" if script is evaluate else "run")
@@ -196,7 +202,8 @@ def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(script, 
     before.parent.mkdir(parents=True, exist_ok=True)
     before.write_text("{}")
     argv = ["--model", "tiny", "--dataset", tmp_path / "data", "--samples", 2, "--out", out, "--overwrite"]
-    code, message = cli(script, *argv, *(["--split", "dev"] if script is evaluate else []))
+    argv += {evaluate: ["--split", split], reward_model: ["--kind", "genrm"]}.get(script, [])
+    code, message = cli(script, *argv)
     assert code == 2 and "positions" in message and message.count("\n") == 1
     assert before.read_text() == "{}"
 
