@@ -51,6 +51,19 @@ for task, longer in (("arithmetic", "ppo_longer/phases36"), ("hard", "hard/phase
         show(f"{task}, test {metric}, ppo of 36 phases - of 20", ppo36, ppo)
     for phase in (20, 24, 28, 32, 36):
         show(f"{task}, dev maj@1 of 36 phases at phase {phase}", dev(longer, "maj@1", phase=phase))
+for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+    rounds4, phases72, ei = (test(f"hard/{name}", metric) for name in ("rounds4", "phases72", "ei"))
+    show(f"hard, test {metric}, ei of 4 rounds - ppo of 72 phases (both 36,864 samples)", rounds4, phases72)
+    show(f"hard, test {metric}, ei of 4 rounds - of two", rounds4, ei)
+    show(f"hard, test {metric}, ppo of 72 phases - ei of two rounds (18,432 samples)", phases72, ei)
+for phase in (20, 36, 48, 60, 72):
+    show(f"hard, dev maj@1 of 72 phases at phase {phase}", dev("hard/phases72", "maj@1", phase=phase))
+for n in (1, 2, 3, 4):
+    show(f"hard, dev maj@1 of 4 rounds of ei after round {n}", dev("hard/rounds4", "maj@1", round=n))
+for key in ("entropy", "mixed", "correct"):
+    for first, last in ((2, 6), (31, 36), (67, 72)):
+        shares = over_phases("hard/phases72", key, first, last)
+        show(f"hard, {key} of phases {first} to {last} of 72", shares)
 for task in TASKS:
     show(
         f"{task}, dev maj@1, ei after 9,216 samples - ppo after 10,240",
@@ -80,7 +93,7 @@ show("maj@1 after 840 updates of one solution each (sft_more)", dev("arithmetic/
 
 print("C3 RL raises maj@1 without losing pass@n, but does not pass SFT's pass@n")
 for task in TASKS:
-    for method in ("ppo", "ei", *(["phases36", "rounds3"] if task == "hard" else [])):
+    for method in ("ppo", "ei", *(["phases36", "phases72", "rounds3", "rounds4"] if task == "hard" else [])):
         for metric in ("maj@1", "pass@16"):
             rl, sft = (test(f"{task}/{name}", metric) for name in (method, "sft"))
             show(f"{task}, test {metric}, {method} - sft", rl, sft)

@@ -118,10 +118,12 @@ def main() -> None:
             "SFT": ("hard/sft", ["hard/sft"]),
             "PPO": ("hard/ppo", ["hard/ppo"]),
             "PPO, 36 phases": ("hard/phases36", ["hard/phases36"]),
+            "PPO, 72 phases": ("hard/phases72", ["hard/phases72"]),
             "PPO, `--curriculum backtracking`": ("hard/backtracking", ["hard/backtracking"]),
             "PPO, `--curriculum plr`": ("hard/plr", ["hard/plr"]),
             "expert iteration, K = 4": ("hard/ei", ["hard/ei"]),
             "the same, `--rounds 3`": ("hard/rounds3", ["hard/rounds3"]),
+            "the same, `--rounds 4`": ("hard/rounds4", ["hard/rounds4"]),
             "expert iteration, K = 4, `--continue` (on from the last policy)": ("hard/continue", ["hard/continue"]),
             "expert iteration, K = 16, 1 epoch a round (about as many updates as K = 4)": (
                 "hard/k16_once",
