@@ -108,7 +108,7 @@ HARD = {
     "hard/sft": ("tab:olive", "SFT", False),
     "hard/ppo": ("tab:blue", "PPO", True),
     "hard/phases36": ("navy", "PPO, 36 phases", True),
-    "hard/phases72": ("steelblue", "PPO, 72 phases", True),
+    "hard/phases72": ("gold", "PPO, 72 phases", True),
     "hard/ei": ("tab:purple", "expert iteration, K = 4", True),
     "hard/rounds3": ("black", "K = 4, a third round", True),
     "hard/rounds4": ("dimgray", "K = 4, four rounds", True),
