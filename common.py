@@ -706,8 +706,8 @@ class Policy:
 
     @functools.cached_property
     def decode_loop(self) -> Callable:
-        """The fastest loop for `generate` (section 4) that works with this model, found by trying: `decode`, with the fused attention or
-        without; `decode_plainly` with the model's own cache, or with none."""
+        """The fastest loop for `generate` (section 4) that works with this model, found by trying: `decode`, with the fused
+        attention or without; `decode_plainly` with the model's own cache, or with none."""
         reason = self._differs(decode)
         if reason and self.device.type in FUSED_DEVICES:
             unfused, self.fuses_attention = reason, False
@@ -1445,8 +1445,8 @@ def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
 
 
 def invert_cdf(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The index of the interval of the cumulated `weights` [rows, intervals] that holds `target` [rows, 1], and
-    how far into it. Never an interval of length 0, nor one beyond the last, whatever the rounding."""
+    """The index of the interval of the cumulated `weights` [rows, intervals] that holds `target` [rows, 1], and how far into
+    it. Never an interval of length 0, nor one beyond the last, whatever the rounding."""
     ends = weights.cumsum(-1)
     total = ends[:, -1:]
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
@@ -1728,8 +1728,8 @@ if triton:
 def fused_attention(
     query: torch.Tensor, key: _CachedLayer, value: _CachedLayer, scaling: float | None, window: int | None
 ) -> torch.Tensor:
-    """What `paged_attention` does in decoding, in one kernel: query [rows, heads, head_dim] -> [rows,
-    heads, value width]. Every row reads its whole prompt; what many rows read comes from the cache of the GPU."""
+    """What `paged_attention` does in decoding, in one kernel: query [rows, heads, head_dim] -> [rows, heads, value width].
+    Every row reads its whole prompt; what many rows read comes from the cache of the GPU."""
     cache, view = key.cache, key.cache.view
     prompts, own = cache.prompts.layers[key.layer], cache.own.layers[key.layer]
     (rows, heads, width), (_, key_heads, longest, value_width) = query.shape, prompts[1].shape
