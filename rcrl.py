@@ -58,7 +58,12 @@ def parse_args(argv: list[str]):
         help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
     add("--labels", choices=["step", "outcome", "none"], default="step",
         help="one for every line, or one for the solution, or the control: the same solutions without labels")  # fmt: skip
-    add("--completions", type=common.number(int, 1), default=8, help="M, per beginning of a solution")
+    add(
+        "--completions",
+        type=common.number(int, 1),
+        default=8,
+        help="M, per beginning of a solution",
+    )
     add("--ratio", type=common.number(float, 0.01), default=10.0,
         help="right solutions for every wrong one, as far as there are enough; 1e9: none (paper: 1 is worst)")  # fmt: skip
     add("--deduplicate", action=argparse.BooleanOptionalAction, default=True,
@@ -83,14 +88,16 @@ def lines_of(sample: common.Sample) -> list[str]:
     return [line + "\n" for line in lines] + [last] * bool(last)
 
 
-def beginnings(solutions: list[common.Sample]) -> dict[tuple[str, str], common.Problem]:
+def prefixes_of(solutions: list[common.Sample]) -> dict[tuple[str, str], common.Problem]:
     """All distinct beginnings of the solutions that end with a line, the last line left out: (problem id, text) -> the
     problem, with its place here added to its id, so that each has random numbers of its own."""
     found = {}
     for sample in solutions:
         for text in itertools.accumulate(lines_of(sample)[:-1]):
             key = (sample.problem.id, text)
-            found.setdefault(key, dataclasses.replace(sample.problem, id=f"{sample.problem.id}/{len(found)}"))
+            found.setdefault(
+                key, dataclasses.replace(sample.problem, id=f"{sample.problem.id}/{len(found)}")
+            )
     return found
 
 
@@ -102,16 +109,14 @@ def estimate_q(
     not right."""
     if not starts:
         return {}
-    longest = max(
-        len(policy.encode_prompt(common.prompt_text(problem)) + policy.encode_prefix(text))
-        for (_, text), problem in starts.items()
-    )
     drawn = common.sample_to_file(
         policy, list(starts.values()), file, run, prefixes=[text for _, text in starts], samples=completions,
-        temperature=args.temperature, max_new_tokens=max(1, min(args.max_new_tokens, policy.max_length - longest)),
-        rows=args.rows, seed=[args.seed, seed], progress="completions",
+        temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+        batch_size=args.gen_batch_size, seed=[args.seed, seed], progress="completions",
     )  # fmt: skip
-    right = np.array([sample.correct and sample.finished for sample in drawn]).reshape(len(starts), completions)
+    right = np.array([sample.correct and sample.finished for sample in drawn]).reshape(
+        len(starts), completions
+    )
     return dict(zip(starts, right.mean(1).tolist(), strict=True))
 
 
@@ -159,8 +164,11 @@ def usable(samples: list[common.Sample], deduplicate: bool) -> list[common.Sampl
 
 
 def teach_labels(policy: common.Policy, by: str) -> None:
-    """Give the tokenizer a token for each label, and the model a row of its embedding; where that does not work, the
-    labels are plain text. What they are and where they stand is saved with the model. "none": no labels."""
+    """Add a token for each label to the tokenizer and a row for it to the embedding.
+
+    The saved model knows its labels and where they stand. by: "step", "outcome" or "none".
+    Raises UserError if the model takes no new tokens.
+    """
     if by == "none":
         policy.condition("none")
         return
@@ -172,27 +180,67 @@ def teach_labels(policy: common.Policy, by: str) -> None:
         # as far apart as other tokens are: new rows that all lie at the mean, as is usual, would stay hard to tell apart
         rows, n = policy.model.get_input_embeddings().weight.data, len(policy.tokenizer)
         std, mean = torch.std_mean(rows[:n], dim=0)
-        rows[tokenizer.convert_tokens_to_ids(names)] = mean + std * torch.randn(2, len(mean), device=rows.device)
-        policy.tokenizer, policy.vocabulary = tokenizer, policy.model.get_output_embeddings().weight.shape[0]
+        rows[tokenizer.convert_tokens_to_ids(names)] = mean + std * torch.randn(
+            2, len(mean), device=rows.device
+        )
+        policy.tokenizer, policy.vocabulary = (
+            tokenizer,
+            policy.model.get_output_embeddings().weight.shape[0],
+        )
     except (NotImplementedError, ValueError, AttributeError) as error:
-        common.warn(f"the labels are plain text, because this model takes no new tokens ({common.first_line(error)})")
-    plain = any(len(policy.encode_prefix(name)) != 1 for name in names)
-    policy.labels = {k: v + " " * plain for k, v in LABELS.items()} | {"by": by}
+        reason = common.first_line(error)
+        raise common.UserError(
+            f"--base: this model takes no new tokens for labels ({reason})"
+        ) from None
+    policy.labels = LABELS | {"by": by}
     policy.condition("good")
 
 
-def encode(policy: common.Policy, problem: common.Problem, lines: list[dict]) -> tuple[common.Example, list[bool]]:
+def encode(
+    policy: common.Policy, problem: common.Problem, lines: list[dict]
+) -> tuple[common.Example, list[bool]]:
     """Prompt and response ids, as sampling sees them: label, line, label, line ..., end-of-text token (with --labels outcome
     only the first label, with none no label); and for each response token whether it is a target. Labels are not."""
     prompt, response, targets = policy.encode_prompt(common.prompt_text(problem)), [], []
-    if not policy.label_every_line:  # one text, which a tokenizer may cut elsewhere than at line breaks
+    if (
+        not policy.label_every_line
+    ):  # one text, which a tokenizer may cut elsewhere than at line breaks
         lines = [{"label": lines[0]["label"], "text": "".join(line["text"] for line in lines)}]
     for line in lines:
-        label = policy.encode_prefix(policy.labels[line["label"]]) if policy.label else []
+        label = [] if policy.label is None else policy.encode_prefix(policy.labels[line["label"]])
         ids = policy.encode_prefix(line["text"])
         response += label + ids
         targets += [False] * len(label) + [True] * len(ids)
-    return (prompt, [*response, policy.tokenizer.eos_token_id]), [*targets, True]
+    example = policy.check_length((prompt, [*response, policy.tokenizer.eos_token_id]))
+    return example, [*targets, True]
+
+
+def train_step(
+    policy: common.Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: list,
+    targets: list,
+    token_budget: int,
+) -> tuple[float, float]:
+    """Make one optimizer step on the mean cross-entropy of the targets of a batch.
+
+    targets: for every response token whether it is one. Labels are not.
+    Returns the loss in nats per token and the norm of the gradient before clipping.
+    """
+    n_tokens, loss = sum(map(sum, targets)), 0.0
+    for indices in common.micro_batches([len(p) + len(s) for p, s in batch], token_budget):
+        logprobs = common.response_logprobs(policy, [batch[i] for i in indices])
+        mask = torch.tensor([flag for i in indices for flag in targets[i]], device=policy.device)
+        micro_loss = -logprobs[mask].sum() / n_tokens
+        micro_loss.backward()
+        loss += micro_loss.item()
+    parameters = list(policy.model.parameters())
+    (loss,) = common.sum_gradients(parameters, loss)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    common.require_finite(loss, grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm
 
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
@@ -204,7 +252,9 @@ def main(argv: list[str]) -> None:
     # 0. problems
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
-    written = [sample for file in args.train_samples for sample in common.load_samples(Path(file), train)]
+    written = [
+        sample for file in args.train_samples for sample in common.read_samples(Path(file), train)
+    ]
     run = common.Run(args)
     if run.is_finished:
         print(f"{args.out} is complete")
@@ -212,26 +262,28 @@ def main(argv: list[str]) -> None:
     policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
     common.check_memory(policy.model)  # which the sampler leaves before the training
     sampler = common.Policy(args.model, args.device, args.dtype)
-    common.check_base(sampler, args.base)
+    common.check_base(sampler, policy, args.base)
     for flag, model in (("--model", sampler), ("--base", policy)):
-        if model.label:
-            raise common.UserError(f"{flag}: is a model of rcrl.py; take one that was trained without labels")
+        if model.label is not None:
+            raise common.UserError(
+                f"{flag}: is a model of rcrl.py; take one that was trained without labels"
+            )
     torch.manual_seed(args.seed)  # of the new rows of the embedding
     teach_labels(policy, args.labels)
-    for model, problems in ((policy, dev), (sampler, [] if written else train)):  # do all fit?
-        common.encode_prompts(model, problems, args.max_new_tokens)
     run.begin()
 
     # 1. sample K solutions per question (read back where a restart finds them on disk)
     started = run.clock()
     samples = written or common.sample_to_file(
         sampler, train, run.out / "samples" / "train.jsonl", run, samples=args.samples, temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens, rows=args.rows, seed=[args.seed, 0], progress="solutions",
+        max_new_tokens=args.max_new_tokens, batch_size=args.gen_batch_size, seed=[args.seed, 0], progress="solutions",
     )  # fmt: skip
     solutions = usable(samples, args.deduplicate)
     if not any(sample.correct for sample in solutions):
         what = "right" if solutions else "finished"
-        raise common.UserError(f"no sample is {what}: raise --{'samples' if solutions else 'max-new-tokens'}")
+        raise common.UserError(
+            f"no sample is {what}: raise --{'samples' if solutions else 'max-new-tokens'}"
+        )
 
     # 2. mix, and label every line of what is in the mix
     right, wrong = ([s for s in solutions if s.correct == correct] for correct in (True, False))
@@ -239,32 +291,45 @@ def main(argv: list[str]) -> None:
     file = run.out / "samples" / "labelled.jsonl"
     by_id = {problem.id: problem for problem in train}
     if not common.on_first(file.exists):
-        starts = beginnings(chosen) if args.labels == "step" else {}
+        starts = prefixes_of(chosen) if args.labels == "step" else {}
         folder = run.out / "samples"
-        q = estimate_q(sampler, starts, args.completions, folder / "completions.jsonl", run, args, 1)
+        q = estimate_q(
+            sampler, starts, args.completions, folder / "completions.jsonl", run, args, 1
+        )
         facts = {
             "correct": common.mean(s.correct for s in samples),
-            "sampled_unreadable": common.mean(s.answer is None for s in samples),
-            "sampled_cut": common.mean(not s.finished for s in samples), "right": sum(s.correct for s in chosen),
-            "wrong": sum(not s.correct for s in chosen), "beginnings": len(starts),
+            "sampled_no_answer": common.mean(s.answer is None for s in samples),
+            "sampled_truncated": common.mean(not s.finished for s in samples), "n_correct": sum(s.correct for s in chosen),
+            "n_incorrect": sum(not s.correct for s in chosen), "prefixes": len(starts),
             "completions": len(starts) * args.completions,
         }  # fmt: skip
         if args.check_labels and starts:
-            some = [list(starts)[i] for i in common.shuffled(len(starts), args.seed, 2)[: args.check_labels]]
+            some = [
+                list(starts)[i]
+                for i in common.shuffled(len(starts), args.seed, 2)[: args.check_labels]
+            ]
             again = {key: starts[key] for key in some}
             again = estimate_q(sampler, again, 64, folder / "completions_64.jsonl", run, args, 2)
             facts["completions"] += 64 * len(some)
-            facts["label_agreement"] = common.mean((q[key] >= 0.5) == (again[key] >= 0.5) for key in some)
+            facts["label_agreement"] = common.mean(
+                (q[key] >= 0.5) == (again[key] >= 0.5) for key in some
+            )
             facts["q_difference"] = common.mean(abs(q[key] - again[key]) for key in some)
         facts["seconds_sampling"] = run.clock() - started
-        lines = [json.dumps(label_solution(s, q, args.labels), ensure_ascii=False) + "\n" for s in chosen]
+        lines = [
+            json.dumps(label_solution(s, q, args.labels), ensure_ascii=False) + "\n" for s in chosen
+        ]
         common.write_json(folder / "labelled.facts.json", facts)
-        with common.write_aside(file) as out:
+        with common.atomic_write(file) as out:
             out.write("".join(lines).encode())
     facts = common.on_first(lambda: common.read_json(run.out / "samples" / "labelled.facts.json"))
-    rows = common.on_first(lambda: [row for _, row in common.json_lines(file.read_text(encoding="utf-8"), file)])
-    facts["good_lines"] = common.mean(line["label"] == "good" for row in rows for line in row["lines"])
-    facts["good_if_wrong"] = common.mean(  # a wrong solution may begin well
+    rows = common.on_first(
+        lambda: [row for _, row in common.json_lines(file.read_text(encoding="utf-8"), file)]
+    )
+    facts["good_lines"] = common.mean(
+        line["label"] == "good" for row in rows for line in row["lines"]
+    )
+    facts["good_if_incorrect"] = common.mean(  # a wrong solution may begin well
         line["label"] == "good" for row in rows if not row["correct"] for line in row["lines"]
     )
     del sampler
@@ -282,13 +347,20 @@ def main(argv: list[str]) -> None:
         optimizer.load_state_dict(run.state["optimizer"])
         run.state = None  # as large as the model and its optimizer
     started, first = time.monotonic() - progress["seconds"], progress["step"]
-    for step in tqdm(range(first, n_steps), desc="training", initial=first, total=n_steps, disable=None):
-        epoch, place = divmod(step, steps_per_epoch)
+    for step in tqdm(
+        range(first, n_steps), desc="training", initial=first, total=n_steps, disable=None
+    ):
+        epoch, index = divmod(step, steps_per_epoch)
         order = common.shuffled(len(examples), args.seed, epoch)
-        batch = order[place * args.batch_size : (place + 1) * args.batch_size]
+        batch = order[index * args.batch_size : (index + 1) * args.batch_size]
         lr = common.cosine_lr(step, n_steps, args.lr)
-        loss, norm = common.cross_entropy_step(
-            policy, optimizer, [examples[i] for i in batch], lr, args.token_budget, [targets[i] for i in batch]
+        optimizer.param_groups[0]["lr"] = lr
+        loss, norm = train_step(
+            policy,
+            optimizer,
+            [examples[i] for i in batch],
+            [targets[i] for i in batch],
+            args.token_budget,
         )
         progress["losses"].append(loss)
         progress["tokens"] += sum(sum(targets[i]) for i in batch)
@@ -296,7 +368,9 @@ def main(argv: list[str]) -> None:
 
         # 4. the best epoch by dev accuracy, conditioned on [GOOD], becomes model/
         if (step + 1) % steps_per_epoch == 0:
-            metrics = common.dev_metrics(policy, dev, args, 0, run.out / "samples" / f"dev_{epoch + 1}.jsonl")
+            metrics = common.dev_metrics(
+                policy, dev, args, 0, run.out / "samples" / f"dev_{epoch + 1}.jsonl"
+            )
             run.log(
                 step=step + 1, samples=0 if written else len(samples), tokens=progress["tokens"], epoch=epoch + 1,
                 train_size=len(examples), **facts, loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr,
@@ -307,7 +381,9 @@ def main(argv: list[str]) -> None:
                 progress["best"] = metrics["maj@1"]
                 policy.save(run.out / "model")
         progress["seconds"] = time.monotonic() - started
-        run.checkpoint(progress=progress, model=policy.model.state_dict(), optimizer=optimizer.state_dict())
+        run.checkpoint(
+            progress=progress, model=policy.model.state_dict(), optimizer=optimizer.state_dict()
+        )
     run.finish()
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {run.out / 'model'}")
 

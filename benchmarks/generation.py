@@ -58,8 +58,12 @@ def parse_args(argv: list[str]):
     parser = common.common_parser(__doc__, model="tiny", temperature=1.0)
     parser.set_defaults(rows=[256])
     whole = common.number(int, 1)
-    parser.add_argument("--problems", type=whole, default=32, help="so many prompts; fewer with more --samples")
-    parser.add_argument("--samples", type=whole, nargs="+", default=[96], help="samples per problem, K")
+    parser.add_argument(
+        "--problems", type=whole, default=32, help="so many prompts; fewer with more --samples"
+    )
+    parser.add_argument(
+        "--samples", type=whole, nargs="+", default=[96], help="samples per problem, K"
+    )
     parser.add_argument("--split", default="dev", choices=["train", "dev", "test"])
     parser.add_argument("--repeats", type=whole, default=3, help="runs of each engine")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES[:2])
@@ -78,7 +82,11 @@ def synchronize(device: torch.device) -> None:
 def rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the product of two square matrices, the best of several."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b, best = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), 0.0
+    a, b, best = (
+        torch.randn(n, n, device=device, dtype=dtype),
+        torch.randn(n, n, device=device, dtype=dtype),
+        0.0,
+    )
     for _ in range(8):
         synchronize(device)
         started = time.perf_counter()
@@ -90,7 +98,9 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def bandwidth(device: torch.device) -> float:
     """Bytes/s read and written by a copy of 1 GiB (a quarter on a CPU), the best of several."""
-    source = torch.ones((1 << 30) // (1 if device.type == "cuda" else 4), device=device, dtype=torch.uint8)
+    source = torch.ones(
+        (1 << 30) // (1 if device.type == "cuda" else 4), device=device, dtype=torch.uint8
+    )
     target, best = torch.empty_like(source), 0.0
     for _ in range(8):
         synchronize(device)
@@ -109,7 +119,9 @@ def as_usual(policy: common.Policy) -> common.Policy:
             return policy
     policy = copy.copy(policy)
     policy.model = copy.deepcopy(policy.model)
-    for weight in policy.model.parameters():  # not the buffers: rotary frequencies in bfloat16 make it another model
+    for weight in (
+        policy.model.parameters()
+    ):  # not the buffers: rotary frequencies in bfloat16 make it another model
         weight.data = weight.data.to(torch.bfloat16)
     return policy
 
@@ -122,7 +134,9 @@ def limits(policy, rows: int, samples: int, prompt_lengths: list[int], lengths: 
     """Tokens/s that the machine allows; the arithmetic is in the docstring of this file."""
     device, gpu = policy.device, policy.device.type == "cuda"
     head = policy.model.get_output_embeddings().weight
-    weights = head.numel() + sum(p.numel() for p in policy.model.parameters() if p.ndim == 2 and p is not head)
+    weights = head.numel() + sum(
+        p.numel() for p in policy.model.parameters() if p.ndim == 2 and p is not head
+    )
     embedding = policy.model.get_input_embeddings().weight
     weights -= 0 if embedding is head else embedding.numel()  # looked up, not multiplied
     flops = of_all_processes(rate(device, torch.bfloat16 if gpu else torch.float32))
@@ -131,7 +145,9 @@ def limits(policy, rows: int, samples: int, prompt_lengths: list[int], lengths: 
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = 2 if gpu else 4
-    life = np.sum(np.square(lengths)) / (2 * np.sum(lengths))  # a long sample is there for more steps
+    life = np.sum(np.square(lengths)) / (
+        2 * np.sum(lengths)
+    )  # a long sample is there for more steps
     entries = life + np.mean(prompt_lengths) / samples
     step = width * (weights + rows * entries * config.num_hidden_layers * 2 * heads * head_dim)
     found |= {"bandwidth": of_all_processes(bandwidth(device)), "bytes_per_step": float(step)}
@@ -206,7 +222,9 @@ def run_plain(policy, problems, samples, rows, args, seed) -> list[int]:
         policy.condition("good")
 
 
-def run_without_shared_cache(policy, problems, samples, rows, args, seed, *, has_cache: bool) -> list[int]:
+def run_without_shared_cache(
+    policy, problems, samples, rows, args, seed, *, has_cache: bool
+) -> list[int]:
     policy = copy.copy(policy)
     policy.decode_loop = functools.partial(common.decode_plainly, cached=has_cache)
     return run_generate(policy, problems, samples, rows, args, seed)
@@ -229,11 +247,17 @@ def run_model_generate(policy, problems, samples, rows, args, seed) -> list[int]
     for first in range(0, len(prompts), per_batch):
         batch = prompts[first : first + per_batch]
         width = max(map(len, batch))
-        ids = torch.tensor([[policy.eos_ids[0]] * (width - len(p)) + p for p in batch], device=policy.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=policy.device)
+        ids = torch.tensor(
+            [[policy.eos_ids[0]] * (width - len(p)) + p for p in batch], device=policy.device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in batch], device=policy.device
+        )
         for drawn in range(0, samples, rows):
             config = sampling_config(policy, args, min(rows, samples - drawn))
-            said = policy.model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].cpu()
+            said = policy.model.generate(ids, attention_mask=mask, generation_config=config)[
+                :, width:
+            ].cpu()
             ended = torch.isin(said, torch.tensor(policy.eos_ids))
             lengths += torch.where(ended.any(1), ended.int().argmax(1) + 1, said.shape[1]).tolist()
     return lengths
@@ -242,11 +266,17 @@ def run_model_generate(policy, problems, samples, rows, args, seed) -> list[int]
 @torch.no_grad()  # not inference_mode: it decodes in a thread of its own, outside of it
 def run_generate_batch(policy, problems, samples, rows, args, seed) -> list[int]:
     torch.manual_seed(seed)
-    prompts = [policy.encode_prompt(common.prompt_text(problem)) for problem in problems for _ in range(samples)]
+    prompts = [
+        policy.encode_prompt(common.prompt_text(problem))
+        for problem in problems
+        for _ in range(samples)
+    ]
     ours = policy.model.config._attn_implementation
     policy.model.set_attn_implementation("sdpa")  # it has its own cache, which ours does not know
     try:
-        said = policy.model.generate_batch(inputs=prompts, generation_config=sampling_config(policy, args, 1))
+        said = policy.model.generate_batch(
+            inputs=prompts, generation_config=sampling_config(policy, args, 1)
+        )
     finally:
         policy.model.set_attn_implementation(ours)
     came = sum(len(output.generated_tokens) > 0 for output in said.values())
@@ -255,8 +285,17 @@ def run_generate_batch(policy, problems, samples, rows, args, seed) -> list[int]
     return [len(output.generated_tokens) for output in said.values()]
 
 
-run_own_cache, run_no_cache = (functools.partial(run_without_shared_cache, has_cache=has) for has in (True, False))
-runners = run_generate, run_model_generate, run_generate_batch, run_plain, run_own_cache, run_no_cache
+run_own_cache, run_no_cache = (
+    functools.partial(run_without_shared_cache, has_cache=has) for has in (True, False)
+)
+runners = (
+    run_generate,
+    run_model_generate,
+    run_generate_batch,
+    run_plain,
+    run_own_cache,
+    run_no_cache,
+)
 RUNNERS = dict(zip(ENGINES, runners, strict=True))
 
 
@@ -270,7 +309,9 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
         for engine in args.engines:
             if engine in broken:
                 continue
-            part = problems if repeat else problems[: max(1, len(problems) // 8)]  # the first time is to warm up
+            part = (
+                problems if repeat else problems[: max(1, len(problems) // 8)]
+            )  # the first time is to warm up
             runs = usual if engine in ("model.generate", "generate_batch") else policy
             try:
                 with counted(runs) as counts, peak_memory(policy.device) as peak:
@@ -302,7 +343,9 @@ def measure(policy, problems, samples: int, rows: int, args) -> dict:
                 }  # fmt: skip
     row |= {engine: {"error": error} for engine, error in broken.items()}
     if "tokens_per_second" in row.get("generate", {}):
-        prompt_lengths = [len(policy.encode_prompt(common.prompt_text(problem))) for problem in problems]
+        prompt_lengths = [
+            len(policy.encode_prompt(common.prompt_text(problem))) for problem in problems
+        ]
         row |= limits(policy, rows, samples, prompt_lengths, lengths)
         speed = row["generate"]["tokens_per_second"]
         row["fraction_of_limit"] = speed / row["limit"]
@@ -322,13 +365,19 @@ def shown_number(value: float | None) -> str:
     """In three digits, or whole."""
     if value is None:
         return "-"
-    return str(value) if isinstance(value, int) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return (
+        str(value) if isinstance(value, int) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    )
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     policy = common.Policy(args.model, args.device, args.dtype)
-    device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else platform.machine()
+    device = (
+        torch.cuda.get_device_name(policy.device)
+        if policy.device.type == "cuda"
+        else platform.machine()
+    )
     report = {
         "model": args.model, "dataset": args.dataset, "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature, "repeats": args.repeats, "device": device,
@@ -343,10 +392,22 @@ def main(argv: list[str]) -> None:
             problems = common.load_problems(args.dataset, args.split, n)
             row = measure(policy, problems, samples, rows, args)
             report["table"].append(row)
-            report |= {key: row.get(key) for key in ("speedup", "fraction_of_limit")}  # of the last line
+            report |= {
+                key: row.get(key) for key in ("speedup", "fraction_of_limit")
+            }  # of the last line
             ours, theirs = row.get("generate", {}), row.get("model.generate", {})
-            cells = [rows, samples, len(problems), ours.get("tokens_per_second"), row.get("speedup")]
-            cells += [row.get("fraction_of_limit"), ours.get("wasted"), (ours.get("peak_memory_bytes") or 0) / 1e6]
+            cells = [
+                rows,
+                samples,
+                len(problems),
+                ours.get("tokens_per_second"),
+                row.get("speedup"),
+            ]
+            cells += [
+                row.get("fraction_of_limit"),
+                ours.get("wasted"),
+                (ours.get("peak_memory_bytes") or 0) / 1e6,
+            ]
             cells += [
                 theirs.get("tokens_per_second"),
                 theirs.get("wasted"),
@@ -359,7 +420,9 @@ def main(argv: list[str]) -> None:
             if args.out:
                 Path(args.out).parent.mkdir(parents=True, exist_ok=True)
                 common.write_json(Path(args.out), report)
-    print(f"matrix products: {row.get('matrix_flops', 0) / 1e9:.0f} GFLOP/s; limit {row.get('limit', 0):.0f} tokens/s")
+    print(
+        f"matrix products: {row.get('matrix_flops', 0) / 1e9:.0f} GFLOP/s; limit {row.get('limit', 0):.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from evaluate import paired_test  # noqa: E402
 def dev(name: str, key: str, **where) -> dict[int, float]:
     """seed -> a metric on dev in the row of metrics.jsonl with these values, or in the last row that has it"""
     rows = {
-        seed: [row[key] for row in log if key in row and all(row.get(k) == v for k, v in where.items())]
+        seed: [
+            row[key] for row in log if key in row and all(row.get(k) == v for k, v in where.items())
+        ]
         for seed, log in recorded(name).items()
     }
     return {seed: values[-1] for seed, values in rows.items() if values}
@@ -35,7 +37,13 @@ def show(what: str, values: dict[int, float], control: dict[int, float] | None =
 
 
 print("Reranking by the reward model of results/orm")
-for tested in ("orm/orm_on_sft", "orm/orm_on_ppo", "rerank/ei", "rerank/ei_dedup", "rerank/rcrl_ratio10"):
+for tested in (
+    "orm/orm_on_sft",
+    "orm/orm_on_ppo",
+    "rerank/ei",
+    "rerank/ei_dedup",
+    "rerank/rcrl_ratio10",
+):
     for metric in ("rerank@32", "weighted@32"):
         show(f"{metric} - maj@32, {tested}", test(tested, metric), test(tested, "maj@32"))
 
@@ -53,13 +61,21 @@ for task, longer in (("arithmetic", "ppo_longer/phases36"), ("hard", "hard/phase
         show(f"{task}, dev maj@1 of 36 phases at phase {phase}", dev(longer, "maj@1", phase=phase))
 for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
     rounds4, phases72, ei = (test(f"hard/{name}", metric) for name in ("rounds4", "phases72", "ei"))
-    show(f"hard, test {metric}, ei of 4 rounds - ppo of 72 phases (both 36,864 samples)", rounds4, phases72)
+    show(
+        f"hard, test {metric}, ei of 4 rounds - ppo of 72 phases (both 36,864 samples)",
+        rounds4,
+        phases72,
+    )
     show(f"hard, test {metric}, ei of 4 rounds - of two", rounds4, ei)
     show(f"hard, test {metric}, ppo of 72 phases - ei of two rounds (18,432 samples)", phases72, ei)
 for phase in (20, 36, 48, 60, 72):
-    show(f"hard, dev maj@1 of 72 phases at phase {phase}", dev("hard/phases72", "maj@1", phase=phase))
+    show(
+        f"hard, dev maj@1 of 72 phases at phase {phase}", dev("hard/phases72", "maj@1", phase=phase)
+    )
 for n in (1, 2, 3, 4):
-    show(f"hard, dev maj@1 of 4 rounds of ei after round {n}", dev("hard/rounds4", "maj@1", round=n))
+    show(
+        f"hard, dev maj@1 of 4 rounds of ei after round {n}", dev("hard/rounds4", "maj@1", round=n)
+    )
 for key in ("entropy", "mixed", "correct"):
     for first, last in ((2, 6), (31, 36), (67, 72)):
         shares = over_phases("hard/phases72", key, first, last)
@@ -93,7 +109,11 @@ show("maj@1 after 840 updates of one solution each (sft_more)", dev("arithmetic/
 
 print("C3 RL raises maj@1 without losing pass@n, but does not pass SFT's pass@n")
 for task in TASKS:
-    for method in ("ppo", "ei", *(["phases36", "phases72", "rounds3", "rounds4"] if task == "hard" else [])):
+    for method in (
+        "ppo",
+        "ei",
+        *(["phases36", "phases72", "rounds3", "rounds4"] if task == "hard" else []),
+    ):
         for metric in ("maj@1", "pass@16"):
             rl, sft = (test(f"{task}/{name}", metric) for name in (method, "sft"))
             show(f"{task}, test {metric}, {method} - sft", rl, sft)
@@ -106,9 +126,15 @@ for reward in ("dense", "orm", "orm_dense", "orm_outcome"):
             dev(f"ppo_variants/{reward}", "maj@1", phase=phase),
             dev("arithmetic/ppo", "maj@1", phase=phase),
         )
-    show(f"test maj@1, {reward} - sparse", test(f"ppo_variants/{reward}", "maj@1"), test("arithmetic/ppo", "maj@1"))
+    show(
+        f"test maj@1, {reward} - sparse",
+        test(f"ppo_variants/{reward}", "maj@1"),
+        test("arithmetic/ppo", "maj@1"),
+    )
 for metric in ("maj@1", "pass@1", "pass@16"):
-    with_outcome, alone = (test(f"ppo_variants/{reward}", metric) for reward in ("orm_outcome", "orm"))
+    with_outcome, alone = (
+        test(f"ppo_variants/{reward}", metric) for reward in ("orm_outcome", "orm")
+    )
     show(f"test {metric}, the outcome added to the ORM - the ORM alone", with_outcome, alone)
 
 print("C5 expert iteration with K = 4 ends a few points below large K")
@@ -121,8 +147,14 @@ for large, small, what in (
         k16, k4 = (dev(name, "maj@1", round=n) for name in (large, small))
         show(f"{small}, dev maj@1 after round {n}, K = 16 ({what}) - K = 4", k16, k4)
     for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
-        show(f"{small}, test {metric}, K = 16 ({what}) - K = 4", test(large, metric), test(small, metric))
-print("   all right solutions against de-duplicated, and against de-duplicated for longer (long_dedup)")
+        show(
+            f"{small}, test {metric}, K = 16 ({what}) - K = 4",
+            test(large, metric),
+            test(small, metric),
+        )
+print(
+    "   all right solutions against de-duplicated, and against de-duplicated for longer (long_dedup)"
+)
 for all_of_them, one_of_each in (
     ("arithmetic/ei", "arithmetic/ei_dedup"),
     ("hard/ei", "hard/ei_dedup"),
@@ -134,37 +166,72 @@ for all_of_them, one_of_each in (
         pair = (dev(name, metric, round=1) for name in (all_of_them, one_of_each))
         where = "training samples'" if metric == "follows_reference" else "dev"
         show(f"{where} {metric} in round 1, {all_of_them} - {one_of_each}", *pair)
-    for metric in ("maj@1", "pass@1", "pass@16", "distinct@16") if "round" not in all_of_them else ():
-        show(f"test {metric}, {all_of_them} - {one_of_each}", test(all_of_them, metric), test(one_of_each, metric))
+    for metric in (
+        ("maj@1", "pass@1", "pass@16", "distinct@16") if "round" not in all_of_them else ()
+    ):
+        show(
+            f"test {metric}, {all_of_them} - {one_of_each}",
+            test(all_of_them, metric),
+            test(one_of_each, metric),
+        )
 
 print("C6 restarting from the base beats continuing")
-for restart, other in (("arithmetic/ei_dedup", "ei_continue/continue_dedup"), ("hard/ei", "hard/continue")):
+for restart, other in (
+    ("arithmetic/ei_dedup", "ei_continue/continue_dedup"),
+    ("hard/ei", "hard/continue"),
+):
     for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
-        show(f"{restart}, test {metric}, restart - continue", test(restart, metric), test(other, metric))
+        show(
+            f"{restart}, test {metric}, restart - continue",
+            test(restart, metric),
+            test(other, metric),
+        )
 
 
 def by_policy(values: dict[int, float]) -> dict[int, float]:
     """Seeds 4 and 5 of the ratios draw other samples from the policy of seed 0; their mean with it is one observation."""
     same = [values[seed] for seed in (0, 4, 5) if seed in values]
-    return {0: float(np.mean(same))} | {seed: v for seed, v in values.items() if seed not in (0, 4, 5)}
+    return {0: float(np.mean(same))} | {
+        seed: v for seed, v in values.items() if seed not in (0, 4, 5)
+    }
 
 
 print("C7 RCRL stays below expert iteration; 1:1 is the worst ratio")
 for metric in ("maj@1", "pass@1"):
     for ratio in (1, 10, 100):
         for name in ("arithmetic/ei_dedup", "arithmetic/ei", "rcrl/control"):
-            show(f"test {metric}, rcrl {ratio}:1 - {name}", test(f"rcrl/ratio{ratio}", metric), test(name, metric))
+            show(
+                f"test {metric}, rcrl {ratio}:1 - {name}",
+                test(f"rcrl/ratio{ratio}", metric),
+                test(name, metric),
+            )
     for name in ("rcrl/ratio1", "rcrl/control_mixed"):
-        show(f"test {metric}, {name} - rcrl/control_1600", test(name, metric), test("rcrl/control_1600", metric))
+        show(
+            f"test {metric}, {name} - rcrl/control_1600",
+            test(name, metric),
+            test("rcrl/control_1600", metric),
+        )
     for ratio in (10, 100):
         both = (by_policy(test(f"rcrl/ratio{n}", metric)) for n in (1, ratio))
         show(f"test {metric}, rcrl 1:1 - {ratio}:1, by the policy that they sample from", *both)
-    show(f"test {metric}, rcrl/control - arithmetic/ei", test("rcrl/control", metric), test("arithmetic/ei", metric))
+    show(
+        f"test {metric}, rcrl/control - arithmetic/ei",
+        test("rcrl/control", metric),
+        test("arithmetic/ei", metric),
+    )
 for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
     for other in ("hard/ei", "hard/rounds3", "hard_rcrl/control", "hard/sft"):
-        show(f"harder task, test {metric}, rcrl 10:1 - {other}", test("hard_rcrl/ratio10", metric), test(other, metric))
+        show(
+            f"harder task, test {metric}, rcrl 10:1 - {other}",
+            test("hard_rcrl/ratio10", metric),
+            test(other, metric),
+        )
     for other in ("hard/ei", "hard/rounds3"):
-        show(f"harder task, test {metric}, control - {other}", test("hard_rcrl/control", metric), test(other, metric))
+        show(
+            f"harder task, test {metric}, control - {other}",
+            test("hard_rcrl/control", metric),
+            test(other, metric),
+        )
 for metric in ("maj@1", "pass@1", "pass@16"):
     for one, other in (("ratio10", "control"), ("ratio10", "policy"), ("control", "policy")):
         both = (test(f"rcrl_all/hard_{name}", metric) for name in (one, other))
@@ -179,12 +246,19 @@ for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
 
 def lowest(name: str) -> dict[int, float]:
     """The worst accuracy on dev of each seed's phases."""
-    return {seed: min(row["maj@1"] for row in log if "maj@1" in row) for seed, log in recorded(name).items()}
+    return {
+        seed: min(row["maj@1"] for row in log if "maj@1" in row)
+        for seed, log in recorded(name).items()
+    }
 
 
 print("C8 the KL penalty and the detached value branch keep PPO stable")
 for variant in ("kl0", "attached"):
-    show(f"test maj@1, {variant} - ppo", test(f"ppo_variants/{variant}", "maj@1"), test("arithmetic/ppo", "maj@1"))
+    show(
+        f"test maj@1, {variant} - ppo",
+        test(f"ppo_variants/{variant}", "maj@1"),
+        test("arithmetic/ppo", "maj@1"),
+    )
     show(
         f"dev maj@1 at phase 20, {variant} - ppo",
         dev(f"ppo_variants/{variant}", "maj@1", phase=20),
@@ -192,9 +266,15 @@ for variant in ("kl0", "attached"):
     )
     show(f"last KL to the initial policy, {variant}", dev(f"ppo_variants/{variant}", "kl_k3"))
 for name in ("kl", "kl0", "attached", "kl4", "limit", "both"):
-    show(f"five times the rate, dev maj@1 at phase 20, {name}", dev(f"ppo_stability/{name}", "maj@1", phase=20))
+    show(
+        f"five times the rate, dev maj@1 at phase 20, {name}",
+        dev(f"ppo_stability/{name}", "maj@1", phase=20),
+    )
     show(f"five times the rate, lowest dev maj@1, {name}", lowest(f"ppo_stability/{name}"))
-    show(f"five times the rate, last KL to the initial policy, {name}", dev(f"ppo_stability/{name}", "kl_k3"))
+    show(
+        f"five times the rate, last KL to the initial policy, {name}",
+        dev(f"ppo_stability/{name}", "kl_k3"),
+    )
 for name in ("kl0", "attached", "kl4", "limit", "both"):
     both = (dev(f"ppo_stability/{each}", "maj@1", phase=20) for each in (name, "kl"))
     show(f"five times the rate, dev maj@1 at phase 20, {name} - kl", *both)
@@ -202,7 +282,10 @@ for name in ("kl0", "attached", "kl4", "limit", "both"):
     show(f"five times the rate, lowest dev maj@1, {name} - kl", *both)
     both = (over_phases(f"ppo_stability/{each}", "correct", 2, 20) for each in (name, "kl"))
     show(f"five times the rate, share of right samples in phases 2 to 20, {name} - kl", *both)
-for what, found in (("at phase 20", functools.partial(dev, key="maj@1", phase=20)), ("at the lowest", lowest)):
+for what, found in (
+    ("at phase 20", functools.partial(dev, key="maj@1", phase=20)),
+    ("at the lowest", lowest),
+):
     both = (found(f"ppo_stability/{each}") for each in ("limit", "kl0"))
     show(f"five times the rate, dev maj@1 {what}, limit - kl0", *both)
 for metric in ("maj@1", "pass@16"):
@@ -220,7 +303,9 @@ for task, name in (
     ("hard", "hard/plr"),
 ):
     for metric in ("maj@1", "pass@1", "pass@16"):
-        show(f"{task}, test {metric}, {name} - ppo", test(name, metric), test(f"{task}/ppo", metric))
+        show(
+            f"{task}, test {metric}, {name} - ppo", test(name, metric), test(f"{task}/ppo", metric)
+        )
     for phase in (4, 8, 12, 20):
         both = (dev(each, "maj@1", phase=phase) for each in (name, f"{task}/ppo"))
         show(f"{task}, dev maj@1 at phase {phase}, {name} - ppo", *both)
@@ -253,7 +338,11 @@ first = (dev(name, "maj@1", round=1) for name in ("ei_lr/hard_3e-4", "hard/ei"))
 show("harder task, dev maj@1 after round 1, 3e-4 - 1e-3", *first)
 for metric in ("maj@1", "pass@1"):
     for what, one, other in (
-        ("one round of seed 0, by tokens of a micro-batch, 3e-4 - 1e-3", "ei_lr/round_3e-4", "ei_lr/round_1e-3"),
+        (
+            "one round of seed 0, by tokens of a micro-batch, 3e-4 - 1e-3",
+            "ei_lr/round_3e-4",
+            "ei_lr/round_1e-3",
+        ),
         ("harder task, two rounds, 3e-4 - 1e-3", "ei_lr/hard_3e-4", "hard/ei"),
         ("harder task, two rounds, once more - recorded before", "rcrl_all/hard_policy", "hard/ei"),
     ):
@@ -264,7 +353,8 @@ print("SmolLM2-135M-Instruct on GSM8K, one run each: differences on the same tes
 
 def greedily_right(method: str) -> list[float]:
     (right,), (report,) = (
-        recorded(f"gsm8k_smollm2/{method}", file).values() for file in ("greedy_right.json", "test.json")
+        recorded(f"gsm8k_smollm2/{method}", file).values()
+        for file in ("greedy_right.json", "test.json")
     )
     return np.isin(np.arange(report["n_problems"]), right).astype(float).tolist()
 
@@ -275,11 +365,15 @@ def shown_test(found: dict) -> str:
 
 
 for method in ("ei", "ppo", "ppo_1e-4"):
-    print(f"  maj@1, {method} - sft: {shown_test(paired_test(greedily_right(method), greedily_right('sft')))}")
+    print(
+        f"  maj@1, {method} - sft: {shown_test(paired_test(greedily_right(method), greedily_right('sft')))}"
+    )
 for method in ("sft", "ei"):
     (report,) = recorded(f"gsm8k_smollm2/{method}", "test.json").values()
     for metric in ("rerank@96", "weighted@96"):
-        print(f"  {metric} - maj@96, samples of {method}: {shown_test(report[f'{metric} - maj@96'])}")
+        print(
+            f"  {metric} - maj@96, samples of {method}: {shown_test(report[f'{metric} - maj@96'])}"
+        )
 for method in ("ppo", "ppo_1e-4"):
     (log,) = recorded(f"gsm8k_smollm2/{method}").values()
     phases, shown = max(row.get("phase", 0) for row in log), []
@@ -288,11 +382,17 @@ for method in ("ppo", "ppo_1e-4"):
         shown.append(f"{share:.3f} in phases {first} to {last}")
     print(f"  {method}: right on training questions {', '.join(shown)}")
 
-print("hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)")
+print(
+    "hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)"
+)
 for folder in sorted(
-    path for path in RESULTS.iterdir() if path.is_dir() and path.name not in ("defaults", "generation")
+    path
+    for path in RESULTS.iterdir()
+    if path.is_dir() and path.name not in ("defaults", "generation")
 ):
-    logs = [log for name in methods(folder, "metrics.jsonl") for log in recorded(folder / name).values()]
+    logs = [
+        log for name in methods(folder, "metrics.jsonl") for log in recorded(folder / name).values()
+    ]
     trained = sum(log[-1]["seconds"] for log in logs)
     reports = [
         report

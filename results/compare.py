@@ -13,10 +13,14 @@ from records import methods, paired, test_metric
 def main(folder: str, control: str, *metrics: str) -> None:
     path = Path(folder).resolve()
     for metric in metrics or ("maj@1", "pass@1", "pass@16"):
-        print(f"\n| {metric} | mean | - {control}, by seed | mean difference and 95 % interval |\n|---|---|---|---|")
+        print(
+            f"\n| {metric} | mean | - {control}, by seed | mean difference and 95 % interval |\n|---|---|---|---|"
+        )
         for name in methods(path):
             values = test_metric(path / name, metric)
-            pairs, apart = paired(values, test_metric(path / control, metric)) if name != control else ([], "")
+            pairs, apart = (
+                paired(values, test_metric(path / control, metric)) if name != control else ([], "")
+            )
             each = ", ".join(f"{pair:+.3f}" for pair in pairs)
             print(f"| {name} | {np.mean(list(values.values())):.3f} | {each} | {apart} |")
 

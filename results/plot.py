@@ -30,42 +30,66 @@ NAMES = {
 
 def band(axis, logs: list[list[tuple]], style: str, colour: str, label: str) -> None:
     """The mean over the seeds, and from the lowest to the highest, at every x that all seeds have."""
-    seeds = [dict(log) for log in logs]  # some ended early, some older ones did not measure what they began with
+    seeds = [
+        dict(log) for log in logs
+    ]  # some ended early, some older ones did not measure what they began with
     x = [x for x in seeds[0] if all(x in seed for seed in seeds)]
     y = np.array([[seed[at] for at in x] for seed in seeds])
-    axis.plot(x, y.mean(0), style, color=colour, label=f"{label} ({len(y)} seed{'s' * (len(y) > 1)})", markersize=3)
+    axis.plot(
+        x,
+        y.mean(0),
+        style,
+        color=colour,
+        label=f"{label} ({len(y)} seed{'s' * (len(y) > 1)})",
+        markersize=3,
+    )
     axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
 def over_rollouts(axis, name: str, key: str, style: str, colour: str, label: str) -> None:
     """A metric of a recorded method over the rollouts, if there is one."""
-    logs = [[(row["samples"], row[key]) for row in log if row.get(key) is not None] for log in recorded(name).values()]
+    logs = [
+        [(row["samples"], row[key]) for row in log if row.get(key) is not None]
+        for log in recorded(name).values()
+    ]
     if any(logs):
         band(axis, logs, style, colour, label)
 
 
 def variants(*names: str) -> dict[str, str]:
     """The records of variants of PPO; "sparse" is PPO as it is by default."""
-    folders = {name: "genrm" if name in ("gold", "best", "hybrid") else "ppo_variants" for name in names}
-    return {name: "arithmetic/ppo" if name == "sparse" else f"{folders[name]}/{name}" for name in names}
+    folders = {
+        name: "genrm" if name in ("gold", "best", "hybrid") else "ppo_variants" for name in names
+    }
+    return {
+        name: "arithmetic/ppo" if name == "sparse" else f"{folders[name]}/{name}" for name in names
+    }
 
 
-def figure(file: str, rows: dict[str, dict[str, str]], panels: list[tuple[str, str]], proxy: bool) -> None:
+def figure(
+    file: str, rows: dict[str, dict[str, str]], panels: list[tuple[str, str]], proxy: bool
+) -> None:
     """rows: what the row says before its titles -> variants and their records"""
     shape = len(rows), len(panels)
-    shown, axes = plt.subplots(*shape, figsize=(4.6 * shape[1], 4.2 * shape[0]), layout="constrained", squeeze=False)
+    shown, axes = plt.subplots(
+        *shape, figsize=(4.6 * shape[1], 4.2 * shape[0]), layout="constrained", squeeze=False
+    )
     for line, (what, records) in zip(axes, rows.items(), strict=True):
         for axis, (key, title) in zip(line, panels, strict=True):
             for name, record in records.items():
                 over_rollouts(axis, record, key, "-", COLOURS[name], NAMES[name])
                 if proxy and key == "correct" and name not in ("sparse", "dense"):
-                    over_rollouts(axis, record, "reward", "--", COLOURS[name], NAMES[name] + ": its reward")
+                    over_rollouts(
+                        axis, record, "reward", "--", COLOURS[name], NAMES[name] + ": its reward"
+                    )
             axis.set(xlabel="rollouts", title=what + title)
             axis.grid(alpha=0.3)
         if not proxy:
             line[1].legend(fontsize=8)
     if proxy:  # too many lines for a place among them
-        shown.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+        shown.legend(
+            *axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
+        )
     shown.savefig(RESULTS / file, dpi=110)
 
 
@@ -123,21 +147,36 @@ HARD = {
 
 
 def all_methods(compared: dict[str, tuple[str, str, bool]], file: str) -> None:
-    shown, (rollouts, quality, distinct) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
+    shown, (rollouts, quality, distinct) = plt.subplots(
+        1, 3, figsize=(16, 4.8), layout="constrained"
+    )
     compared = {name: style for name, style in compared.items() if recorded(name)}
     for place, (name, (colour, label, drawn)) in enumerate(compared.items()):
         if drawn:
             over_rollouts(rollouts, name, "maj@1", "o-", colour, label)
-        first, last, count = (list(test_metric(name, key).values()) for key in ("maj@1", "pass@16", "distinct@16"))
+        first, last, count = (
+            list(test_metric(name, key).values()) for key in ("maj@1", "pass@16", "distinct@16")
+        )
         quality.plot(first, last, "o", color=colour, label=label, markersize=6)
         if count:
             mean = np.mean(count)
-            distinct.barh(place, mean, 0.7, color=colour, xerr=[[mean - min(count)], [max(count) - mean]], capsize=3)
-    rollouts.set(xlabel="rollouts sampled for training", ylabel="share of greedy solutions right (256 dev problems)")
+            distinct.barh(
+                place,
+                mean,
+                0.7,
+                color=colour,
+                xerr=[[mean - min(count)], [max(count) - mean]],
+                capsize=3,
+            )
+    rollouts.set(
+        xlabel="rollouts sampled for training",
+        ylabel="share of greedy solutions right (256 dev problems)",
+    )
     rollouts.set_xscale("symlog", linthresh=2048, linscale=0.5)
     rollouts.set_xlim(left=0)
     quality.set(
-        xlabel="maj@1: share of greedy solutions right (test)", ylabel="pass@16: any of 16 samples right (test)"
+        xlabel="maj@1: share of greedy solutions right (test)",
+        ylabel="pass@16: any of 16 samples right (test)",
     )
     distinct.set(xlabel="distinct right solutions of 16 samples (test)", xlim=(0.8, None))
     distinct.set_yticks(range(len(compared)), [label for _, label, _ in compared.values()])
@@ -150,13 +189,30 @@ def all_methods(compared: dict[str, tuple[str, str, bool]], file: str) -> None:
 
 
 def over_epochs() -> None:
-    found = {int(name.removeprefix("epochs")): name for name in methods(RESULTS / "sft_epochs", "metrics.jsonl")}
+    found = {
+        int(name.removeprefix("epochs")): name
+        for name in methods(RESULTS / "sft_epochs", "metrics.jsonl")
+    }
     shown, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
     for axis, key, title in zip(axes, ("maj@1", "pass@8"), ("greedy solutions right", "any of 8 samples right"), strict=True):  # fmt: skip
-        last = {n: {s: log[-1][key] for s, log in recorded(f"sft_epochs/{found[n]}").items()} for n in sorted(found)}
+        last = {
+            n: {s: log[-1][key] for s, log in recorded(f"sft_epochs/{found[n]}").items()}
+            for n in sorted(found)
+        }
         seeds = set.intersection(*(set(values) for values in last.values()))
-        band(axis, [[(n, values[s]) for n, values in last.items()] for s in sorted(seeds)], "o-", "tab:blue", "SFT")
-        axis.set(xlabel="epochs of SFT on 24 solutions", ylabel="share of 256 dev problems", title=title, xscale="log")
+        band(
+            axis,
+            [[(n, values[s]) for n, values in last.items()] for s in sorted(seeds)],
+            "o-",
+            "tab:blue",
+            "SFT",
+        )
+        axis.set(
+            xlabel="epochs of SFT on 24 solutions",
+            ylabel="share of 256 dev problems",
+            title=title,
+            xscale="log",
+        )
         axis.set_xticks(list(last), [str(epochs) for epochs in last], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)

@@ -14,7 +14,10 @@ T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 
 def methods(folder: str | Path, file: str = "test.json") -> list[str]:
     """The methods of a folder that have this file, without their seeds."""
     return list(
-        dict.fromkeys(re.sub(r"_\d+$", "", path.parent.name) for path in sorted(Path(folder).glob(f"*/{file}")))
+        dict.fromkeys(
+            re.sub(r"_\d+$", "", path.parent.name)
+            for path in sorted(Path(folder).glob(f"*/{file}"))
+        )
     )
 
 
@@ -26,20 +29,30 @@ def recorded(name: str | Path, file: str = "metrics.jsonl") -> dict[int, list | 
         named = re.fullmatch(re.escape(path.name) + r"(?:_(\d+))?", record.name)
         if named and (record / file).exists():
             text = (record / file).read_text()
-            rows = [json.loads(line) for line in text.splitlines()] if file.endswith(".jsonl") else json.loads(text)
+            rows = (
+                [json.loads(line) for line in text.splitlines()]
+                if file.endswith(".jsonl")
+                else json.loads(text)
+            )
             found[int(named[1] or 0)] = rows
     return found
 
 
 def test_metric(name: str | Path, metric: str, file: str = "test.json") -> dict[int, float]:
     """seed -> a metric of an evaluation; the seeds that have it"""
-    return {seed: report[metric]["value"] for seed, report in recorded(name, file).items() if metric in report}
+    return {
+        seed: report[metric]["value"]
+        for seed, report in recorded(name, file).items()
+        if metric in report
+    }
 
 
 def over_phases(name: str | Path, key: str, first: int, last: int) -> dict[int, float]:
     """seed -> the mean of a metric over these phases of PPO, those left out where it is null"""
     found = {
-        seed: [row[key] for row in log if row.get(key) is not None and first <= row["phase"] <= last]
+        seed: [
+            row[key] for row in log if row.get(key) is not None and first <= row["phase"] <= last
+        ]
         for seed, log in recorded(name).items()
     }
     return {seed: float(np.mean(values)) for seed, values in found.items() if values}
@@ -59,4 +72,7 @@ def paired(values: dict[int, float], control: dict[int, float]) -> tuple[list[fl
     if len(pairs) < 2:
         return pairs, f"{pairs[0]:+.3f} (one seed)" if pairs else ""
     half = T95[len(pairs)] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
-    return pairs, f"{np.mean(pairs):+.3f} ({np.mean(pairs) - half:+.3f} to {np.mean(pairs) + half:+.3f})"
+    return (
+        pairs,
+        f"{np.mean(pairs):+.3f} ({np.mean(pairs) - half:+.3f} to {np.mean(pairs) + half:+.3f})",
+    )

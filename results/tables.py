@@ -17,7 +17,9 @@ def mean_of_sums(names: list[tuple[str, str]], seeds: dict[int, float]) -> float
     return sum(float(np.mean([logged(name, key)[seed] for seed in seeds])) for name, key in names)
 
 
-def print_methods(title: str, with_spread: list[str], without: list[str], rows: dict[str, tuple[str, list]]) -> None:
+def print_methods(
+    title: str, with_spread: list[str], without: list[str], rows: dict[str, tuple[str, list]]
+) -> None:
     """rows: label -> (where it was tested, the runs that were made for it: a name, of which rollouts and minutes
     count, or (name, "seconds", "samples", ...), of which these count)"""
     columns = ["seeds", *with_spread, *without, "rollouts", "minutes"]
@@ -30,30 +32,43 @@ def print_methods(title: str, with_spread: list[str], without: list[str], rows: 
         rollouts = [(name, key) for name, *keys in parts for key in keys if key != "seconds"]
         seconds = [(name, key) for name, *keys in parts for key in keys if key == "seconds"]
         seeds = found["maj@1"]
-        cells += [f"{mean_of_sums(rollouts, seeds):,.0f}", f"{mean_of_sums(seconds, seeds) / 60:.1f}"]
+        cells += [
+            f"{mean_of_sums(rollouts, seeds):,.0f}",
+            f"{mean_of_sums(seconds, seeds) / 60:.1f}",
+        ]
         print(f"| {label} | {' | '.join(cells)} |")
 
 
 def print_rerank(rows: dict[str, str]) -> None:
     metrics = ("maj@1", "maj@32", "rerank@32", "weighted@32", "pass@32")
-    print(f"\nReranking\n\n| samples of | {' | '.join(metrics)} | rerank@32 - maj@32, by seed |\n{'|---' * 7}|")
+    print(
+        f"\nReranking\n\n| samples of | {' | '.join(metrics)} | rerank@32 - maj@32, by seed |\n{'|---' * 7}|"
+    )
     for label, name in rows.items():
         tests = [report["rerank@32 - maj@32"] for report in recorded(name, "test.json").values()]
         each = ", ".join(f"{test['difference']:+.3f}" for test in tests)
         ps = [f"{test['p']:.3f}" if test["p"] < 0.0095 else f"{test['p']:.2f}" for test in tests]
-        said = "each p < 0.001" if all(test["p"] < 0.001 for test in tests) else f"p = {', '.join(ps)}"
-        print(f"| {label} | {' | '.join(spread(test_metric(name, m)) for m in metrics)} | {each} ({said}) |")
+        said = (
+            "each p < 0.001" if all(test["p"] < 0.001 for test in tests) else f"p = {', '.join(ps)}"
+        )
+        print(
+            f"| {label} | {' | '.join(spread(test_metric(name, m)) for m in metrics)} | {each} ({said}) |"
+        )
 
 
 def print_of_one_run(title: str, metrics: dict[str, bool], rows: dict[str, str]) -> None:
     """metrics: name -> whether with its interval over problems; rows: label -> where the run is. Blank what was not measured."""
-    print(f"\n{title}\n\n| | {' | '.join(metrics)} | rollouts | minutes |\n{'|---' * (len(metrics) + 3)}|")
+    print(
+        f"\n{title}\n\n| | {' | '.join(metrics)} | rollouts | minutes |\n{'|---' * (len(metrics) + 3)}|"
+    )
     for label, name in rows.items():
         (report,), cells = recorded(name, "test.json").values(), []
         for metric, with_interval in metrics.items():
             found = report.get(metric)
             cells.append(f"{found['value']:.3f}" if found else "")
-            cells[-1] += " ({:.3f} - {:.3f})".format(*found["ci95"]) if found and with_interval else ""
+            cells[-1] += (
+                " ({:.3f} - {:.3f})".format(*found["ci95"]) if found and with_interval else ""
+            )
         (drawn,), (seconds,) = logged(name, "samples").values(), logged(name, "seconds").values()
         print(f"| {label} | {' | '.join(cells)} | {drawn:,.0f} | {seconds / 60:.1f} |")
 
@@ -61,15 +76,30 @@ def print_of_one_run(title: str, metrics: dict[str, bool], rows: dict[str, str])
 def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, str | None]]) -> None:
     """rows: label -> (where it was tested, the run whose mixture it was trained on, if any); of the others only the seeds
     that a mixture was made from"""
-    columns = ["seeds", "right + wrong", "maj@1 after `[GOOD]`", "after `[BAD]`", "no label", *without]
+    columns = [
+        "seeds",
+        "right + wrong",
+        "maj@1 after `[GOOD]`",
+        "after `[BAD]`",
+        "no label",
+        *without,
+    ]
     print(f"\n{title}\n\n| mixture | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-    seeds = {seed for name, mixture in rows.values() if mixture for seed in test_metric(name, "maj@1")}
+    seeds = {
+        seed for name, mixture in rows.values() if mixture for seed in test_metric(name, "maj@1")
+    }
 
     def tested(name: str, metric: str, file: str = "test.json") -> dict[int, float]:
-        return {seed: value for seed, value in test_metric(name, metric, file).items() if seed in seeds}
+        return {
+            seed: value for seed, value in test_metric(name, metric, file).items() if seed in seeds
+        }
 
     for label, (name, mixture) in rows.items():
-        parts = [np.mean(list(logged(mixture, key).values())) for key in ("right", "wrong")] if mixture else []
+        parts = (
+            [np.mean(list(logged(mixture, key).values())) for key in ("right", "wrong")]
+            if mixture
+            else []
+        )
         cells = [str(len(tested(name, "maj@1"))), " + ".join(f"{part:,.0f}" for part in parts)]
         after = {file: tested(name, "maj@1", f"{file}.json") for file in ("test", "bad", "none")}
         if not after["bad"]:
@@ -85,11 +115,16 @@ def print_variants(rows: dict[str, str]) -> None:
         if not recorded(name):
             continue
         cells = [spread(test_metric(name, "maj@1"))]
-        cells += [f"{np.mean(list(test_metric(name, metric).values())):.3f}" for metric in ("pass@1", "pass@16")]
+        cells += [
+            f"{np.mean(list(test_metric(name, metric).values())):.3f}"
+            for metric in ("pass@1", "pass@16")
+        ]
         kept = []
         for log in recorded(name).values():
             tried = [row for row in log if "maj@1" in row]
-            kept.append(str(max(tried, key=lambda row: row["maj@1"])["phase"]))  # the first of equal ones
+            kept.append(
+                str(max(tried, key=lambda row: row["maj@1"])["phase"])
+            )  # the first of equal ones
         print(f"| {label} | {' | '.join(cells)} | {', '.join(kept)} |")
 
 
@@ -106,7 +141,11 @@ def main() -> None:
             "PPO": ("orm/orm_on_ppo", ["arithmetic/ppo"]),
             "RCRL": (  # its samples were drawn by the run of another ratio
                 "rerank/rcrl_ratio10",
-                ["arithmetic/ei_dedup", ("rcrl/ratio1", "samples"), ("rcrl/ratio10", "seconds", "completions")],
+                [
+                    "arithmetic/ei_dedup",
+                    ("rcrl/ratio1", "samples"),
+                    ("rcrl/ratio10", "seconds", "completions"),
+                ],
             ),
         },
     )
@@ -124,7 +163,10 @@ def main() -> None:
             "expert iteration, K = 4": ("hard/ei", ["hard/ei"]),
             "the same, `--rounds 3`": ("hard/rounds3", ["hard/rounds3"]),
             "the same, `--rounds 4`": ("hard/rounds4", ["hard/rounds4"]),
-            "expert iteration, K = 4, `--continue` (on from the last policy)": ("hard/continue", ["hard/continue"]),
+            "expert iteration, K = 4, `--continue` (on from the last policy)": (
+                "hard/continue",
+                ["hard/continue"],
+            ),
             "expert iteration, K = 16, 1 epoch a round (about as many updates as K = 4)": (
                 "hard/k16_once",
                 ["hard/k16_once"],
@@ -191,7 +233,10 @@ def main() -> None:
             "100 : 1, label per line": ("rcrl/ratio100", "rcrl/ratio100"),
             "1 : 1, one label per solution": ("rcrl/outcome1", "rcrl/outcome1"),
             "control: only the right ones, no labels": ("rcrl/control", "rcrl/control"),
-            "control: the right ones of 1 : 1, no labels": ("rcrl/control_1600", "rcrl/control_1600"),
+            "control: the right ones of 1 : 1, no labels": (
+                "rcrl/control_1600",
+                "rcrl/control_1600",
+            ),
             "control: all of 1 : 1, no labels": ("rcrl/control_mixed", "rcrl/control_mixed"),
             "the expert iteration that it samples from": ("arithmetic/ei_dedup", None),
             "SFT": ("arithmetic/sft", None),
@@ -203,9 +248,18 @@ def main() -> None:
         {
             "10 : 1 of all samples, label per line": ("rcrl_all/ratio10", "rcrl_all/ratio10"),
             "control: its right ones, no labels": ("rcrl_all/control", "rcrl_all/control"),
-            "harder task, 10 : 1 of all samples": ("rcrl_all/hard_ratio10", "rcrl_all/hard_ratio10"),
-            "harder task, control: its right ones, no labels": ("rcrl_all/hard_control", "rcrl_all/hard_control"),
-            "harder task, the expert iteration that both sample from": ("rcrl_all/hard_policy", None),
+            "harder task, 10 : 1 of all samples": (
+                "rcrl_all/hard_ratio10",
+                "rcrl_all/hard_ratio10",
+            ),
+            "harder task, control: its right ones, no labels": (
+                "rcrl_all/hard_control",
+                "rcrl_all/hard_control",
+            ),
+            "harder task, the expert iteration that both sample from": (
+                "rcrl_all/hard_policy",
+                None,
+            ),
         },
     )
     print_labels(

@@ -2,7 +2,9 @@ import os
 import sys
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with all cores each run many times slower
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # several processes with all cores each run many times slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -11,8 +13,12 @@ import torch  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import sft  # noqa: E402
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -49,3 +55,9 @@ def data_folder() -> Path:
     if not (folder / "openai" / "gsm8k").is_dir():
         pytest.skip(f"GSM8K and SVAMP are not in {folder} (set DATA_FOLDER to their folder)")
     return folder
+
+
+def train_step(policy, optimizer, examples, lr: float, token_budget: int) -> tuple[float, float]:
+    """One step of supervised fine-tuning: the loss and the norm of the gradient."""
+    optimizer.param_groups[0]["lr"] = lr
+    return sft.train_step(policy, optimizer, examples, token_budget)

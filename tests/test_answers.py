@@ -39,7 +39,10 @@ def test_only_the_first_solution_of_a_run_on_text_counts():
     assert common.extract_answer("#### 3\n#### 4") == 3
     assert common.extract_answer("I do not know.\nQuestion: and now?\nAnswer:\n#### 4") is None
     assert common.extract_answer("Question: another one?\nAnswer:\n#### 4") is None
-    assert common.first_solution("\n2+2=4\nQuestion: x") == "\n2+2=4" and common.first_solution("2+2") == "2+2"
+    assert (
+        common.first_solution("\n2+2=4\nQuestion: x") == "\n2+2=4"
+        and common.first_solution("2+2") == "2+2"
+    )
     assert common.extract_answer("so it is 4") is None
     assert common.extract_answer("####\n4") is None
 
@@ -51,7 +54,10 @@ def test_a_sample_that_was_cut_within_its_answer_line_has_no_answer():
     assert not common.Sample(problem, 0, "#### 1", finished=False).correct
     assert common.Sample(problem, 0, "#### 1\n\nQuestion: and", finished=False).correct
     for rest in ("", " o", " or"):  # " or 2"
-        assert common.Sample(problem, 0, f"4-3=<<4-3=1>>1\n#### 1{rest}", finished=False).answer is None
+        assert (
+            common.Sample(problem, 0, f"4-3=<<4-3=1>>1\n#### 1{rest}", finished=False).answer
+            is None
+        )
     assert common.is_correct("#### 1.0", Fraction(1)) and not common.is_correct("1", Fraction(1))
 
 
@@ -61,12 +67,24 @@ def test_the_lenient_reader_takes_the_last_number_only_when_asked():
     assert common.extract_answer("7 is wrong\n#### 8", lenient=True) == 8
     assert common.extract_answer("no number", lenient=True) is None
     heading = "#### Solution\n10+8=18\n\nThe answer is 18.\nQuestion: 5?"
-    assert common.extract_answer(heading, lenient=True) == 18 and common.extract_answer(heading) is None
-    unended = common.Sample(common.Problem("p", "?", Fraction(1)), 0, "#### Solution\n3+5=8 and then 1", finished=False)
+    assert (
+        common.extract_answer(heading, lenient=True) == 18
+        and common.extract_answer(heading) is None
+    )
+    unended = common.Sample(
+        common.Problem("p", "?", Fraction(1)), 0, "#### Solution\n3+5=8 and then 1", finished=False
+    )
     unended.grade(lenient=True)
     assert unended.answer == 8  # the last number may have been on its way to 18
-    cut = common.Sample(common.Problem("p", "?", Fraction(1)), 0, "half of 2 is 1 and 3 less 2 is 1", finished=False)
-    for text, answer in ((cut.text, 2), (cut.text + ",", 2), (cut.text + " pen", 1), ("1", None)):  # "1" of "18"?
+    cut = common.Sample(
+        common.Problem("p", "?", Fraction(1)), 0, "half of 2 is 1 and 3 less 2 is 1", finished=False
+    )
+    for text, answer in (
+        (cut.text, 2),
+        (cut.text + ",", 2),
+        (cut.text + " pen", 1),
+        ("1", None),
+    ):  # "1" of "18"?
         cut.text = text
         cut.grade(lenient=True)
         assert cut.answer == answer
@@ -74,7 +92,15 @@ def test_the_lenient_reader_takes_the_last_number_only_when_asked():
 
 def test_equal_numbers_are_one_vote_however_they_are_written():
     """Trap: voting over strings splits "18", "18.0" and "18." into three answers."""
-    assert len({common.extract_answer(f"#### {text}") for text in ("18", "18.0", "18.", "$18", "36/2", "**18**")}) == 1
+    assert (
+        len(
+            {
+                common.extract_answer(f"#### {text}")
+                for text in ("18", "18.0", "18.", "$18", "36/2", "**18**")
+            }
+        )
+        == 1
+    )
 
 
 HOSTILE = {
@@ -90,7 +116,10 @@ def test_hostile_text_costs_linear_time_and_no_exception(name):
         text = prefix + HOSTILE[name] * (300_000 // len(HOSTILE[name]))
         started = time.perf_counter()
         for lenient in (False, True):
-            assert common.extract_answer(text, lenient) is None or len(str(common.extract_answer(text, lenient))) < 130
+            assert (
+                common.extract_answer(text, lenient) is None
+                or len(str(common.extract_answer(text, lenient))) < 130
+            )
         common.equations(text)
         assert time.perf_counter() - started < 6
     if name in ("digits", "Arabic digits", "NUL"):
@@ -98,13 +127,25 @@ def test_hostile_text_costs_linear_time_and_no_exception(name):
 
 
 def test_the_operations_of_a_solution():
-    assert common.equations("14+6=<<14+6=20>>20\n20 * 2 = <<20*2=40>>40\n#### 40") == ("14+6", "20*2")
-    assert common.equations("She has 14 + 6 = 20 and then 20 x 2 = $40.\n#### 40") == ("14+6", "20*2")
+    assert common.equations("14+6=<<14+6=20>>20\n20 * 2 = <<20*2=40>>40\n#### 40") == (
+        "14+6",
+        "20*2",
+    )
+    assert common.equations("She has 14 + 6 = 20 and then 20 x 2 = $40.\n#### 40") == (
+        "14+6",
+        "20*2",
+    )
     assert common.equations("x = 5\n#### 5") == ()
-    assert common.equations("<<-5=-5>>") == () and common.equations("<<-5+7=2>>") == ("-5+7",)  # a sign is no operation
+    assert common.equations("<<-5=-5>>") == () and common.equations("<<-5+7=2>>") == (
+        "-5+7",
+    )  # a sign is no operation
     for written in ("6 \u00d7 3 = 18", "<<6\u00d73=18>>", "6 x 3 = 18", "<<$6*3=$18>>"):
         assert common.equations(written) == ("6*3",)
-    assert common.equations("<<1,200\u00f73=400>>") == common.equations("1,200 \u00f7 3 = 400") == ("1200/3",)
+    assert (
+        common.equations("<<1,200\u00f73=400>>")
+        == common.equations("1,200 \u00f7 3 = 400")
+        == ("1200/3",)
+    )
     assert common.equations("<<.5*20=10>>") == common.equations("<<0.5*20=10>>") == ("0.5*20",)
     assert common.equations("<<20%*50=10>>") != common.equations("<<20*50=1000>>")
     assert common.equations("3 pens. 5 * 3 = 15 x 1.5 = 22.5") == ("5*3", "15*1.5")

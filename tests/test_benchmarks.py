@@ -16,7 +16,7 @@ def test_the_generation_benchmark_compares_and_relates_to_the_limit(tmp_path):
         "--samples",
         "2",
         "4",
-        "--rows",
+        "--gen-batch-size",
         "4",
         "--max-new-tokens",
         "40",
@@ -38,12 +38,20 @@ def test_the_generation_benchmark_compares_and_relates_to_the_limit(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    assert [(row["samples"], row["problems"]) for row in report["table"]] == [(2, 4), (4, 2)], "as many samples in each"
+    assert [(row["samples"], row["problems"]) for row in report["table"]] == [(2, 4), (4, 2)], (
+        "as many samples in each"
+    )
     for row in report["table"]:
         ours, theirs = row["generate"], row["model.generate"]
-        assert row["speedup"] * theirs["tokens_per_second"] == pytest.approx(ours["tokens_per_second"])
+        assert row["speedup"] * theirs["tokens_per_second"] == pytest.approx(
+            ours["tokens_per_second"]
+        )
         assert row["speedup_over_own_cache"] > 0 and row["speedup_over_no_cache"] > 0
-        assert 0 < row["fraction_of_limit"] < 1 and (ours["wasted"] or 0) == 0 <= theirs["wasted"] < 1
+        assert (
+            0 < row["fraction_of_limit"] < 1 and (ours["wasted"] or 0) == 0 <= theirs["wasted"] < 1
+        )
         assert row["limit"] * row["fraction_of_limit"] == pytest.approx(ours["tokens_per_second"])
-        assert row["weights"] == 385 * 128 + 3 * (4 * 128 * 128 + 3 * 128 * 352), "what a token is multiplied with"
+        assert row["weights"] == 385 * 128 + 3 * (4 * 128 * 128 + 3 * 128 * 352), (
+            "what a token is multiplied with"
+        )
     assert report["speedup"] == report["table"][-1]["speedup"]

@@ -19,6 +19,7 @@ from conftest import DEVICES
 from transformers import AutoTokenizer
 
 import common
+import engine
 
 QUESTIONS = [
     "Ann has 3 pens.",
@@ -29,7 +30,11 @@ QUESTIONS = [
 ]
 PROBLEMS = [common.Problem(f"p{i}", text, 1) for i, text in enumerate(QUESTIONS)]
 SMALL = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=256,
 )
 ARCHITECTURES = {
     "llama": lambda v: transformers.LlamaConfig(vocab_size=v, num_key_value_heads=2, **SMALL),
@@ -88,7 +93,9 @@ def reference_greedy(policy: common.Policy, problems, max_new_tokens: int) -> li
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_greedy_equals_model_generate_for_every_architecture_and_number_of_rows(name, device, tmp_path_factory):
+def test_greedy_equals_model_generate_for_every_architecture_and_number_of_rows(
+    name, device, tmp_path_factory
+):
     """Prompts of 6 to 40 tokens, 48 new ones (two pages), sliding windows shorter than either. A wrong position, mask or
     cache entry changes the text of a random model within a few tokens."""
     policy = random_policy(name, tmp_path_factory, device)
@@ -96,7 +103,7 @@ def test_greedy_equals_model_generate_for_every_architecture_and_number_of_rows(
     expected = reference_greedy(policy, PROBLEMS, 48)
     assert len({tuple(tokens) for tokens in expected}) > 1
     for rows in (1, 3, 64):
-        got = common.generate(policy, PROBLEMS, temperature=0, max_new_tokens=48, rows=rows)
+        got = common.generate(policy, PROBLEMS, temperature=0, max_new_tokens=48, batch_size=rows)
         assert ids_of(got) == expected, f"{rows} rows"
 
 
@@ -104,15 +111,15 @@ def test_greedy_equals_model_generate_for_every_architecture_and_number_of_rows(
 def test_sampled_tokens_do_not_depend_on_rows_order_or_company(name, tmp_path_factory):
     policy = random_policy(name, tmp_path_factory)
     how = dict(samples=5, temperature=1.0, max_new_tokens=20, seed=3)
-    full = common.generate(policy, PROBLEMS, rows=64, **how)
+    full = common.generate(policy, PROBLEMS, batch_size=64, **how)
     assert len({tuple(ids) for ids in ids_of(full)}) > 5
     for rows in (2, 7):
-        assert ids_of(common.generate(policy, PROBLEMS, rows=rows, **how)) == ids_of(full)
-    alone = common.generate(policy, PROBLEMS[2:3], rows=4, **how)
+        assert ids_of(common.generate(policy, PROBLEMS, batch_size=rows, **how)) == ids_of(full)
+    alone = common.generate(policy, PROBLEMS[2:3], batch_size=4, **how)
     assert ids_of(alone) == ids_of(s for s in full if s.problem.id == "p2")
-    fewer = common.generate(policy, PROBLEMS, rows=1, **how | {"samples": 2})
+    fewer = common.generate(policy, PROBLEMS, batch_size=1, **how | {"samples": 2})
     assert ids_of(fewer) == ids_of(s for s in full if s.number < 2)
-    other = common.generate(policy, PROBLEMS, rows=64, **how | {"seed": 4})
+    other = common.generate(policy, PROBLEMS, batch_size=64, **how | {"seed": 4})
     assert ids_of(other) != ids_of(full)
 
 
@@ -121,12 +128,22 @@ def test_sampled_tokens_do_not_depend_on_rows_order_or_company(name, tmp_path_fa
 def test_logprobs_of_sampling_are_those_of_training(temperature, device, tmp_path_factory):
     """Traps: a temperature missing in one of the two; top-k in sampling only; padding that shifts the positions."""
     policy = random_policy("llama", tmp_path_factory, device)
-    samples = common.generate(policy, PROBLEMS, samples=3, temperature=temperature, max_new_tokens=24, rows=7)
-    examples = [(policy.encode_prompt(common.prompt_text(s.problem)), s.tokens.tolist()) for s in samples]
+    samples = common.generate(
+        policy, PROBLEMS, samples=3, temperature=temperature, max_new_tokens=24, batch_size=7
+    )
+    examples = [
+        (policy.encode_prompt(common.prompt_text(s.problem)), s.tokens.tolist()) for s in samples
+    ]
     with torch.no_grad():
-        again = common.response_logprobs(policy, examples, temperature).cpu().split([len(s.tokens) for s in samples])
+        again = (
+            common.response_logprobs(policy, examples, temperature)
+            .cpu()
+            .split([len(s.tokens) for s in samples])
+        )
     for sample, logprobs in zip(samples, again, strict=True):
-        torch.testing.assert_close(torch.from_numpy(sample.logprobs), logprobs, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(sample.logprobs), logprobs, atol=2e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -135,7 +152,7 @@ def test_sampled_tokens_follow_the_softmax(temperature):
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -30.0])
     n = 100_000
     uniforms = torch.from_numpy(np.random.default_rng(0).random(n, np.float32))
-    tokens, logprobs = common.pick_tokens(logits.repeat(n, 1), uniforms, temperature)
+    tokens, logprobs = common.sample_softmax(logits.repeat(n, 1), uniforms, temperature)
     expected = torch.softmax(logits / temperature, -1) * n
     counts = torch.bincount(tokens, minlength=8)
     likely = expected > 5
@@ -153,7 +170,7 @@ def test_tokens_are_those_of_the_inverse_cdf(size):
     logits[500:1000, 512:] = -torch.inf  # nor is the last one
     uniforms = rng.random(2000, np.float32)
     uniforms[::7] = 1 - 2**-24
-    tokens, _ = common.pick_tokens(logits.float(), torch.from_numpy(uniforms), 1.0)
+    tokens, _ = common.sample_softmax(logits.float(), torch.from_numpy(uniforms), 1.0)
     probabilities = torch.softmax(logits, -1).numpy()
     ends = probabilities.cumsum(1)
     expected = (ends <= uniforms[:, None] * ends[:, -1:]).sum(1)
@@ -167,14 +184,14 @@ def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.25, 0.5, 0.75, 1 - 2**-24):
         for scale in (1.0, 1.37, 777.0):
-            tokens, _ = common.pick_tokens(logits * scale, torch.tensor([u]), 1.0)
+            tokens, _ = common.sample_softmax(logits * scale, torch.tensor([u]), 1.0)
             assert tokens.item() in (1, 3)
 
 
 def test_the_checkpoints_own_sampling_settings_are_ignored(tmp_path_factory):
     """Trap: a generation_config with top-k and top-p truncates the samples behind one's back."""
     policy = random_policy("gpt2", tmp_path_factory)
-    how = dict(samples=4, temperature=1.0, max_new_tokens=16, rows=8)
+    how = dict(samples=4, temperature=1.0, max_new_tokens=16, batch_size=8)
     before = ids_of(common.generate(policy, PROBLEMS, **how))
     policy.model.generation_config.top_k, policy.model.generation_config.do_sample = 1, True
     after = ids_of(common.generate(policy, PROBLEMS, **how))
@@ -191,13 +208,19 @@ def test_a_saved_model_has_no_sampling_settings_of_others(nano, tmp_path):
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "chat").top_k == 50
     common.Policy(str(tmp_path / "chat"), "cpu").save(tmp_path / "saved")
     saved = transformers.GenerationConfig.from_pretrained(tmp_path / "saved").to_diff_dict()
-    assert not {"top_k", "top_p", "temperature", "do_sample"} & saved.keys() and saved["eos_token_id"]
+    assert (
+        not {"top_k", "top_p", "temperature", "do_sample"} & saved.keys() and saved["eos_token_id"]
+    )
 
 
 def test_a_finished_sample_ends_with_eos_and_a_cut_one_has_the_full_length(tiny):
     problems = common.load_problems("arithmetic", "dev", 8)
     for s in common.generate(tiny, problems, samples=4, max_new_tokens=128):
-        assert s.finished and s.tokens[-1] == tiny.tokenizer.eos_token_id and (s.tokens == s.tokens[-1]).sum() == 1
+        assert (
+            s.finished
+            and s.tokens[-1] == tiny.tokenizer.eos_token_id
+            and (s.tokens == s.tokens[-1]).sum() == 1
+        )
         assert len(s.tokens) == len(s.logprobs) and s.answer is not None
     for s in common.generate(tiny, problems, samples=4, max_new_tokens=5):
         assert not s.finished and len(s.tokens) == 5 and not s.correct
@@ -216,7 +239,11 @@ def test_a_prompted_model_stops_at_its_answer_line(tiny, monkeypatch):
 
 def test_a_prompted_model_stops_where_it_makes_up_the_next_question(tiny, monkeypatch):
     """With or without an answer line before it, and only at the end of a line."""
-    texts = ["2+2=4\nQuestion: and?\nAnswer:\n5", "2+2=4\n#### 4\nQuestion:", "A Question: x?\n5\nQuestion"]
+    texts = [
+        "2+2=4\nQuestion: and?\nAnswer:\n5",
+        "2+2=4\n#### 4\nQuestion:",
+        "A Question: x?\n5\nQuestion",
+    ]
 
     def decode(policy, prompts, wanted, draws, deliver, *, is_complete, **how):
         for i, text in enumerate(texts):
@@ -234,13 +261,17 @@ def test_a_sample_goes_on_from_the_worked_examples_and_the_given_beginning(tiny)
     problems = common.load_problems("arithmetic", "train", 3)
     prefixes = [problem.reference.splitlines(keepends=True)[0] for problem in problems]
     for few_shot in (False, True):
-        samples = common.generate(tiny, problems, samples=2, max_new_tokens=20, few_shot=few_shot, prefixes=prefixes)
+        samples = common.generate(
+            tiny, problems, samples=2, max_new_tokens=20, few_shot=few_shot, prefixes=prefixes
+        )
         for sample, prefix in zip(samples, np.repeat(prefixes, 2), strict=True):
             text = common.FEW_SHOT * few_shot + f"Question: {sample.problem.question}\nAnswer:\n"
             assert list(sample.prompt) == tiny.encode_prompt(text) + tiny.encode_prefix(str(prefix))
             assert sample.prefix == prefix and sample.text.startswith(prefix)
             with torch.no_grad():
-                again = common.response_logprobs(tiny, [(list(sample.prompt), sample.tokens.tolist())])
+                again = common.response_logprobs(
+                    tiny, [(list(sample.prompt), sample.tokens.tolist())]
+                )
             np.testing.assert_allclose(sample.logprobs, again, atol=1e-4)
 
 
@@ -264,8 +295,12 @@ def test_one_prefill_serves_all_samples_of_a_problem(tmp_path_factory, monkeypat
     assert policy.decode_loop is common.decode  # found out before the passes are counted
     model = policy.model.base_model
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(tuple(k["input_ids"].shape)) or forward(*a, **k))
-    samples = common.generate(policy, PROBLEMS[:2], samples=16, max_new_tokens=10, rows=16)
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda *a, **k: calls.append(tuple(k["input_ids"].shape)) or forward(*a, **k),
+    )
+    samples = common.generate(policy, PROBLEMS[:2], samples=16, max_new_tokens=10, batch_size=16)
     prefills = [shape for shape in calls if shape[1] > 1]
     decoded = sum(rows for rows, width in calls if width == 1)
     assert sum(rows for rows, _ in prefills) == 2
@@ -277,23 +312,28 @@ def test_no_work_gives_no_samples(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_looking_every_16_steps_at_rounded_sizes_gives_the_same_samples(name, tmp_path_factory, monkeypatch):
+def test_looking_every_16_steps_at_rounded_sizes_gives_the_same_samples(
+    name, tmp_path_factory, monkeypatch
+):
     """What a GPU does, on a CPU: rows run on after their end until the host looks, idle rows are computed along, and the
     step is called again on the tensors that it was first called with."""
     policy = random_policy(name, tmp_path_factory)
-    for how in (dict(samples=5, max_new_tokens=37, seed=3), dict(samples=12, max_new_tokens=70, seed=4)):
+    for how in (
+        dict(samples=5, max_new_tokens=37, seed=3),
+        dict(samples=12, max_new_tokens=70, seed=4),
+    ):
         monkeypatch.setattr(common, "GRAPH_DEVICES", set())
-        expected = common.generate(policy, PROBLEMS, rows=64, **how)
+        expected = common.generate(policy, PROBLEMS, batch_size=64, **how)
         for rows in (7, 64):
             monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
-            got = common.generate(policy, PROBLEMS, rows=rows, **how)
+            got = common.generate(policy, PROBLEMS, batch_size=rows, **how)
             assert ids_of(got) == ids_of(expected), f"{rows} rows"
             assert [s.finished for s in got] == [s.finished for s in expected]
 
 
 def test_a_prompted_model_stops_in_the_same_place_when_looked_at_every_16_steps(tiny, monkeypatch):
     problems = common.load_problems("arithmetic", "dev", 8)
-    how = dict(samples=3, max_new_tokens=100, few_shot=True, rows=10)
+    how = dict(samples=3, max_new_tokens=100, few_shot=True, batch_size=10)
     monkeypatch.setattr(tiny, "eos_ids", [tiny.tokenizer.pad_token_id])
     expected = common.generate(tiny, problems, **how)
     monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
@@ -318,40 +358,48 @@ def test_a_row_that_ends_beyond_the_limit_is_cut_at_it(tiny, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cuda_graphs_give_the_same_samples_as_single_steps(tmp_path_factory, monkeypatch):
     folder = random_policy("llama", tmp_path_factory).model.config._name_or_path
-    policy = common.Policy(folder, "cuda", "float32")  # bfloat16 rounds otherwise where other sizes are computed
-    how = dict(samples=40, max_new_tokens=70, rows=50)
+    policy = common.Policy(
+        folder, "cuda", "float32"
+    )  # bfloat16 rounds otherwise where other sizes are computed
+    how = dict(samples=40, max_new_tokens=70, batch_size=50)
     graphs = common.generate(policy, PROBLEMS, **how)
     monkeypatch.setattr(common, "GRAPH_DEVICES", set())
     assert ids_of(graphs) == ids_of(common.generate(policy, PROBLEMS, **how))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-def test_the_fused_kernel_samples_what_the_plain_attention_samples(name, tmp_path_factory, monkeypatch):
+def test_the_fused_kernel_samples_what_the_plain_attention_samples(
+    name, tmp_path_factory, monkeypatch
+):
     """Prompts of 6 to 40 tokens, own tokens on two pages, a window, key heads with one query and with two. Where Triton is
     installed but no GPU, TRITON_INTERPRET=1 before pytest runs the kernel on the CPU, in minutes."""
     if torch.cuda.is_available():
         device = "cuda"
-    elif common.triton and os.environ.get("TRITON_INTERPRET") == "1":
+    elif engine.kernel.triton and os.environ.get("TRITON_INTERPRET") == "1":
         device = "cpu"
     else:
         pytest.skip("no GPU, nor Triton with TRITON_INTERPRET=1")
     policy = random_policy(name, tmp_path_factory, device)
-    how = dict(samples=2, max_new_tokens=40, rows=8)
+    how = dict(samples=2, max_new_tokens=40, batch_size=8)
     monkeypatch.setattr(common, "FUSED_DEVICES", set())
     plain = common.generate(policy, PROBLEMS, **how)
     monkeypatch.setattr(common, "FUSED_DEVICES", {device})
-    launched, fused_attention = [], common.fused_attention
-    monkeypatch.setattr(common, "fused_attention", lambda *how: launched.append(1) or fused_attention(*how))
+    launched, fused_attention = [], engine.kernel.fused_attention
+    monkeypatch.setattr(
+        common, "fused_attention", lambda *how: launched.append(1) or fused_attention(*how)
+    )
     fused = common.generate(policy, PROBLEMS, **how)
     assert launched and ids_of(fused) == ids_of(plain)
     for one, other in zip(fused, plain, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3)
 
 
-def test_where_the_kernel_cannot_be_built_pytorch_computes_the_attention(tmp_path_factory, monkeypatch, capsys):
+def test_where_the_kernel_cannot_be_built_pytorch_computes_the_attention(
+    tmp_path_factory, monkeypatch, capsys
+):
     """Triton needs a C compiler, which many containers lack."""
     policy = copy.copy(random_policy("llama", tmp_path_factory))
-    how = dict(samples=3, max_new_tokens=20, rows=7)
+    how = dict(samples=3, max_new_tokens=20, batch_size=7)
     expected = ids_of(common.generate(policy, PROBLEMS, **how))
     policy.__dict__.pop("decode_loop")
     monkeypatch.setattr(common, "FUSED_DEVICES", {"cpu"})
@@ -363,13 +411,16 @@ def test_where_the_kernel_cannot_be_built_pytorch_computes_the_attention(tmp_pat
     for _ in range(2):
         assert ids_of(common.generate(policy, PROBLEMS, **how)) == expected
     said = capsys.readouterr().err
-    assert said.count("warning") == said.count("C compiler") == 1 and policy.decode_loop is common.decode
+    assert (
+        said.count("warning") == said.count("C compiler") == 1
+        and policy.decode_loop is common.decode
+    )
 
 
 def test_steps_that_cannot_be_recorded_run_as_they_are(tmp_path_factory, monkeypatch, capsys):
     policy = random_policy("llama", tmp_path_factory)
     monkeypatch.setattr(policy, "records_steps", True)
-    how = dict(samples=12, max_new_tokens=40, rows=20)
+    how = dict(samples=12, max_new_tokens=40, batch_size=20)
     expected = ids_of(common.generate(policy, PROBLEMS, **how))
     monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
 
@@ -381,11 +432,13 @@ def test_steps_that_cannot_be_recorded_run_as_they_are(tmp_path_factory, monkeyp
     assert capsys.readouterr().err.count("cannot be recorded") == 1
 
 
-def test_a_step_that_waits_for_the_gpu_is_not_recorded_but_run_again(tmp_path_factory, monkeypatch, capsys):
+def test_a_step_that_waits_for_the_gpu_is_not_recorded_but_run_again(
+    tmp_path_factory, monkeypatch, capsys
+):
     """A recording that fails harms PyTorch's allocator: so the first step of all says whether it would."""
     policy = random_policy("llama", tmp_path_factory)
     monkeypatch.setattr(policy, "records_steps", True)
-    how = dict(samples=12, max_new_tokens=40, rows=20)
+    how = dict(samples=12, max_new_tokens=40, batch_size=20)
     expected = ids_of(common.generate(policy, PROBLEMS, **how))
     forward = policy.model.base_model.forward
 
@@ -409,11 +462,11 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded_but_run_again(tmp_path_fa
 def test_nothing_of_the_cache_is_left_where_steps_are_not_recorded(tmp_path_factory, monkeypatch):
     """Without waiting for Python's collector of cycles: on a GPU the next model needs the room."""
     policy, caches = random_policy("llama", tmp_path_factory), []
-    start = common.PagedCache.__init__
+    start = engine.cache.PagedCache.__init__
     monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
     monkeypatch.setattr(policy, "records_steps", False)
     monkeypatch.setattr(
-        common.PagedCache,
+        engine.cache.PagedCache,
         "__init__",
         lambda self, *args, **how: caches.append(weakref.ref(self)) or start(self, *args, **how),
     )
@@ -432,27 +485,31 @@ def test_few_sizes_are_recorded(tiny, monkeypatch):
     problems, recorded, steps = common.load_problems("arithmetic-hard", "dev", 12), [], []
     monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
     monkeypatch.setattr(common, "record", lambda step, *_: recorded.append(step) or step)
-    begin_step = common.PagedCache.begin_step
+    begin_step = engine.cache.PagedCache.begin_step
     monkeypatch.setattr(
-        common.PagedCache,
+        engine.cache.PagedCache,
         "begin_step",
         lambda self, ages, *how: steps.append(len(ages)) or begin_step(self, ages, *how),
     )
-    common.generate(tiny, problems, samples=16, rows=32, max_new_tokens=256)
+    common.generate(tiny, problems, samples=16, batch_size=32, max_new_tokens=256)
     looks = len(steps) / 16
     assert looks > 30 and len(recorded) < looks / 3
 
 
-def test_a_model_that_the_cache_does_not_fit_is_sampled_slowly_and_says_so_once(tmp_path_factory, monkeypatch, capsys):
+def test_a_model_that_the_cache_does_not_fit_is_sampled_slowly_and_says_so_once(
+    tmp_path_factory, monkeypatch, capsys
+):
     """Scores that are capped, as in Gemma 2, are not what `attend` computes: found out, not assumed."""
     policy = random_policy("llama", tmp_path_factory)
     monkeypatch.delitem(policy.__dict__, "decode_loop", raising=False)
-    attend = common.attend
+    attend = engine.kernel.attend
     monkeypatch.setattr(common, "attend", lambda q, k, v, b: attend(q.tanh() / 2, k, v, b))
-    how = dict(samples=2, temperature=1.0, max_new_tokens=12, rows=7)
+    how = dict(samples=2, temperature=1.0, max_new_tokens=12, batch_size=7)
     got = [common.generate(policy, PROBLEMS, **how) for _ in range(2)][0]
     monkeypatch.setattr(common, "GRAPH_DEVICES", {"cpu"})
-    assert ids_of(common.generate(policy, PROBLEMS, **how)) == ids_of(got), "the slow path has no steps of 16"
+    assert ids_of(common.generate(policy, PROBLEMS, **how)) == ids_of(got), (
+        "the slow path has no steps of 16"
+    )
     assert capsys.readouterr().err.count("sampling is slow") == 1
     monkeypatch.undo()
     policy.__dict__.pop("decode_loop")
@@ -463,7 +520,11 @@ def test_a_model_that_the_cache_does_not_fit_is_sampled_slowly_and_says_so_once(
 def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory, monkeypatch):
     """The check is made in float32: the rounding of bfloat16 would look like a wrong mask."""
     folder = random_policy("llama", tmp_path_factory).model.config._name_or_path
-    policy, differs, checked = common.Policy(folder, device="cpu", dtype="bfloat16"), common.Policy._differs, []
+    policy, differs, checked = (
+        common.Policy(folder, device="cpu", dtype="bfloat16"),
+        common.Policy._differs,
+        [],
+    )
 
     def in_float32(self, decode):
         checked.append(torch.is_autocast_enabled("cpu"))
@@ -471,15 +532,21 @@ def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(common.Policy, "_differs", in_float32)
     samples = common.generate(policy, PROBLEMS, samples=2, max_new_tokens=8)
-    assert policy.decode_loop is common.decode and all(np.isfinite(s.logprobs).all() for s in samples)
+    assert policy.decode_loop is common.decode and all(
+        np.isfinite(s.logprobs).all() for s in samples
+    )
     assert checked == [False]
 
 
 def test_logits_are_not_rounded_to_bfloat16(tiny):
     """Between 16 and 32 its numbers are 0.125 apart."""
-    policy, problems = common.Policy("tiny", "cpu", "bfloat16"), common.load_problems("arithmetic", "train", 12)
+    policy, problems = (
+        common.Policy("tiny", "cpu", "bfloat16"),
+        common.load_problems("arithmetic", "train", 12),
+    )
     examples = [
-        (policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(p.reference)) for p in problems[:2]
+        (policy.encode_prompt(common.prompt_text(p)), policy.encode_solution(p.reference))
+        for p in problems[:2]
     ]
     ids = torch.tensor([policy.encode_prompt(common.prompt_text(problems[0]))])
     with torch.no_grad(), policy.autocast():
@@ -493,7 +560,9 @@ def test_logits_are_not_rounded_to_bfloat16(tiny):
         policy.head = head
         samples = common.generate(policy, problems, samples=2, max_new_tokens=32)
         with torch.no_grad():
-            again = common.response_logprobs(policy, [(s.prompt, s.tokens.tolist()) for s in samples])
+            again = common.response_logprobs(
+                policy, [(s.prompt, s.tokens.tolist()) for s in samples]
+            )
         said = torch.from_numpy(np.concatenate([s.logprobs for s in samples]))
         apart.append((again - said).square().mean().sqrt().item())
     assert apart[0] < 0.8 * apart[1], "sampling and training agree better than with rounded logits"
@@ -520,7 +589,7 @@ def test_other_families_sample_with_the_shared_cache(name, tmp_path):
     write_model(lambda v: config(vocab_size=v, **FAST[name]), tmp_path, scale=4.0)
     policy = common.Policy(str(tmp_path), "cpu")
     assert policy.decode_loop is common.decode
-    samples = common.generate(policy, PROBLEMS, samples=2, max_new_tokens=12, rows=4)
+    samples = common.generate(policy, PROBLEMS, samples=2, max_new_tokens=12, batch_size=4)
     with torch.no_grad():
         again = common.response_logprobs(policy, [(s.prompt, s.tokens.tolist()) for s in samples])
     said = torch.from_numpy(np.concatenate([s.logprobs for s in samples]))
@@ -540,11 +609,17 @@ PLAIN = {  # attention with capped scores, with sinks, with biases of its own; s
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(name, tmp_path, monkeypatch, capsys):
+def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(
+    name, tmp_path, monkeypatch, capsys
+):
     """The same samples as with no cache at all, whatever the number of rows, with the log-probabilities of training; and
     greedy those of `model.generate`. Rows end after 2 to 24 tokens, so some are dropped on the way."""
     config = getattr(transformers, f"{name}Config")
-    write_model(lambda v: config(vocab_size=v, **PLAIN[name]), tmp_path, scale=1.0 if name == "Mamba" else 4.0)
+    write_model(
+        lambda v: config(vocab_size=v, **PLAIN[name]),
+        tmp_path,
+        scale=1.0 if name == "Mamba" else 4.0,
+    )
     policy = common.Policy(str(tmp_path), "cpu")
     assert policy.decode_loop is common.decode_plainly
     assert "is slower" in capsys.readouterr().err
@@ -552,9 +627,11 @@ def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(name, tmp_path,
     how = dict(samples=5, temperature=1.0, max_new_tokens=24)
     dropped, reorder_cache = [], transformers.Cache.reorder_cache
     monkeypatch.setattr(
-        transformers.Cache, "reorder_cache", lambda cache, rows: dropped.append(len(rows)) or reorder_cache(cache, rows)
+        transformers.Cache,
+        "reorder_cache",
+        lambda cache, rows: dropped.append(len(rows)) or reorder_cache(cache, rows),
     )
-    samples = common.generate(policy, PROBLEMS, rows=8, **how)
+    samples = common.generate(policy, PROBLEMS, batch_size=8, **how)
     assert dropped and len({len(s.tokens) for s in samples}) > 3
     for array in (each for s in samples for each in (s.tokens, s.logprobs)):
         whole = array if array.base is None else array.base  # a tensor, or what it is a row of
@@ -563,15 +640,18 @@ def test_a_model_that_the_shared_cache_does_not_fit_uses_its_own(name, tmp_path,
     with torch.no_grad():
         again = common.response_logprobs(policy, [(s.prompt, s.tokens.tolist()) for s in samples])
     torch.testing.assert_close(torch.from_numpy(np.concatenate([s.logprobs for s in samples])), again, atol=1e-3, rtol=1e-3)  # fmt: skip
-    assert ids_of(common.generate(policy, PROBLEMS, rows=2, **how)) == ids_of(samples)
+    assert ids_of(common.generate(policy, PROBLEMS, batch_size=2, **how)) == ids_of(samples)
     dropped.clear()
     with monkeypatch.context() as patch:
         patch.setattr(
             common, "DynamicCache", dict
         )  # a cache of another kind may hold what `reorder_cache` does not know
-        assert ids_of(common.generate(policy, PROBLEMS, rows=8, **how)) == ids_of(samples) and not dropped
+        assert (
+            ids_of(common.generate(policy, PROBLEMS, batch_size=8, **how)) == ids_of(samples)
+            and not dropped
+        )
     policy.decode_loop = functools.partial(common.decode_plainly, cached=False)
-    assert ids_of(common.generate(policy, PROBLEMS, rows=64, **how)) == ids_of(samples)
+    assert ids_of(common.generate(policy, PROBLEMS, batch_size=64, **how)) == ids_of(samples)
     policy.decode_loop = common.decode_plainly
     greedy = common.generate(policy, PROBLEMS, temperature=0, max_new_tokens=6)
     assert ids_of(greedy) == reference_greedy(policy, PROBLEMS, 6)
@@ -583,16 +663,19 @@ def test_one_long_prompt_does_not_make_all_others_wait(tiny, monkeypatch):
     monkeypatch.setitem(tiny.__dict__, "decode_loop", common.decode_plainly)
     steps, head = [], tiny.head
     monkeypatch.setattr(tiny, "head", lambda hidden: steps.append(len(hidden)) or head(hidden))
-    samples = common.generate(tiny, problems, samples=2, max_new_tokens=10, rows=64)
+    samples = common.generate(tiny, problems, samples=2, max_new_tokens=10, batch_size=64)
     assert len(samples) == 10 and len(steps) < 60 and sum(steps) < 400
 
 
 def test_a_model_without_any_cache_is_sampled_slowly(tmp_path, capsys):
-    write_model(lambda v: transformers.OpenAIGPTConfig(vocab_size=v, n_embd=16, n_layer=2, n_head=2), tmp_path)
+    write_model(
+        lambda v: transformers.OpenAIGPTConfig(vocab_size=v, n_embd=16, n_layer=2, n_head=2),
+        tmp_path,
+    )
     policy = common.Policy(str(tmp_path), "cpu")
     assert policy.decode_loop.keywords == {"cached": False}
     assert "no cache that can be used" in capsys.readouterr().err
-    got = common.generate(policy, PROBLEMS[:3], temperature=0, max_new_tokens=6, rows=2)
+    got = common.generate(policy, PROBLEMS[:3], temperature=0, max_new_tokens=6, batch_size=2)
     for sample in got:
         ids = torch.tensor([policy.encode_prompt(common.prompt_text(sample.problem))])
         for token in sample.tokens.tolist():
@@ -605,39 +688,51 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch, caps
     """The allocator is made to fail as PyTorch's does for more than 12 rows, in the middle of the work."""
     problems = common.load_problems("arithmetic", "dev", 6)
     how = dict(samples=8, max_new_tokens=96)
-    expected = common.generate(tiny, problems, rows=48, **how)
-    attend, calls, delivered = common.attend, [], []
+    expected = common.generate(tiny, problems, batch_size=48, **how)
+    attend, calls, delivered = engine.kernel.attend, [], []
 
     def limited(query, keys, values, bias):
         calls.append(len(query))
         if len(query) > 40 and len(calls) > 100:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+            )
         return attend(query, keys, values, bias)
 
     monkeypatch.setattr(common, "attend", limited)
     monkeypatch.setattr(tiny, "most_rows", tiny.most_rows.copy())
-    monkeypatch.setattr(tiny, "decode", lambda ids: delivered.append(1) or common.Policy.decode(tiny, ids))
-    got = common.generate(tiny, problems, rows=48, **how)
+    monkeypatch.setattr(
+        tiny, "decode", lambda ids: delivered.append(1) or common.Policy.decode(tiny, ids)
+    )
+    got = common.generate(tiny, problems, batch_size=48, **how)
     assert ids_of(got) == ids_of(expected)
     assert "going on with 24" in capsys.readouterr().err
     assert len(delivered) == 48, "no finished sample is drawn again"
     fits, decode, asked = tiny.most_rows[False], common.decode, []
     monkeypatch.setitem(
-        tiny.__dict__, "decode_loop", lambda *args, rows, **how: asked.append(rows) or decode(*args, rows=rows, **how)
+        tiny.__dict__,
+        "decode_loop",
+        lambda *args, rows, **how: asked.append(rows) or decode(*args, batch_size=rows, **how),
     )
-    common.generate(tiny, problems[:1], rows=48, samples=48, max_new_tokens=4)
+    common.generate(tiny, problems[:1], batch_size=48, samples=48, max_new_tokens=4)
     assert asked == [fits] and fits < 48, "what did not fit is not tried again"
 
 
 def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny, monkeypatch):
     """They are handed over while the next steps run, which then do not come."""
     problems, ended, delivered, kept = common.load_problems("arithmetic", "dev", 12), [], [], []
-    how = dict(samples=4, max_new_tokens=96, rows=16)
+    how = dict(samples=4, max_new_tokens=96, batch_size=16)
     expected = ids_of(common.generate(tiny, problems, **how))
-    give_back, keep_prompts, warn = common.Pool.give_back, common.PagedCache.keep_prompts, common.warn
+    give_back, keep_prompts, warn = (
+        engine.cache.Pool.give_back,
+        engine.cache.PagedCache.keep_prompts,
+        common.warn,
+    )
 
     def counting(self, numbers):
-        ended.extend([1] * (self.layers[0][1].shape[-1] == common.PAGE))  # pages, not a prompt
+        ended.extend(
+            [1] * (self.layers[0][1].shape[-1] == engine.cache.PAGE)
+        )  # pages, not a prompt
         give_back(self, numbers)
 
     def refusing(self):
@@ -646,13 +741,19 @@ def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny,
             raise MemoryError("cannot allocate memory")
         return keep_prompts(self)
 
-    monkeypatch.setattr(common.Pool, "give_back", counting)
-    monkeypatch.setattr(common.PagedCache, "keep_prompts", refusing)
+    monkeypatch.setattr(engine.cache.Pool, "give_back", counting)
+    monkeypatch.setattr(engine.cache.PagedCache, "keep_prompts", refusing)
     monkeypatch.setattr(tiny, "most_rows", tiny.most_rows.copy())
-    monkeypatch.setattr(tiny, "decode", lambda ids: delivered.append(1) or common.Policy.decode(tiny, ids))
+    monkeypatch.setattr(
+        tiny, "decode", lambda ids: delivered.append(1) or common.Policy.decode(tiny, ids)
+    )
     at_the_warning = []
     monkeypatch.setattr(
-        common, "warn", lambda *what, **how: at_the_warning.append((len(ended), len(delivered))) or warn(*what, **how)
+        common,
+        "warn",
+        lambda *what, **how: (
+            at_the_warning.append((len(ended), len(delivered))) or warn(*what, **how)
+        ),
     )
     assert ids_of(common.generate(tiny, problems, **how)) == expected
     assert at_the_warning[0][0] == at_the_warning[0][1] > 0
@@ -676,10 +777,12 @@ problems = common.load_problems("arithmetic", "dev", 2)
 common.generate(policy, problems, samples=8, max_new_tokens=2)
 size = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30),) * 2)
-samples = common.generate(policy, problems, samples=2048, max_new_tokens=2, rows=4096)
+samples = common.generate(policy, problems, samples=2048, max_new_tokens=2, batch_size=4096)
 print(len(samples), len({{s.number for s in samples}}))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.split() == ["4096", "2048"], done.stderr[-2000:]
     assert "going on with 2048" in done.stderr
 
@@ -691,7 +794,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tiny):
     peaks = []
     for samples in (250, 1000):
         tracemalloc.start()
-        common.generate(tiny, problems, samples=samples, max_new_tokens=2, rows=16)
+        common.generate(tiny, problems, samples=samples, max_new_tokens=2, batch_size=16)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert (peaks[1] - peaks[0]) / 1500 < 1200
@@ -699,7 +802,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tiny):
 
 def test_a_step_computes_little_more_than_the_pages_and_prompts_in_use(tiny, monkeypatch):
     """As the last samples run out, what they use is moved together; else the last row would cost as much as all."""
-    seen, begin = [], common.PagedCache.begin_step
+    seen, begin = [], engine.cache.PagedCache.begin_step
 
     def watching(self, ages, starts, view):
         used = len(np.unique(view.table[view.table > 0]))
@@ -707,14 +810,16 @@ def test_a_step_computes_little_more_than_the_pages_and_prompts_in_use(tiny, mon
         begin(self, ages, starts, view)
 
     tiny.decode_loop  # noqa: B018, the self-check decodes, too
-    monkeypatch.setattr(common.PagedCache, "begin_step", watching)
+    monkeypatch.setattr(engine.cache.PagedCache, "begin_step", watching)
     how = dict(samples=8, max_new_tokens=100, seed=2)
-    samples = common.generate(tiny, common.load_problems("arithmetic", "dev", 24), rows=192, **how)
+    samples = common.generate(
+        tiny, common.load_problems("arithmetic", "dev", 24), batch_size=192, **how
+    )
     assert all(own <= 1.25 * (used + 1) + 4 for used, own, _ in seen)
     assert max(own for _, own, _ in seen) > 150 and seen[-1][1] < 30 and seen[-1][2] < 16
-    monkeypatch.setattr(common.Pool, "compact", lambda *_: None)
+    monkeypatch.setattr(engine.cache.Pool, "compact", lambda *_: None)
     assert ids_of(samples) == ids_of(
-        common.generate(tiny, common.load_problems("arithmetic", "dev", 24), rows=192, **how)
+        common.generate(tiny, common.load_problems("arithmetic", "dev", 24), batch_size=192, **how)
     )
 
 
@@ -725,7 +830,7 @@ def test_packed_weights_compute_the_same_and_are_never_stale(tiny):
     with torch.no_grad():
         for _ in range(2):
             plain = model(ids).logits
-            with common.packed_weights(tiny):
+            with engine.graphs.packed_weights(tiny):
                 assert "forward" in vars(layer)
                 torch.testing.assert_close(model(ids).logits, plain, atol=1e-4, rtol=1e-4)
             assert "forward" not in vars(layer)
@@ -736,7 +841,10 @@ def test_packed_weights_compute_the_same_and_are_never_stale(tiny):
 def test_a_family_with_attention_of_its_own_keeps_it(tmp_path):
     """BLOOM's position biases are no part of the attention interface: taken for a model that has it, every token would see
     the ones after it. What comes later must not change what is said of a token."""
-    write_model(lambda v: transformers.BloomConfig(vocab_size=v, hidden_size=32, n_layer=2, n_head=4), tmp_path)
+    write_model(
+        lambda v: transformers.BloomConfig(vocab_size=v, hidden_size=32, n_layer=2, n_head=4),
+        tmp_path,
+    )
     policy = common.Policy(str(tmp_path), "cpu")
     one, other = (common.response_logprobs(policy, [([3, 4, 5], [6, 7, last])]) for last in (8, 99))
     torch.testing.assert_close(one[:2], other[:2])
@@ -757,8 +865,14 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path):
 def test_every_end_of_text_token_of_a_chat_model_ends_a_sample(nano, tmp_path):
     """A list of them stands in the generation settings; one beyond the vocabulary cannot come up and is no reason to stop."""
     policy = common.Policy(nano, device="cpu")
-    greedy = common.generate(policy, PROBLEMS[:1], temperature=0, max_new_tokens=8)[0].tokens.tolist()
-    policy.model.generation_config.eos_token_id = [*policy.eos_ids, greedy[2], policy.vocabulary + 9]
+    greedy = common.generate(policy, PROBLEMS[:1], temperature=0, max_new_tokens=8)[
+        0
+    ].tokens.tolist()
+    policy.model.generation_config.eos_token_id = [
+        *policy.eos_ids,
+        greedy[2],
+        policy.vocabulary + 9,
+    ]
     policy.model.save_pretrained(tmp_path)
     policy.tokenizer.save_pretrained(tmp_path)
     again = common.Policy(str(tmp_path), device="cpu")
@@ -776,7 +890,9 @@ def test_frozen_weights_are_cast_as_seldom_as_others(nano):
             self.count = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += function is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter)
+            self.count += function is torch.ops.aten._to_copy.default and isinstance(
+                args[0], torch.nn.Parameter
+            )
             return function(*args, **(kwargs or {}))
 
     policy, counts = common.Policy(nano, device="cpu", dtype="bfloat16"), []
@@ -786,7 +902,9 @@ def test_frozen_weights_are_cast_as_seldom_as_others(nano):
             common.generate(policy, PROBLEMS, max_new_tokens=12)
         counts.append(casts.count)
         assert all(weight.requires_grad != frozen for weight in policy.model.parameters())
-    n_linear = sum(isinstance(module, torch.nn.Linear) for module in policy.model.modules()) - 1  # the head is float32
+    n_linear = (
+        sum(isinstance(module, torch.nn.Linear) for module in policy.model.modules()) - 1
+    )  # the head is float32
     assert n_linear <= counts[1] <= counts[0] + n_linear
 
 

@@ -16,23 +16,32 @@ import ppo
 import reward_model
 
 PROBLEMS = common.load_problems("arithmetic", "train", 40)
-SMALL = ["--model", "tiny", "--limit-eval", "12", "--max-new-tokens", "60", "--rows", "32"]
+SMALL = [
+    "--model",
+    "tiny",
+    "--limit-eval",
+    "12",
+    "--max-new-tokens",
+    "60",
+    "--gen-batch-size",
+    "32",
+]
 RUN = [*SMALL, "--kind", "genrm", "--limit-train", "24", "--samples", "4", "--eval-samples", "4", "--epochs", "2",
        "--batch-size", "8"]  # fmt: skip
 PPO = [*SMALL, "--questions", "8", "--samples", "3", "--phases", "2", "--eval-every", "2"]
 
 
 @pytest.fixture(scope="module")
-def genrm() -> common.GenerativeRewardModel:
-    return common.GenerativeRewardModel("tiny", "cpu", new=True)
+def genrm() -> reward_model.GenerativeRewardModel:
+    return reward_model.GenerativeRewardModel("tiny", "cpu", new=True)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Folders of a generative and an outcome reward model that were not trained."""
     folder = tmp_path_factory.mktemp("judges")
-    common.GenerativeRewardModel("tiny", "cpu", new=True).save(folder / "genrm")
-    common.RewardModel("tiny", "cpu", new=True).save(folder / "orm")
+    reward_model.GenerativeRewardModel("tiny", "cpu", new=True).save(folder / "genrm")
+    reward_model.RewardModel("tiny", "cpu", new=True).save(folder / "orm")
     return SimpleNamespace(genrm=str(folder / "genrm"), orm=str(folder / "orm"))
 
 
@@ -53,7 +62,9 @@ def test_a_solution_cannot_write_its_own_verdict(genrm):
     for words in ("Better answer:\nA", "Answer B:\n#### 1\nBetter answer:\nA", "Answer A:\n5"):
         assert genrm.encode(PROBLEMS[0], f"1+1=2\n{words}", "2+2=4") == plain
         assert genrm.encode(PROBLEMS[0], "1+1=2", f"2+2=4\n{words}") == plain
-    assert genrm.encode(PROBLEMS[0], "1+1=2 Better answer: A", "2+2=4") != plain  # only at the beginning of a line
+    assert (
+        genrm.encode(PROBLEMS[0], "1+1=2 Better answer: A", "2+2=4") != plain
+    )  # only at the beginning of a line
 
 
 def test_beside_itself_a_solution_scores_exactly_half_in_any_company(genrm):
@@ -66,10 +77,14 @@ def test_beside_itself_a_solution_scores_exactly_half_in_any_company(genrm):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_log_odds_are_those_of_the_verdict_tokens_one_comparison_at_a_time(name, tmp_path_factory):
+def test_the_log_odds_are_those_of_the_verdict_tokens_one_comparison_at_a_time(
+    name, tmp_path_factory
+):
     """Against the plain forward pass without padding; comparisons of different lengths in one batch."""
     policy = random_policy(name, tmp_path_factory)
-    genrm = common.GenerativeRewardModel(policy.model.config._name_or_path, "cpu", "float32", new=True)
+    genrm = reward_model.GenerativeRewardModel(
+        policy.model.config._name_or_path, "cpu", "float32", new=True
+    )
     problem = PROBLEMS[0]
     pairs = [("1", "2 2 2"), (problem.reference, wrong(problem)), ("", "")]
     examples = [genrm.encode(problem, a, b) for a, b in pairs]
@@ -92,14 +107,16 @@ def test_the_score_is_the_mean_over_both_orders_and_of_equal_texts_one_half(genr
             [genrm.encode(problem, wrong(problem), problem.reference.strip()),
              genrm.encode(problem, problem.reference.strip(), wrong(problem))]
         )  # fmt: skip
-    assert asked[1] == pytest.approx([odds[0].sigmoid().item(), 1 - odds[1].sigmoid().item()], abs=1e-5)
+    assert asked[1] == pytest.approx(
+        [odds[0].sigmoid().item(), 1 - odds[1].sigmoid().item()], abs=1e-5
+    )
     samples = [sample_of(problem, text, i) for i, text in enumerate(candidates)]
     scores = genrm.scores(samples, {problem.id: problem.reference.strip()})
     assert scores == pytest.approx(asked.mean(1).tolist())
     assert scores[0] == pytest.approx(0.5, abs=1e-6) and scores[2] == scores[0]
-    assert genrm.scores(samples, {problem.id: problem.reference.strip()}, token_budget=1) == pytest.approx(
-        scores, abs=1e-5
-    )
+    assert genrm.scores(
+        samples, {problem.id: problem.reference.strip()}, token_budget=1
+    ) == pytest.approx(scores, abs=1e-5)
 
 
 def test_a_reference_that_is_sampled_takes_the_room_of_a_sample(genrm):
@@ -112,16 +129,21 @@ def test_a_reference_that_is_sampled_takes_the_room_of_a_sample(genrm):
             genrm.check_lengths([problem], room // n + 1)
 
 
-def test_a_saved_one_is_an_ordinary_language_model_and_others_are_refused(genrm, tmp_path, nano, folders):
+def test_a_saved_one_is_an_ordinary_language_model_and_others_are_refused(
+    genrm, tmp_path, nano, folders
+):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folders.genrm)
     ids = torch.tensor([genrm.encode(PROBLEMS[0], "1", "2")[0]])
     torch.testing.assert_close(model(ids).logits, genrm.model(ids).logits, atol=1e-4, rtol=1e-4)
-    common.GenerativeRewardModel(folders.genrm, "cpu")
-    for folder, words in ((nano, "not a generative reward model"), (folders.orm, "not a language model")):
+    reward_model.GenerativeRewardModel(folders.genrm, "cpu")
+    for folder, words in (
+        (nano, "not a generative reward model"),
+        (folders.orm, "not a language model"),
+    ):
         with pytest.raises(common.UserError, match=words):
-            common.GenerativeRewardModel(folder, "cpu")
+            reward_model.GenerativeRewardModel(folder, "cpu")
 
 
 # ---- what it learns from, and how good it is
@@ -137,7 +159,9 @@ def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
     for n_pairs, expected in ((10, 3 + 2 + 6 + 1), (1, 1 + 1 + 1 + 1)):
         for seed in range(10):
             asked, targets = reward_model.comparisons(samples, n_pairs, seed)
-            assert len(asked) == len(targets) == expected + 2 + 2 + 1  # questions, beginnings, another's solution
+            assert (
+                len(asked) == len(targets) == expected + 2 + 2 + 1
+            )  # questions, beginnings, another's solution
             assert all(any(q.question in pair[1:] for pair in asked) for q in (problem, other))
             for (p, a, b), target in zip(asked, targets, strict=True):
                 is_right = [sample_of(p, text).correct for text in (a, b)]
@@ -145,10 +169,16 @@ def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
                 turned += p is problem and b == gold
     assert turned  # the gold solution comes second, too: what is first says nothing
     without = common.Problem("x", "q", problem.answer)
-    asked, targets = reward_model.comparisons([sample_of(without, gold), sample_of(without, "1")], 5, 0)
+    asked, targets = reward_model.comparisons(
+        [sample_of(without, gold), sample_of(without, "1")], 5, 0
+    )
     assert len(asked) == 1 and targets[0] in (0.0, 1.0)
-    asked, _ = reward_model.comparisons([sample_of(without, t) for t in (gold, f"so {gold}", "1", "2")], 4, 0)
-    assert len({frozenset(pair[1:]) for pair in asked}) == len(asked) == 4  # two right, two wrong: each pair once
+    asked, _ = reward_model.comparisons(
+        [sample_of(without, t) for t in (gold, f"so {gold}", "1", "2")], 4, 0
+    )
+    assert (
+        len({frozenset(pair[1:]) for pair in asked}) == len(asked) == 4
+    )  # two right, two wrong: each pair once
 
 
 class Oracle:
@@ -171,11 +201,23 @@ def test_the_quality_of_a_judge_that_is_known():
             sample_of(problem, "", 2),
         ]
     report = reward_model.genrm_quality(samples, Oracle(), 1000)
-    assert report["auc"] == report["auc_within"] == 1 and report["base_rate"] == pytest.approx(1 / 3)
-    assert report["score_if_right"] == pytest.approx(0.5) and report["score_if_wrong"] == pytest.approx(0.1)
-    assert report["half_if_wrong"] == 0 and report["order_bias"] == pytest.approx(0.1) == report["order_gap"]
-    assert report["above_half"] == 0  # a right one is as good as the reference, no better
-    assert [row["candidate"] for row in report["nonsense"]] == ["empty", "colon", "thinking", "question"]
+    assert report["auc"] == report["auc_within"] == 1 and report["base_rate"] == pytest.approx(
+        1 / 3
+    )
+    assert report["score_if_correct"] == pytest.approx(0.5) and report[
+        "score_if_incorrect"
+    ] == pytest.approx(0.1)
+    assert (
+        report["false_positive_rate"] == 0
+        and report["order_bias"] == pytest.approx(0.1) == report["order_gap"]
+    )
+    assert report["beats_gold_rate"] == 0  # a right one is as good as the reference, no better
+    assert [row["candidate"] for row in report["nonsense"]] == [
+        "empty",
+        "colon",
+        "thinking",
+        "question",
+    ]
     assert report["nonsense_worst"] == pytest.approx(0.1)
     bare = [
         common.Problem(p.id, p.question, p.answer) for p in PROBLEMS[:2]
@@ -183,7 +225,9 @@ def test_the_quality_of_a_judge_that_is_known():
     samples = [
         sample_of(bare[0], wrong(bare[0])),
         sample_of(bare[0], PROBLEMS[0].reference),
-        sample_of(bare[0], PROBLEMS[0].reference, 2),  # would be scored beside itself: 0.5, whatever the model
+        sample_of(
+            bare[0], PROBLEMS[0].reference, 2
+        ),  # would be scored beside itself: 0.5, whatever the model
         sample_of(bare[1], "1", 2),
     ]
     assert reward_model.genrm_quality(samples, Oracle(), 1000)["base_rate"] == 0
@@ -199,14 +243,22 @@ def test_the_quality_of_a_judge_that_is_known():
 def test_a_reference_is_not_a_sample_that_was_cut(monkeypatch, tmp_path):
     """Unless all were."""
     first, second = PROBLEMS[:2]
-    samples = [sample_of(p, f"{n}+1=<<{n}+1=2>>2\n#### 2", n) for p in (first, second) for n in range(3)]
+    samples = [
+        sample_of(p, f"{n}+1=<<{n}+1=2>>2\n#### 2", n) for p in (first, second) for n in range(3)
+    ]
     for sample, score in zip(samples, [0.9, 0.2, 0.4, 0.1, 0.8, 0.3], strict=True):
         sample.score, sample.finished = score, sample.problem is first and sample.number > 0
     monkeypatch.setattr(common, "sample_to_file", lambda *_, **__: samples)
     run, args = (
         SimpleNamespace(out=tmp_path),
         SimpleNamespace(
-            reference_samples=3, temperature=1.0, max_new_tokens=9, rows=9, seed=0, few_shot=False, token_budget=99
+            reference_samples=3,
+            temperature=1.0,
+            max_new_tokens=9,
+            batch_size=9,
+            seed=0,
+            few_shot=False,
+            token_budget=99,
         ),
     )
     found = ppo.best_of_n(None, [first, second], SimpleNamespace(grade=lambda *_: None), run, args)
@@ -214,18 +266,26 @@ def test_a_reference_is_not_a_sample_that_was_cut(monkeypatch, tmp_path):
 
 
 def test_routes_hide_the_shares_asked_for_and_the_same_ones_again():
-    problems = [*PROBLEMS[:30], *[common.Problem(f"bare{i}", "q", PROBLEMS[0].answer) for i in range(10)]]
+    problems = [
+        *PROBLEMS[:30],
+        *[common.Problem(f"bare{i}", "q", PROBLEMS[0].answer) for i in range(10)],
+    ]
     route = ppo.routes(problems, 0.5, 0.25, 0)
     assert route == ppo.routes(problems, 0.5, 0.25, 0) != ppo.routes(problems, 0.5, 0.25, 1)
     assert route.count("verifier") == 20 and route.count("best") >= 5
     assert all(r != "gold" for r, p in zip(route, problems, strict=True) if p.reference is None)
     assert set(ppo.routes(problems, 0, 1, 0)) == {"verifier"}
-    assert ppo.routes(PROBLEMS, 1, 0, 0) == ["gold"] * 40 and ppo.routes(PROBLEMS, 1, 1, 0) == ["best"] * 40
+    assert (
+        ppo.routes(PROBLEMS, 1, 0, 0) == ["gold"] * 40
+        and ppo.routes(PROBLEMS, 1, 1, 0) == ["best"] * 40
+    )
 
 
 def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, genrm):
     checked, hidden = PROBLEMS[:2]
-    judges = ppo.Judges(genrm=genrm, references={hidden.id: hidden.reference.strip()}, golden={hidden.id})
+    judges = ppo.Judges(
+        genrm=genrm, references={hidden.id: hidden.reference.strip()}, golden={hidden.id}
+    )
     texts = [
         (checked, checked.reference),
         (checked, wrong(checked)),
@@ -239,18 +299,27 @@ def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, gen
     expected = genrm.scores(samples[2:], judges.references)
     assert scores == pytest.approx([1, 0, *expected]) and scores[2] == pytest.approx(0.5, abs=1e-6)
     rewards = ppo.task_rewards("hybrid", tiny, samples, judges)
-    assert [r[-1] for r in rewards] == pytest.approx(scores) and not any(r[:-1].any() for r in rewards)
+    assert [r[-1] for r in rewards] == pytest.approx(scores) and not any(
+        r[:-1].any() for r in rewards
+    )
     metrics = ppo.genrm_metrics(judges, samples, rewards)
-    assert metrics["score_if_right"] == pytest.approx(0.5, abs=1e-6)
-    assert metrics["half_if_wrong"] == float(expected[1] >= 0.5) and metrics["above_half"] == (expected[1] > 0.5) / 2
+    assert metrics["score_if_correct"] == pytest.approx(0.5, abs=1e-6)
+    assert (
+        metrics["false_positive_rate"] == float(expected[1] >= 0.5)
+        and metrics["beats_gold_rate"] == (expected[1] > 0.5) / 2
+    )
     nothing = ppo.genrm_metrics(judges, samples[:2], rewards[:2])
     assert set(nothing.values()) == {None}  # where it judged nothing, nothing was measured
     samples[3].finished = False
     samples[3].text = "1" * 9999  # too long to be compared, and need not be
     assert judges.scores("hybrid", samples) == [*scores[:3], 0]
-    cut = ppo.genrm_metrics(judges, samples, rewards)  # it was not judged, so it is not one that was found wanting
+    cut = ppo.genrm_metrics(
+        judges, samples, rewards
+    )  # it was not judged, so it is not one that was found wanting
     assert (
-        cut["half_if_wrong"] is None and cut["above_half"] == 0 and cut["score_if_right"] == metrics["score_if_right"]
+        cut["false_positive_rate"] is None
+        and cut["beats_gold_rate"] == 0
+        and cut["score_if_correct"] == metrics["score_if_correct"]
     )
 
 
@@ -268,7 +337,11 @@ def test_who_judges_a_question_does_not_say_when_it_comes():
 
 def test_standardising_by_hand():
     z = ppo.standardised([0.0, 1.0, 0.2, 0.4, 0.9], ["a", "a", "b", "b", "b"])
-    assert z[:2] == pytest.approx([-1, 1]) and z[2:].mean() == pytest.approx(0) and z[2:].std() == pytest.approx(1)
+    assert (
+        z[:2] == pytest.approx([-1, 1])
+        and z[2:].mean() == pytest.approx(0)
+        and z[2:].std() == pytest.approx(1)
+    )
     assert ppo.standardised([0.5, 0.5], ["a", "a"]).tolist() == [0, 0]
 
 
@@ -287,11 +360,15 @@ def test_each_selection_keeps_what_it_says():
     assert {i for d in drawn for i in d} == set(range(10)) and all(len(set(d)) == 3 for d in drawn)
     ties = {tuple(ppo.choose("lowest", passed, passed, domains, 0.1, seed)) for seed in range(30)}
     assert ties == {(0,), (1,)}  # ties by chance, not by place
-    hard = [s - 1 for s in passed]  # the same shape, lower: without domains it would take every place
+    hard = [
+        s - 1 for s in passed
+    ]  # the same shape, lower: without domains it would take every place
     both = ppo.choose("lowest", passed + hard, passed + passed, ["a"] * 10 + ["b"] * 10, 0.2, 0)
     assert both == [0, 1, 10, 11]
     assert ppo.choose("floor", [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], ["a"] * 3, 1.0, 0) == [2]
-    assert ppo.choose("lowest", [0.0, 0.5, 1.0], [0.0, 0.5, 1.0], ["a"] * 3, 0.1, 0) == [0]  # of few questions one
+    assert ppo.choose("lowest", [0.0, 0.5, 1.0], [0.0, 0.5, 1.0], ["a"] * 3, 0.1, 0) == [
+        0
+    ]  # of few questions one
 
 
 def test_verifiable_questions_come_first_and_the_others_join_in_turn():
@@ -300,7 +377,13 @@ def test_verifiable_questions_come_first_and_the_others_join_in_turn():
     assert stages == [(1, [0, 2, 4]), (3, [0, 1, 2, 3, 4]), (5, list(range(8)))]
     curriculum = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)
     drawn = {phase: curriculum.draw(phase, 5)[0] for phase in range(1, 7)}
-    assert set(drawn[1]) == set(drawn[2]) == {0, 2, 4} and set(drawn[3]) == set(drawn[4]) == {0, 1, 2, 3, 4}
+    assert set(drawn[1]) == set(drawn[2]) == {0, 2, 4} and set(drawn[3]) == set(drawn[4]) == {
+        0,
+        1,
+        2,
+        3,
+        4,
+    }
     assert len(drawn[5]) == len(drawn[6]) == 5 and set(drawn[5]) | set(drawn[6]) == set(range(8))
     again = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)  # a resumed one
     for phase in range(1, 4):
@@ -319,7 +402,10 @@ def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path
     assert cli(reward_model, *RUN, "--out", out)[0] == 0
     rows, quality = rows_of(out / "metrics.jsonl"), json.loads((out / "quality.json").read_text())
     assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["loss"] < rows[0]["loss"]
-    assert quality["auc"] == pytest.approx(max(row["auc"] for row in rows), rel=1e-5) and len(quality["nonsense"]) == 4
+    assert (
+        quality["auc"] == pytest.approx(max(row["auc"] for row in rows), rel=1e-5)
+        and len(quality["nonsense"]) == 4
+    )
     argv = [*PPO, "--limit-train", 40, "--genrm", out / "model", "--orm", folders.orm]
     runs = {"gold": ["--reward", "genrm"],
             "best": ["--reward", "genrm", "--hide-solutions", "1", "--reference-samples", "2"],
@@ -328,46 +414,98 @@ def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path
     for name, flags in runs.items():
         assert cli(ppo, *argv, *flags, "--out", tmp_path / name)[0] == 0
         row = rows_of(tmp_path / name / "metrics.jsonl")[-1]
-        assert 0 <= row["half_if_wrong"] <= 1 and 0 <= row["reward"] <= 1
-        assert row["above_half"] is None if name == "best" else 0 <= row["above_half"] <= 1
+        assert 0 <= row["false_positive_rate"] <= 1 and 0 <= row["reward"] <= 1
+        assert (
+            row["beats_gold_rate"] is None if name == "best" else 0 <= row["beats_gold_rate"] <= 1
+        )
     references = rows_of(tmp_path / "best" / "samples" / "references.jsonl")
     assert len(references) == 80
     first = [rows_of(tmp_path / name / "samples" / "phase_1.jsonl") for name in ("gold", "best")]
     assert first[0] == first[1]  # the references change nothing about the samples
     verified = rows_of(tmp_path / "hybrid" / "metrics.jsonl")[1]
-    assert verified["reward"] == pytest.approx(verified["correct"])  # at first only what can be checked
-    code, message = cli(ppo, *PPO, "--reward", "genrm", "--genrm", folders.orm, "--out", tmp_path / "none")
+    assert verified["reward"] == pytest.approx(
+        verified["correct"]
+    )  # at first only what can be checked
+    code, message = cli(
+        ppo, *PPO, "--reward", "genrm", "--genrm", folders.orm, "--out", tmp_path / "none"
+    )
     assert code == 2 and "not a language model" in message and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("kind", ["lowest", "floor", "frontier", "random"])
 def test_selected_questions_join_the_first_ones(kind, cli, tmp_path):  # noqa: F811
-    argv = [*PPO, "--limit-train", 2250, "--select", kind, "--select-samples", 2, "--select-fraction", 0.1]
+    argv = [
+        *PPO,
+        "--limit-train",
+        2250,
+        "--select",
+        kind,
+        "--select-samples",
+        2,
+        "--select-fraction",
+        0.1,
+    ]
     assert cli(ppo, *argv, "--out", tmp_path / "own")[0] == 0
     selection = json.loads((tmp_path / "own" / "selection.json").read_text())
-    assert len(selection["questions"]) == 54 and sum(row["chosen"] for row in selection["questions"]) == 5
+    assert (
+        len(selection["questions"]) == 54
+        and sum(row["chosen"] for row in selection["questions"]) == 5
+    )
     written = rows_of(tmp_path / "own" / "samples" / "pool.jsonl")
     passed = {}
     for row in written:
         passed.setdefault(row["problem"], []).append(row["correct"] and row["finished"])
-    assert all(row["passed"] == row["score"] == np.mean(passed[row["id"]]) for row in selection["questions"])
+    assert all(
+        row["passed"] == row["score"] == np.mean(passed[row["id"]])
+        for row in selection["questions"]
+    )
     if kind != "lowest":
         return
     given = ["--selection", tmp_path / "own" / "selection.json", "--out", tmp_path / "given"]
     assert cli(ppo, *argv, *given)[0] == 0
-    assert without_time(tmp_path / "own" / "metrics.jsonl") == without_time(tmp_path / "given" / "metrics.jsonl")
+    assert without_time(tmp_path / "own" / "metrics.jsonl") == without_time(
+        tmp_path / "given" / "metrics.jsonl"
+    )
     assert not (tmp_path / "given" / "samples" / "pool.jsonl").exists()
-    itself = ["--selection", tmp_path / "own" / "selection.json", "--out", tmp_path / "own", "--overwrite"]
+    itself = [
+        "--selection",
+        tmp_path / "own" / "selection.json",
+        "--out",
+        tmp_path / "own",
+        "--overwrite",
+    ]
     code, message = cli(ppo, *argv, *itself, "--limit-train", 2200)
-    assert code == 2 and "has no score for" in message and (tmp_path / "own" / "metrics.jsonl").exists()
-    assert cli(ppo, *argv, *itself)[0] == 0  # the file is read before the run that it belongs to is replaced
-    assert without_time(tmp_path / "own" / "metrics.jsonl") == without_time(tmp_path / "given" / "metrics.jsonl")
+    assert (
+        code == 2
+        and "has no score for" in message
+        and (tmp_path / "own" / "metrics.jsonl").exists()
+    )
+    assert (
+        cli(ppo, *argv, *itself)[0] == 0
+    )  # the file is read before the run that it belongs to is replaced
+    assert without_time(tmp_path / "own" / "metrics.jsonl") == without_time(
+        tmp_path / "given" / "metrics.jsonl"
+    )
 
 
 def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):  # noqa: F811
-    argv = [*PPO, "--limit-train", 20, "--select", "lowest", "--select-samples", 1, "--select-fraction", 0.05]
+    argv = [
+        *PPO,
+        "--limit-train",
+        20,
+        "--select",
+        "lowest",
+        "--select-samples",
+        1,
+        "--select-fraction",
+        0.05,
+    ]
     file = tmp_path / "more.jsonl"
-    file.write_text("".join(json.dumps({"question": p.question, "answer": str(p.answer)}) + "\n" for p in PROBLEMS))
+    file.write_text(
+        "".join(
+            json.dumps({"question": p.question, "answer": str(p.answer)}) + "\n" for p in PROBLEMS
+        )
+    )
     other = tmp_path / "other.jsonl"
     other.write_text(file.read_text())
     (tmp_path / "again").mkdir()
@@ -393,20 +531,26 @@ def test_pools_whose_files_have_the_same_name_are_told_apart(tmp_path):
     train = common.load_problems(names[0], "train")
     for others in (names[1:], names[1:2]):
         pool, domains = ppo.load_pool(SimpleNamespace(dataset=names[0], pool=others), train)
-        assert set(domains) == set(others) and len({p.id for p in train + pool}) == len(train + pool) == 27 * (
-            1 + len(others)
-        )
+        assert set(domains) == set(others) and len({p.id for p in train + pool}) == len(
+            train + pool
+        ) == 27 * (1 + len(others))
         assert all(p.id.startswith(f"{name}: ") for p, name in zip(pool, domains, strict=True))
 
 
 def test_a_pool_of_its_own_is_taken_from_its_first_question_on(tmp_path):
     """That of the training set from the first question after those to train on."""
     file, train = tmp_path / "pool.jsonl", PROBLEMS[:20]
-    file.write_text("".join(json.dumps({"question": f"n{i}", "answer": str(i)}) + "\n" for i in range(40)))
+    file.write_text(
+        "".join(json.dumps({"question": f"n{i}", "answer": str(i)}) + "\n" for i in range(40))
+    )
     pool, domains = ppo.load_pool(SimpleNamespace(dataset="arithmetic", pool=[str(file)]), train)
-    assert [p.question for p in pool] == [f"n{i}" for i in range(33)] and set(domains) == {str(file)}
+    assert [p.question for p in pool] == [f"n{i}" for i in range(33)] and set(domains) == {
+        str(file)
+    }
     pool, domains = ppo.load_pool(SimpleNamespace(dataset="arithmetic", pool=[]), train)
-    assert pool == common.load_problems("arithmetic", "train")[20:] and set(domains) == {"arithmetic"}
+    assert pool == common.load_problems("arithmetic", "train")[20:] and set(domains) == {
+        "arithmetic"
+    }
 
 
 def test_the_scores_of_another_run_are_found_by_the_question(tmp_path):
@@ -444,7 +588,17 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa
         assert code == 2 and message.count("\n") == 1, message
     wrong_file = tmp_path / "selection.json"
     wrong_file.write_text(json.dumps({"questions": [{"id": "other", "score": 1, "passed": 1}]}))
-    argv = [*PPO, "--limit-train", 2300, "--select", "lowest", "--selection", wrong_file, "--out", tmp_path / "run"]
+    argv = [
+        *PPO,
+        "--limit-train",
+        2300,
+        "--select",
+        "lowest",
+        "--selection",
+        wrong_file,
+        "--out",
+        tmp_path / "run",
+    ]
     code, message = cli(ppo, *argv)
     assert code == 2 and "no score for" in message
     wrong_file.write_text(json.dumps({"questions": [{"id": "other"}]}))
@@ -455,15 +609,37 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa
 def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):  # noqa: F811
     """No solutions, and of every question one sample: right or wrong, but never both."""
     file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
-    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": str(i % 3)}) + "\n" for i in range(60)))
-    argv = ["--kind", "genrm", "--model", "tiny", "--dataset", file, "--samples", 1, "--eval-samples", 2]
+    file.write_text(
+        "".join(json.dumps({"question": f"q{i}", "answer": str(i % 3)}) + "\n" for i in range(60))
+    )
+    argv = [
+        "--kind",
+        "genrm",
+        "--model",
+        "tiny",
+        "--dataset",
+        file,
+        "--samples",
+        1,
+        "--eval-samples",
+        2,
+    ]
     train = common.load_problems(str(file), "train")
     texts = ["1+0=<<1+0=1>>1\n#### 1"] * len(train)
     samples.write_text(
-        "".join(common.Sample(p, 0, t, True).to_json() + "\n" for p, t in zip(train, texts, strict=True))
+        "".join(
+            common.Sample(p, 0, t, True).to_json() + "\n" for p, t in zip(train, texts, strict=True)
+        )
     )
     code, message = cli(
-        reward_model, *argv, "--train-samples", samples, "--max-new-tokens", 20, "--out", tmp_path / "run"
+        reward_model,
+        *argv,
+        "--train-samples",
+        samples,
+        "--max-new-tokens",
+        20,
+        "--out",
+        tmp_path / "run",
     )
     assert code == 2 and "raise --samples" in message
     assert not (tmp_path / "run" / "model").exists()
@@ -472,37 +648,75 @@ def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):  
 def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_path, monkeypatch):  # noqa: F811
     """No solutions, and none of the dev questions is ever solved."""
     file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
-    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": i // 40 * 98765 + 1}) + "\n" for i in range(60)))
+    file.write_text(
+        "".join(
+            json.dumps({"question": f"q{i}", "answer": i // 40 * 98765 + 1}) + "\n"
+            for i in range(60)
+        )
+    )
     train = common.load_problems(str(file), "train")
-    rows = [common.Sample(p, k, f"1+0=<<1+0=1>>1\n#### {k}", True).to_json() for p in train[:30] for k in (1, 2)]
+    rows = [
+        common.Sample(p, k, f"1+0=<<1+0=1>>1\n#### {k}", True).to_json()
+        for p in train[:30]
+        for k in (1, 2)
+    ]
     samples.write_text("\n".join(rows) + "\n")
-    monkeypatch.setattr(reward_model, "orm_step", lambda *_, **__: pytest.fail("trained"), raising=False)
+    monkeypatch.setattr(
+        reward_model, "orm_step", lambda *_, **__: pytest.fail("trained"), raising=False
+    )
     monkeypatch.setattr(common, "cross_entropy_step", lambda *_, **__: pytest.fail("trained"))
-    argv = ["--kind", "genrm", "--model", "tiny", "--dataset", file, "--eval-samples", 2, "--train-samples", samples]
+    argv = [
+        "--kind",
+        "genrm",
+        "--model",
+        "tiny",
+        "--dataset",
+        file,
+        "--eval-samples",
+        2,
+        "--train-samples",
+        samples,
+    ]
     code, message = cli(reward_model, *argv, "--max-new-tokens", 20, "--out", tmp_path / "run")
     assert code == 2 and "no dev question has a gold solution or a right sample" in message
 
 
 def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_path):  # noqa: F811
     rows, more = (
-        [json.dumps({"question": f"{name}{i}", "answer": f"#### {i}"}) + "\n" for i in range(40)] for name in "qn"
+        [json.dumps({"question": f"{name}{i}", "answer": f"#### {i}"}) + "\n" for i in range(40)]
+        for name in "qn"
     )
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("".join(rows[:20]))
     (tmp_path / "set" / "test.jsonl").write_text("".join(rows[20:30]))
     (tmp_path / "pool.jsonl").write_text("".join(rows + more))
-    argv = [*PPO, "--dataset", tmp_path / "set", "--select", "lowest", "--select-samples", 1, "--select-fraction", 1]
+    argv = [
+        *PPO,
+        "--dataset",
+        tmp_path / "set",
+        "--select",
+        "lowest",
+        "--select-samples",
+        1,
+        "--select-fraction",
+        1,
+    ]
     assert cli(ppo, *argv, "--pool", tmp_path / "pool.jsonl", "--out", tmp_path / "run")[0] == 0
     pool = [
-        json.loads(line)["question"] for line in (tmp_path / "run" / "samples" / "pool.jsonl").read_text().splitlines()
+        json.loads(line)["question"]
+        for line in (tmp_path / "run" / "samples" / "pool.jsonl").read_text().splitlines()
     ]
     given = {
-        p.question for split in ("train", "dev", "test") for p in common.load_problems(str(tmp_path / "set"), split)
+        p.question
+        for split in ("train", "dev", "test")
+        for p in common.load_problems(str(tmp_path / "set"), split)
     }
     assert len(given) == 30 and pool and not given & set(pool) and {"n5", "q35"} <= set(pool)
 
 
-def test_questions_with_a_gold_solution_join_before_those_without(cli, tmp_path, folders, monkeypatch):  # noqa: F811
+def test_questions_with_a_gold_solution_join_before_those_without(
+    cli, tmp_path, folders, monkeypatch
+):  # noqa: F811
     """Whatever the order of the two shares."""
     stages = []
 
@@ -511,12 +725,34 @@ def test_questions_with_a_gold_solution_join_before_those_without(cli, tmp_path,
         raise KeyboardInterrupt  # that is all that is asked
 
     monkeypatch.setattr(ppo.Curriculum, "__init__", begun)
-    argv = [*PPO, "--limit-train", 24, "--phases", 10, "--reward", "hybrid", "--hide-solutions", 0.5]
+    argv = [
+        *PPO,
+        "--limit-train",
+        24,
+        "--phases",
+        10,
+        "--reward",
+        "hybrid",
+        "--hide-solutions",
+        0.5,
+    ]
     argv += ["--reference-samples", 1]
-    argv += ["--curriculum", "verifiable_first", "--switch", 0.6, 0.2, "--genrm", folders.genrm, "--orm", folders.orm]
+    argv += [
+        "--curriculum",
+        "verifiable_first",
+        "--switch",
+        0.6,
+        0.2,
+        "--genrm",
+        folders.genrm,
+        "--orm",
+        folders.orm,
+    ]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 130
     route = ppo.routes(PROBLEMS[:24], 0.5, 0.5, 0)
-    verifier, gold, best = ({i for i, r in enumerate(route) if r == kind} for kind in ("verifier", "gold", "best"))
+    verifier, gold, best = (
+        {i for i, r in enumerate(route) if r == kind} for kind in ("verifier", "gold", "best")
+    )
     assert [(begin, set(asked)) for begin, asked in stages] == [
         (1, verifier), (3, verifier | gold), (7, verifier | gold | best)
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import train_step
 from test_scripts import cli, rows_of, without_time  # noqa: F401
 
 import common
@@ -23,12 +24,14 @@ import rcrl
 import reward_model
 import sft
 
-SMALL = ["--max-new-tokens", "60", "--rows", "32", "--limit-eval", "8", "--seed", "7"]
+SMALL = ["--max-new-tokens", "60", "--gen-batch-size", "32", "--limit-eval", "8", "--seed", "7"]
 
 
 def weights_of(policy) -> int:
     """A number that stands for the weights."""
-    return zlib.crc32(b"".join(tensor.numpy().tobytes() for tensor in policy.model.state_dict().values()))
+    return zlib.crc32(
+        b"".join(tensor.numpy().tobytes() for tensor in policy.model.state_dict().values())
+    )
 
 
 @pytest.fixture
@@ -49,7 +52,9 @@ def drawn(monkeypatch) -> list:
 
     def spied(policy, problems, **how):
         state, samples = weights_of(policy), generate(policy, problems, **how)
-        calls.append(SimpleNamespace(**{"few_shot": False} | how | {"weights": state, "samples": samples}))
+        calls.append(
+            SimpleNamespace(**{"few_shot": False} | how | {"weights": state, "samples": samples})
+        )
         return samples
 
     monkeypatch.setattr(common, "generate", spied)
@@ -63,7 +68,7 @@ def measured(monkeypatch) -> list:
 
     def dev_metrics(policy, *_):
         states.append(weights_of(policy))
-        return {"maj@1": next(accuracies), "unreadable": 0.0, "cut": 0.0}
+        return {"maj@1": next(accuracies), "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
     return states
@@ -95,7 +100,7 @@ def test_of_equally_good_epochs_the_more_readable_one_is_kept(cli, tmp_path, mon
 
     def dev_metrics(policy, *_):
         states.append(weights_of(policy))
-        return {"maj@1": 0.0, "unreadable": next(unreadable), "cut": 0.0}
+        return {"maj@1": 0.0, "no_answer": next(unreadable), "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
     argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--epochs", 3, "--out", tmp_path / "run"]
@@ -132,7 +137,9 @@ def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
         kept += len(good)
         assert row["kept"] == len(good) > 0 and row["train_size"] == kept
         epochs = [step.examples for step in trained[2 * i : 2 * i + 2]]
-        assert all(len(examples) == kept for examples in epochs) and sorted(epochs[0]) == sorted(epochs[1])
+        assert all(len(examples) == kept for examples in epochs) and sorted(epochs[0]) == sorted(
+            epochs[1]
+        )
         decoded = [trained[0].policy.decode(solution) for _, solution in epochs[0]]
         assert set(decoded) >= {s.solution for s in good}
         groups = common.by_problem(call.samples)
@@ -141,17 +148,30 @@ def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
             "correct": np.mean([s.correct for s in call.samples]),
             "solved": np.mean([any(s.correct for s in group) for group in groups]),
             "follows_reference": np.mean(follow),
-            "sampled_unreadable": np.mean([s.answer is None for s in call.samples]),
-            "sampled_cut": np.mean([not s.finished for s in call.samples]),
+            "sampled_no_answer": np.mean([s.answer is None for s in call.samples]),
+            "sampled_truncated": np.mean([not s.finished for s in call.samples]),
         }
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
-    assert rows[0]["sampled_cut"] not in (0, 0.5, 1)
+    assert rows[0]["sampled_truncated"] not in (0, 0.5, 1)
 
 
 @pytest.mark.parametrize("flags", [[], ["--continue"]])
 def test_a_finished_run_of_expert_iteration_goes_on_with_more_rounds(flags, cli, tmp_path):  # noqa: F811
     """As if they had been asked for at once, bit for bit; fewer rounds are refused."""
-    argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 2, "--epochs", 1, "--pass-k", 0, *flags]
+    argv = [
+        *SMALL,
+        "--model",
+        "tiny",
+        "--limit-train",
+        24,
+        "--samples",
+        2,
+        "--epochs",
+        1,
+        "--pass-k",
+        0,
+        *flags,
+    ]
     at_once, later = tmp_path / "at_once", tmp_path / "later"
     assert cli(expert_iteration, *argv, "--rounds", 2, "--out", at_once)[0] == 0
     assert cli(expert_iteration, *argv, "--rounds", 1, "--out", later)[0] == 0
@@ -167,24 +187,61 @@ def test_a_finished_run_of_expert_iteration_goes_on_with_more_rounds(flags, cli,
 
 def test_expert_iteration_that_has_stopped_by_itself_stays_so(cli, tmp_path, measured):  # noqa: F811
     out = tmp_path / "run"
-    argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 2, "--epochs", 1, "--pass-k", 0, "--out", out]
+    argv = [
+        *SMALL,
+        "--model",
+        "tiny",
+        "--limit-train",
+        24,
+        "--samples",
+        2,
+        "--epochs",
+        1,
+        "--pass-k",
+        0,
+        "--out",
+        out,
+    ]
     assert cli(expert_iteration, *argv, "--rounds", 4)[0] == 0
-    assert [row["maj@1"] for row in rows_of(out / "metrics.jsonl")] == [0.1, 0.2, 0.5, 0.3]  # not better: the last one
+    assert [row["maj@1"] for row in rows_of(out / "metrics.jsonl")] == [
+        0.1,
+        0.2,
+        0.5,
+        0.3,
+    ]  # not better: the last one
     assert cli(expert_iteration, *argv, "--rounds", 5, "--resume")[0] == 0
     assert len(measured) == 4 and saved_weights(out / "model") == measured[2]
 
 
 def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):  # noqa: F811
-    argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 6, "--rounds", 1, "--epochs", 1, "--pass-k", 0]
+    argv = [
+        *SMALL,
+        "--model",
+        "tiny",
+        "--limit-train",
+        24,
+        "--samples",
+        6,
+        "--rounds",
+        1,
+        "--epochs",
+        1,
+        "--pass-k",
+        0,
+    ]
     kept = {}
     for flag in ("--deduplicate", "--no-deduplicate"):
         assert cli(expert_iteration, *argv, flag, "--out", tmp_path / flag)[0] == 0
         kept[flag] = rows_of(tmp_path / flag / "metrics.jsonl")[1]["kept"]
     right = [
-        row for row in rows_of(tmp_path / flag / "samples" / "round_1.jsonl") if row["correct"] and row["finished"]
+        row
+        for row in rows_of(tmp_path / flag / "samples" / "round_1.jsonl")
+        if row["correct"] and row["finished"]
     ]
     keys = {(row["problem"], common.equations(row["text"])) for row in right}
-    assert kept == {"--deduplicate": len(keys), "--no-deduplicate": len(right)} and len(keys) < len(right)
+    assert kept == {"--deduplicate": len(keys), "--no-deduplicate": len(right)} and len(keys) < len(
+        right
+    )
 
 
 def guesser(nano, folder, answers: dict[str, str]) -> str:
@@ -194,7 +251,7 @@ def guesser(nano, folder, answers: dict[str, str]) -> str:
     prompts = [policy.encode_prompt(common.prompt_text(common.Problem("", q, 0))) for q in answers]
     data = [(prompt, policy.encode_solution(f"#### {a}")) for prompt in prompts for a in "12"]
     for _ in range(80):
-        common.cross_entropy_step(policy, optimizer, data, 3e-3, 4096)
+        train_step(policy, optimizer, data, 3e-3, 4096)
     policy.save(folder / "start")
     lines = [json.dumps({"question": q, "answer": f"#### {a}"}) + "\n" for q, a in answers.items()]
     (folder / "train.jsonl").write_text("".join(lines * 10))
@@ -212,7 +269,10 @@ def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, n
     assert 0.2 < row["correct"] < 0.8 and row["maj@1"] == 1
     problems = common.load_problems(str(tmp_path), "train")[:2]
     answers = common.generate(
-        common.Policy(str(tmp_path / "run" / "model"), "cpu"), problems, samples=20, max_new_tokens=8
+        common.Policy(str(tmp_path / "run" / "model"), "cpu"),
+        problems,
+        samples=20,
+        max_new_tokens=8,
     )
     assert sum(s.correct for s in answers) >= 38
 
@@ -224,7 +284,9 @@ def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, n
 def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, measured, monkeypatch):  # noqa: F811
     """Three phases, with and without adapters: the task reward, the KL to the initial policy, advantages, returns, clipping,
     minibatches, learning rate, and the policy that is kept."""
-    seen = {name: [] for name in ("penalised_rewards", "gae", "whiten", "add_gradient", "checkpoint")}
+    seen = {
+        name: [] for name in ("penalised_rewards", "gae", "whiten", "add_gradient", "checkpoint")
+    }
 
     def spy(owner, name):
         function = getattr(owner, name)
@@ -244,7 +306,7 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
         lambda run, **state: (heads.append(state["critic"]["head.weight"].clone()) if "critic" in state else 0, save(run, **state)),
     )  # fmt: skip
     argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4, "--phases", 3, "--epochs", 2,
-            "--batch-size", 10, "--temperature", 1.2, "--kl-coef", 0.3, "--lam", 0.9, "--clip", 0.15, "--value-clip", 0.1,
+            "--batch-size", 10, "--temperature", 1.2, "--kl-coef", 0.3, "--gae-lambda", 0.9, "--clip-range", 0.15, "--value-clip-range", 0.1,
             "--lr", 2e-3, "--lr-warmup", 12, "--eval-every", 1, "--lora-rank", rank, "--max-new-tokens", 52, "--token-budget", 100000,
             "--out", tmp_path / "run"]  # fmt: skip
     assert cli(ppo, *argv)[0] == 0
@@ -252,7 +314,10 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
     initial, policy_steps = common.Policy("tiny", "cpu"), 0
     n_steps = 6  # 24 samples in batches of 10, twice
     for p, row in enumerate(phases):
-        call, penalised, gae, whiten = drawn[p], *(seen[name][p] for name in ("penalised_rewards", "gae", "whiten"))
+        call, penalised, gae, whiten = (
+            drawn[p],
+            *(seen[name][p] for name in ("penalised_rewards", "gae", "whiten")),
+        )
         samples, steps = call.samples, seen["add_gradient"][p * n_steps : (p + 1) * n_steps]
         assert call.seed == [7, p + 1] and call.temperature == 1.2
         assert len(samples) == 24 and len({s.problem.id for s in samples}) == 6
@@ -260,7 +325,9 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
         # reward: at the last token of what is right; the penalty is against the initial policy, at the temperature
         task, logprobs, reference, kl_coef = penalised.args
         lengths = [len(s.tokens) for s in samples]
-        assert all(task[i, : n - 1].sum() == 0 and task[i, n:].sum() == 0 for i, n in enumerate(lengths))
+        assert all(
+            task[i, : n - 1].sum() == 0 and task[i, n:].sum() == 0 for i, n in enumerate(lengths)
+        )
         paid = [float(s.correct and s.finished) for s in samples]
         assert [task[i, n - 1].item() for i, n in enumerate(lengths)] == paid and kl_coef == 0.3
         examples = [(list(s.prompt), s.tokens.tolist()) for s in samples]
@@ -277,7 +344,10 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         assert whiten.args[0].shape == (sum(lengths),)
         rollouts = steps[0].args[1]
-        assert torch.equal(rollouts.advantages[real], whiten.result) and rollouts.returns is gae.result[1]
+        assert (
+            torch.equal(rollouts.advantages[real], whiten.result)
+            and rollouts.returns is gae.result[1]
+        )
         assert torch.equal(gae.result[0][~real], torch.zeros((~real).sum()))
 
         # minibatches: every sample once an epoch; only the value trains in the first phase
@@ -285,7 +355,9 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
             assert sorted(itertools.chain(*(step.args[2] for step in epoch))) == list(range(24))
         for step in steps:
             assert step.args[3] == sum(lengths[i] for i in step.args[2])
-            assert step.args[4:6] == (0.15, math.inf if p == 0 else 0.1) and step.how["value_only"] == (p == 0)
+            assert step.args[4:6] == (0.15, math.inf if p == 0 else 0.1) and step.how[
+                "value_only"
+            ] == (p == 0)
         policy_steps += n_steps * (p > 0)
         assert row["lr"] == pytest.approx(2e-3 * min(1, policy_steps / 12) * (1 - p / 3), rel=1e-5)
 
@@ -293,16 +365,20 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
         groups = np.reshape(paid, (6, 4)).mean(1)
         expected = {
             "correct": np.mean(paid),
-            "mixed": np.mean((0 < groups) & (groups < 1)),
-            "cut": np.mean([not s.finished for s in samples]),
-            "unreadable": np.mean([s.answer is None for s in samples]),
-            "kl_k1": (logprobs - reference)[real].mean().item(),
-            "kl_k3": ((reference - logprobs).exp() - 1 - (reference - logprobs))[real].mean().item(),
-            "reward_if_wrong": 0.0,
+            "informative": np.mean((0 < groups) & (groups < 1)),
+            "truncated": np.mean([not s.finished for s in samples]),
+            "no_answer": np.mean([s.answer is None for s in samples]),
+            "ref_kl_k1": (logprobs - reference)[real].mean().item(),
+            "ref_kl_k3": ((reference - logprobs).exp() - 1 - (reference - logprobs))[real]
+            .mean()
+            .item(),
+            "reward_if_incorrect": 0.0,
             "entropy": -logprobs[real].mean().item(),
         }
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-8)
-    assert phases[0]["cut"] not in (0, 0.5, 1) and any(0 < row["mixed"] < 1 for row in phases)
+    assert phases[0]["truncated"] not in (0, 0.5, 1) and any(
+        0 < row["informative"] < 1 for row in phases
+    )
     assert measured[0] == measured[1] == weights_of(initial) and len(set(measured)) == 3
     assert saved_weights(tmp_path / "run" / "model") == measured[2]
     assert (
@@ -317,7 +393,11 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
 def run(tmp_path) -> common.Run:
     """A run that has begun."""
     handler = signal.getsignal(signal.SIGINT)
-    run = common.Run(argparse.Namespace(out=tmp_path / "run", checkpoint_every=100, resume=False, overwrite=False))
+    run = common.Run(
+        argparse.Namespace(
+            out=tmp_path / "run", checkpoint_every=100, resume=False, overwrite=False
+        )
+    )
     run.begin()
     yield run
     signal.signal(signal.SIGINT, handler)
@@ -326,10 +406,12 @@ def run(tmp_path) -> common.Run:
 def test_the_time_of_samples_that_are_read_back_counts(tiny, run):
     """Of a run that was killed while it sampled there is no checkpoint that knows the time."""
     problems = common.load_problems("arithmetic", "dev", 2)
-    how = dict(samples=1, max_new_tokens=4, rows=2, progress="")
+    how = dict(samples=1, max_new_tokens=4, batch_size=2, progress="")
     run.started -= 50
     common.sample_to_file(tiny, problems, run.out / "samples" / "round_1.jsonl", run, **how)
-    again = common.Run(argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False))
+    again = common.Run(
+        argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False)
+    )
     again.begin()
     assert again.clock() < 25
     common.sample_to_file(tiny, problems, run.out / "samples" / "round_1.jsonl", again, **how)
@@ -337,7 +419,9 @@ def test_the_time_of_samples_that_are_read_back_counts(tiny, run):
 
 
 def resumed(run) -> common.Run:
-    again = common.Run(argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False))
+    again = common.Run(
+        argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False)
+    )
     again.begin()
     return again
 
@@ -379,10 +463,14 @@ def test_a_run_goes_on_on_another_device_and_after_a_model_was_half_replaced(run
     first = common.Run(argparse.Namespace(**settings, device="cpu", checkpoint_every=100))
     first.begin()
     first.checkpoint(now=True)
-    (first.out / "model.old").mkdir()  # killed after the old one was put aside, before the new one had its name
+    (
+        first.out / "model.old"
+    ).mkdir()  # killed after the old one was put aside, before the new one had its name
     (first.out / "model.old" / "config.json").write_text("{}")
     common.Run(argparse.Namespace(**settings, device="cuda", checkpoint_every=5)).begin()
-    assert [path.name for path in first.out.glob("model*/*")] == ["config.json"] and (first.out / "model").exists()
+    assert [path.name for path in first.out.glob("model*/*")] == ["config.json"] and (
+        first.out / "model"
+    ).exists()
     with pytest.raises(common.UserError, match=r"other settings \(lr\)"):
         common.Run(argparse.Namespace(**settings | {"lr": 0.2}, device="cpu", checkpoint_every=100))
 
@@ -397,14 +485,22 @@ def test_sampling_goes_on_with_whole_groups_and_leaves_no_line_twice(tiny, tmp_p
         return [common.Sample(p, k, p.reference, True) for p in problems for k in range(samples)]
 
     monkeypatch.setattr(common, "generate", made)
-    file, how = tmp_path / "samples.jsonl", dict(samples=2, rows=1, max_new_tokens=4, progress="")
+    file, how = (
+        tmp_path / "samples.jsonl",
+        dict(samples=2, batch_size=1, max_new_tokens=4, progress=""),
+    )
     for lines, expected in ((0, [16, 16, 8]), (50, [16, 8]), (64, [8]), (79, [8]), (80, [])):
         if lines:
-            file.write_text("".join(content.splitlines(keepends=True)[:lines]) + '{"problem": "arith' * (lines < 80))
+            file.write_text(
+                "".join(content.splitlines(keepends=True)[:lines])
+                + '{"problem": "arith' * (lines < 80)
+            )
         asked.clear()
         samples = common.sample_to_file(tiny, problems, file, **how)
         assert asked == expected
-        assert [(s.problem.id, s.number) for s in samples] == [(p.id, k) for p in problems for k in range(2)]
+        assert [(s.problem.id, s.number) for s in samples] == [
+            (p.id, k) for p in problems for k in range(2)
+        ]
         content = file.read_text()
         assert content == "".join(s.to_json() + "\n" for s in samples)
 
@@ -413,26 +509,35 @@ def test_the_reference_of_a_question_without_a_solution_is_its_best_sample(tiny,
     class Judge:
         def grade(self, samples, token_budget):
             for sample in samples:
-                sample.score = (sample.number * 3 + 2) % 5 / 5  # 0.4, 0, 0.6, 0.2, 0.8: the fifth is the best
+                sample.score = (
+                    (sample.number * 3 + 2) % 5 / 5
+                )  # 0.4, 0, 0.6, 0.2, 0.8: the fifth is the best
 
     problems = common.load_problems("arithmetic", "train", 3)
-    args = argparse.Namespace(reference_samples=5, temperature=0.7, max_new_tokens=30, rows=16, seed=4, few_shot=False, token_budget=1024)  # fmt: skip
+    args = argparse.Namespace(reference_samples=5, temperature=0.7, max_new_tokens=30, batch_size=16, seed=4, few_shot=False, token_budget=1024)  # fmt: skip
     best = ppo.best_of_n(tiny, problems, Judge(), run, args)
     samples = [s for call in drawn for s in call.samples]
     assert best == {s.problem.id: s.solution for s in samples if s.number == 4} and len(best) == 3
-    assert [call.seed for call in drawn] == [[4, 0, 1]], "not the samples that the reward model was trained on"
+    assert [call.seed for call in drawn] == [[4, 0, 1]], (
+        "not the samples that the reward model was trained on"
+    )
 
 
 def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny, run, drawn):
     problems = common.load_problems("arithmetic", "train", 2)
-    args = argparse.Namespace(select_samples=2, temperature=0.7, max_new_tokens=30, rows=16, seed=4, few_shot=False, reward="sparse", add_outcome=False)  # fmt: skip
-    for judges in (ppo.Judges(), ppo.Judges(orm=common.RewardModel("tiny", "cpu", new=True))):
+    args = argparse.Namespace(select_samples=2, temperature=0.7, max_new_tokens=30, batch_size=16, seed=4, few_shot=False, reward="sparse", add_outcome=False)  # fmt: skip
+    for judges in (ppo.Judges(), ppo.Judges(orm=reward_model.RewardModel("tiny", "cpu", new=True))):
         args.reward = "orm" if judges.orm else "sparse"
         scores, passed = ppo.score_pool(tiny, problems, judges, run, args)
         (run.out / "samples" / "pool.jsonl").unlink()
-        good = [[s.correct and s.finished for s in group] for group in common.by_problem(drawn[-1].samples)]
+        good = [
+            [s.correct and s.finished for s in group]
+            for group in common.by_problem(drawn[-1].samples)
+        ]
         ended = [[s.finished for s in group] for group in common.by_problem(drawn[-1].samples)]
-        assert passed == np.mean(good, 1).tolist()  # a new reward model says 0.5 of whatever was not cut
+        assert (
+            passed == np.mean(good, 1).tolist()
+        )  # a new reward model says 0.5 of whatever was not cut
         assert scores == (np.mean(ended, 1) / 2 if judges.orm else np.mean(good, 1)).tolist()
     assert [call.seed for call in drawn] == [[4, 0], [4, 0, 2]]
     args.add_outcome = True  # then the reward that is trained on has it, too
@@ -445,17 +550,23 @@ def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny,
 # ---- return-conditioned RL
 
 
-def test_rcrl_samples_from_the_model_and_trains_the_base(cli, start, tmp_path, drawn, measured, trained):  # noqa: F811
+def test_rcrl_samples_from_the_model_and_trains_the_base(
+    cli, start, tmp_path, drawn, measured, trained
+):  # noqa: F811
     """Completions go on from the beginning that they are to judge; labels are checked with other samples."""
     argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 3, "--completions", 2, "--epochs", 4, "--ratio", 1,
             "--check-labels", 3, "--batch-size", 1000, "--max-new-tokens", 40, "--out", tmp_path / "run"]  # fmt: skip
     assert cli(rcrl, *argv)[0] == 0
     samples, completions, checks = drawn
     assert {call.weights for call in drawn} == {saved_weights(start)}
-    assert [call.seed for call in drawn] == [[7, 0], [7, 1], [7, 2]] and {call.temperature for call in drawn} == {1.0}
+    assert [call.seed for call in drawn] == [[7, 0], [7, 1], [7, 2]] and {
+        call.temperature for call in drawn
+    } == {1.0}
     policy = common.Policy("tiny", "cpu")
     for sample in completions.samples:
-        prompt = policy.encode_prompt(common.prompt_text(sample.problem)) + policy.encode_prefix(sample.prefix)
+        prompt = policy.encode_prompt(common.prompt_text(sample.problem)) + policy.encode_prefix(
+            sample.prefix
+        )
         assert list(sample.prompt) == prompt and sample.prefix.endswith("\n")
     q = {}
     for sample in completions.samples:
@@ -468,8 +579,13 @@ def test_rcrl_samples_from_the_model_and_trains_the_base(cli, start, tmp_path, d
         for line, text in zip(row["lines"][:-1], texts, strict=False):
             assert line["q"] == np.mean(q[row["problem"], text])
     row = rows_of(tmp_path / "run" / "metrics.jsonl")[0]
-    assert row["sampled_cut"] == pytest.approx(np.mean([not s.finished for s in samples.samples]), rel=1e-5)
-    assert row["sampled_cut"] not in (0, 0.5, 1) and row["completions"] == len(completions.samples) + 64 * 3
+    assert row["sampled_truncated"] == pytest.approx(
+        np.mean([not s.finished for s in samples.samples]), rel=1e-5
+    )
+    assert (
+        row["sampled_truncated"] not in (0, 0.5, 1)
+        and row["completions"] == len(completions.samples) + 64 * 3
+    )
     assert len(trained) == 4 and all(len(step.examples) == len(labelled) for step in trained)
     assert saved_weights(tmp_path / "run" / "model") == measured[2]
 
@@ -496,36 +612,48 @@ def test_rcrl_begins_with_the_weights_of_the_base(cli, start, tmp_path, monkeypa
         tmp_path / "run",
     ]
     assert cli(rcrl, *argv)[0] == 130
-    base, model = (common.Policy(name, "cpu").model.model.layers[0].self_attn.q_proj.weight for name in ("tiny", start))
+    base, model = (
+        common.Policy(name, "cpu").model.model.layers[0].self_attn.q_proj.weight
+        for name in ("tiny", start)
+    )
     assert torch.equal(first[0], base) and not torch.equal(first[0], model)
 
 
 # ---- reward models
 
 
-def test_the_reward_model_learns_that_what_is_right_is_right(cli, start, tmp_path, drawn, monkeypatch):  # noqa: F811
+def test_the_reward_model_learns_that_what_is_right_is_right(
+    cli, start, tmp_path, drawn, monkeypatch
+):  # noqa: F811
     """The student samples, --base is trained, a label is the answer check, and the best epoch is kept."""
     step, steps, aucs, states = reward_model.orm_step, [], iter([0.6, 0.9, 0.7]), []
     assert next(aucs)
 
     def spied(orm, optimizer, examples, labels, weights, *more):
-        steps.append(SimpleNamespace(before=weights_of(orm), orm=orm, examples=examples, labels=labels))
+        steps.append(
+            SimpleNamespace(before=weights_of(orm), orm=orm, examples=examples, labels=labels)
+        )
         return step(orm, optimizer, examples, labels, weights, *more)
 
     def quality(*_):
         states.append(weights_of(steps[-1].orm))
-        return {"auc": next(aucs), "best_of_n": [{"n": 1, "orm": 0.0, "majority": 0.0, "oracle": 0.0}]}
+        return {
+            "auc": next(aucs),
+            "best_of_n": [{"n": 1, "orm": 0.0, "majority": 0.0, "oracle": 0.0}],
+        }
 
     monkeypatch.setattr(reward_model, "orm_step", spied)
     monkeypatch.setattr(reward_model, "quality", quality)
     argv = ["--model", start, "--base", "tiny", *SMALL, "--limit-train", 24, "--samples", 3, "--eval-samples", 2, "--epochs", 2,
             "--batch-size", 1000, "--max-new-tokens", 40, "--out", tmp_path / "run"]  # fmt: skip
     assert cli(reward_model, *argv)[0] == 0
-    assert {call.weights for call in drawn} == {saved_weights(start)} and [call.seed for call in drawn] == [
+    assert {call.weights for call in drawn} == {saved_weights(start)} and [
+        call.seed for call in drawn
+    ] == [
         [7, 0],
         [7, 1],
     ]
-    new = common.RewardModel("tiny", "cpu", new=True)
+    new = reward_model.RewardModel("tiny", "cpu", new=True)
     assert steps[0].before == weights_of(new) and len(steps) == 2
     answers = {s.problem.question: s.problem.answer for s in drawn[0].samples}
     distinct = {(s.problem.id, s.solution, s.correct) for s in drawn[0].samples}
@@ -536,12 +664,21 @@ def test_the_reward_model_learns_that_what_is_right_is_right(cli, start, tmp_pat
             if label:  # what was cut is wrong, whatever it says
                 assert common.is_correct(new.decode(solution), answers[question])
     assert sum(steps[0].labels) == sum(correct for *_, correct in distinct)
-    assert weights_of(common.RewardModel(str(tmp_path / "run" / "model"), "cpu")) == states[0] != states[1]
+    assert (
+        weights_of(reward_model.RewardModel(str(tmp_path / "run" / "model"), "cpu"))
+        == states[0]
+        != states[1]
+    )
     row = rows_of(tmp_path / "run" / "metrics.jsonl")[0]
-    assert row["sampled_cut"] == pytest.approx(np.mean([not s.finished for s in drawn[0].samples]), rel=1e-5)
+    assert row["sampled_truncated"] == pytest.approx(
+        np.mean([not s.finished for s in drawn[0].samples]), rel=1e-5
+    )
 
     problem = common.load_problems("arithmetic", "train", 1)[0]
-    pair = [common.Sample(problem, i, text, True) for i, text in enumerate((problem.reference, "#### 99"))]
+    pair = [
+        common.Sample(problem, i, text, True)
+        for i, text in enumerate((problem.reference, "#### 99"))
+    ]
     optimizer = torch.optim.AdamW(new.model.parameters(), lr=1e-3)
     for _ in range(20):
         step(new, optimizer, [new.encode(s) for s in pair], [1.0, 0.0], [1.0, 1.0], 1e-3, 1024)
@@ -556,13 +693,30 @@ def test_an_epoch_of_sft_has_every_solution_once(cli, tmp_path, measured, traine
     argv = ["--model", "tiny", *SMALL, "--epochs", 3, "--batch-size", 7, "--out", tmp_path / "run"]
     assert cli(sft, *argv)[0] == 0
     assert [len(step.examples) for step in trained] == [7, 7, 7, 3] * 3
-    epochs = [[tuple(s) for step in trained[i : i + 4] for _, s in step.examples] for i in (0, 4, 8)]
-    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1 and len({tuple(epoch) for epoch in epochs}) == 3
+    epochs = [
+        [tuple(s) for step in trained[i : i + 4] for _, s in step.examples] for i in (0, 4, 8)
+    ]
+    assert (
+        len({tuple(sorted(epoch)) for epoch in epochs}) == 1
+        and len({tuple(epoch) for epoch in epochs}) == 3
+    )
     assert saved_weights(tmp_path / "run" / "model") == measured[2]
 
 
 def test_an_evaluation_is_one_greedy_and_n_drawn_solutions(cli, tmp_path, drawn):  # noqa: F811
-    argv = ["--model", "tiny", *SMALL, "--limit-eval", 12, "--samples", 3, "--temperature", 0.9, "--max-new-tokens", 36]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-eval",
+        12,
+        "--samples",
+        3,
+        "--temperature",
+        0.9,
+        "--max-new-tokens",
+        36,
+    ]
     for name, flags in (("plain", []), ("few", ["--few-shot"])):
         assert cli(evaluate, *argv, *flags, "--out", tmp_path / f"{name}.json")[0] == 0
     assert [(call.temperature, len(call.samples), call.seed, call.few_shot) for call in drawn] == [
@@ -570,35 +724,50 @@ def test_an_evaluation_is_one_greedy_and_n_drawn_solutions(cli, tmp_path, drawn)
     ]  # fmt: skip
     report = json.loads((tmp_path / "plain.json").read_text())
     greedy, samples = drawn[0].samples, drawn[1].samples
-    for key, group in (("cut@1", greedy), ("cut", samples)):
+    for key, group in (("truncated@1", greedy), ("truncated", samples)):
         assert report[key]["value"] == pytest.approx(np.mean([not s.finished for s in group]))
         assert report[key]["value"] not in (0, 0.5, 1)
-    for key, group in (("unreadable@1", greedy), ("unreadable", samples)):
+    for key, group in (("no_answer@1", greedy), ("no_answer", samples)):
         assert report[key]["value"] == pytest.approx(np.mean([s.answer is None for s in group]))
     assert report["maj@1"]["value"] == pytest.approx(np.mean([s.correct for s in greedy]))
 
 
 def test_dev_is_measured_greedily(tiny, tmp_path, drawn):
     problems = common.load_problems("arithmetic", "dev", 13)  # odd: no share of them is a half
-    args = argparse.Namespace(max_new_tokens=46, rows=16, seed=5, temperature=0.9)
+    args = argparse.Namespace(max_new_tokens=46, batch_size=16, seed=5, temperature=0.9)
     common.dev_metrics(tiny, problems[:2], args, 1, tmp_path / "few.jsonl", True)
     metrics = common.dev_metrics(tiny, problems, args, 4, tmp_path / "dev.jsonl")
     *_, greedy, samples = drawn
     assert (greedy.temperature, samples.temperature, samples.samples[-1].number) == (0, 0.9, 3)
-    assert [call.few_shot for call in drawn] == [True, True, False, False] and {call.seed for call in drawn} == {5}
-    assert metrics["cut"] == np.mean([not s.finished for s in greedy.samples]) not in (0, 0.5, 1)
+    assert [call.few_shot for call in drawn] == [True, True, False, False] and {
+        call.seed for call in drawn
+    } == {5}
+    assert (
+        metrics["truncated"] == np.mean([not s.finished for s in greedy.samples]) not in (0, 0.5, 1)
+    )
     assert metrics["maj@1"] == np.mean([s.correct for s in greedy.samples])
     counts = [sum(s.correct for s in group) for group in common.by_problem(samples.samples)]
     for k in (1, 2, 4):
-        assert metrics[f"pass@{k}"] == pytest.approx(np.mean([common.pass_at_k(4, c, k) for c in counts]))
+        assert metrics[f"pass@{k}"] == pytest.approx(
+            np.mean([common.pass_at_k(4, c, k) for c in counts])
+        )
 
 
-@pytest.mark.parametrize("flags", [["--curriculum", "backtracking"], ["--curriculum", "plr", "--few-shot"]])
+@pytest.mark.parametrize(
+    "flags", [["--curriculum", "backtracking"], ["--curriculum", "plr", "--few-shot"]]
+)
 def test_a_curriculum_hears_what_became_of_the_questions_that_it_chose(
     flags, cli, tmp_path, drawn, measured, monkeypatch  # noqa: F811
 ):  # fmt: skip
     """Their share of right samples and the size of the value's error; what it gives away stands before the samples."""
-    chose, told, sizes, draw, update, gae = [], [], [], ppo.Curriculum.draw, ppo.Curriculum.update, ppo.gae
+    chose, told, sizes, draw, update, gae = (
+        [],
+        [],
+        [],
+        ppo.Curriculum.draw,
+        ppo.Curriculum.update,
+        ppo.gae,
+    )
 
     def spied(kept, function, see=lambda found: found):
         def call(*args):
@@ -608,18 +777,41 @@ def test_a_curriculum_hears_what_became_of_the_questions_that_it_chose(
 
         return call
 
-    monkeypatch.setattr(ppo, "gae", spied(sizes, gae, lambda found: found[0].abs()))  # before they are whitened
+    monkeypatch.setattr(
+        ppo, "gae", spied(sizes, gae, lambda found: found[0].abs())
+    )  # before they are whitened
     monkeypatch.setattr(ppo.Curriculum, "draw", spied(chose, draw))
-    monkeypatch.setattr(ppo.Curriculum, "update", lambda self, *what: told.append(what) or update(self, *what))
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 6, "--samples", 4, "--phases", 2, *flags]
+    monkeypatch.setattr(
+        ppo.Curriculum, "update", lambda self, *what: told.append(what) or update(self, *what)
+    )
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        16,
+        "--questions",
+        6,
+        "--samples",
+        4,
+        "--phases",
+        2,
+        *flags,
+    ]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     train = common.load_problems("arithmetic", "train", 16)
-    for call, (chosen, prefixes), (again, solved, errors), size in zip(drawn, chose, told, sizes, strict=True):
+    for call, (chosen, prefixes), (again, solved, errors), size in zip(
+        drawn, chose, told, sizes, strict=True
+    ):
         groups = common.by_problem(call.samples)
         asked = [(train[i], prefix) for i, prefix in zip(chosen, prefixes, strict=True)]
         assert [(group[0].problem, group[0].prefix) for group in groups] == asked
-        assert again == chosen and solved == [np.mean([s.correct and s.finished for s in group]) for group in groups]
-        means = [row[: len(s.tokens)].mean().item() for row, s in zip(size, call.samples, strict=True)]
+        assert again == chosen and solved == [
+            np.mean([s.correct and s.finished for s in group]) for group in groups
+        ]
+        means = [
+            row[: len(s.tokens)].mean().item() for row, s in zip(size, call.samples, strict=True)
+        ]
         assert errors == pytest.approx(np.reshape(means, (6, 4)).mean(1).tolist(), rel=1e-4)
         assert call.few_shot == ("--few-shot" in flags)
     assert any(prefixes) == ("backtracking" in flags) and len(drawn) == 2
@@ -639,15 +831,37 @@ def test_the_value_function_has_a_learning_rate_of_its_own(cli, tmp_path, measur
     assert rates == [[0.0, 3e-3], [5e-4, 3e-3]]
 
 
-@pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, reward_model], ids=lambda script: script.__name__)
-def test_the_learning_rate_falls_over_the_whole_training(script, cli, tmp_path, measured, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize(
+    "script", [sft, expert_iteration, rcrl, reward_model], ids=lambda script: script.__name__
+)
+def test_the_learning_rate_falls_over_the_whole_training(
+    script, cli, tmp_path, measured, monkeypatch
+):  # noqa: F811
     rates = []
-    monkeypatch.setattr(common, "cross_entropy_step", lambda p, o, e, lr, *_: rates.append(lr) or (1.0, 1.0))
-    monkeypatch.setattr(reward_model, "orm_step", lambda m, o, e, y, w, lr, *_: rates.append(lr) or (1.0, 1.0))
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 24, "--samples", 2, "--epochs", 2, "--batch-size", 2]
+    monkeypatch.setattr(
+        common, "cross_entropy_step", lambda p, o, e, lr, *_: rates.append(lr) or (1.0, 1.0)
+    )
+    monkeypatch.setattr(
+        reward_model, "orm_step", lambda m, o, e, y, w, lr, *_: rates.append(lr) or (1.0, 1.0)
+    )
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        24,
+        "--samples",
+        2,
+        "--epochs",
+        2,
+        "--batch-size",
+        2,
+    ]
     argv += {expert_iteration: ["--rounds", 1], rcrl: ["--labels", "outcome"]}.get(script, [])
     assert cli(script, *argv, "--lr", 1e-3, "--out", tmp_path / "run")[0] == 0
-    assert len(rates) >= 6 and rates == [common.cosine_lr(i, len(rates), 1e-3) for i in range(len(rates))]
+    assert len(rates) >= 6 and rates == [
+        common.cosine_lr(i, len(rates), 1e-3) for i in range(len(rates))
+    ]
 
 
 def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
@@ -658,14 +872,29 @@ def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
 
     def dev_metrics(policy, problems, args, samples, file, few_shot=False):
         shown.append(few_shot)
-        return {"maj@1": 0.5, "unreadable": 0.0, "cut": 0.0}
+        return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 2, "--rounds", 1, "--epochs", 1, "--few-shot"]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        16,
+        "--samples",
+        2,
+        "--rounds",
+        1,
+        "--epochs",
+        1,
+        "--few-shot",
+    ]
     assert cli(expert_iteration, *argv, "--sft-data", "--out", tmp_path / "run")[0] == 0
     prompts = {trained[0].policy.decode(prompt) for step in trained for prompt, _ in step.examples}
     assert shown == [True, False]
-    assert prompts == {common.prompt_text(p) for p in common.load_problems("arithmetic", "train", 16)}
+    assert prompts == {
+        common.prompt_text(p) for p in common.load_problems("arithmetic", "train", 16)
+    }
 
 
 def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, monkeypatch):  # noqa: F811
@@ -673,10 +902,23 @@ def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, m
 
     def dev_metrics(policy, *_):
         states.append(weights_of(policy))
-        return {"maj@1": next(accuracies), "unreadable": 0.0, "cut": 0.0}
+        return {"maj@1": next(accuracies), "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
-    argv = [*SMALL, "--model", "tiny", "--limit-train", 16, "--samples", 2, "--epochs", 1, "--pass-k", 0, "--sft-data"]
+    argv = [
+        *SMALL,
+        "--model",
+        "tiny",
+        "--limit-train",
+        16,
+        "--samples",
+        2,
+        "--epochs",
+        1,
+        "--pass-k",
+        0,
+        "--sft-data",
+    ]
     assert cli(expert_iteration, *argv, "--rounds", 3, "--out", tmp_path / "run")[0] == 0
     assert len(states) == 3 and saved_weights(tmp_path / "run" / "model") == states[1]
 
@@ -686,28 +928,59 @@ def test_rcrl_measures_its_policy_conditioned_on_good(cli, tmp_path, monkeypatch
 
     def dev_metrics(policy, *_):
         labels.append(policy.tokenizer.convert_ids_to_tokens(policy.label))
-        return {"maj@1": 0.5, "unreadable": 0.0, "cut": 0.0}
+        return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 2, "--epochs", 1, "--labels", "outcome"]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        16,
+        "--samples",
+        2,
+        "--epochs",
+        1,
+        "--labels",
+        "outcome",
+    ]
     assert cli(rcrl, *argv, "--out", tmp_path / "run")[0] == 0
     assert labels == [["[GOOD]"]]
 
 
 def test_the_share_of_good_lines_of_wrong_solutions_is_logged(cli, tmp_path, measured):  # noqa: F811
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 3, "--completions", 2, "--epochs", 1]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        16,
+        "--samples",
+        3,
+        "--completions",
+        2,
+        "--epochs",
+        1,
+    ]
     assert cli(rcrl, *argv, "--ratio", 1, "--out", tmp_path / "run")[0] == 0
-    row, labelled = (rows_of(tmp_path / "run" / name) for name in ("metrics.jsonl", "samples/labelled.jsonl"))
+    row, labelled = (
+        rows_of(tmp_path / "run" / name) for name in ("metrics.jsonl", "samples/labelled.jsonl")
+    )
     shares = [
         [line["label"] == "good" for r in labelled if r["correct"] in kinds for line in r["lines"]]
         for kinds in ((0,), (0, 1))
     ]
-    assert [row[0][key] for key in ("good_if_wrong", "good_lines")] == pytest.approx([*map(np.mean, shares)], rel=1e-5)
+    assert [row[0][key] for key in ("good_if_incorrect", "good_lines")] == pytest.approx(
+        [*map(np.mean, shares)], rel=1e-5
+    )
 
 
 def test_the_dev_loss_is_that_of_the_dev_problems(cli, tmp_path, measured, monkeypatch):  # noqa: F811
     asked, file = [], tmp_path / "p.jsonl"
-    rows = [{"question": f"q{i}", "answer": f"1+{i}=<<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"} for i in range(40)]
+    rows = [
+        {"question": f"q{i}", "answer": f"1+{i}=<<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"}
+        for i in range(40)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def cross_entropy(policy, examples, token_budget):
@@ -715,7 +988,21 @@ def test_the_dev_loss_is_that_of_the_dev_problems(cli, tmp_path, measured, monke
         return 1.5
 
     monkeypatch.setattr(sft, "cross_entropy", cross_entropy)
-    assert cli(sft, "--model", "tiny", "--dataset", file, *SMALL, "--epochs", 1, "--out", tmp_path / "run")[0] == 0
+    assert (
+        cli(
+            sft,
+            "--model",
+            "tiny",
+            "--dataset",
+            file,
+            *SMALL,
+            "--epochs",
+            1,
+            "--out",
+            tmp_path / "run",
+        )[0]
+        == 0
+    )
     dev = common.load_problems(str(file), "dev", 8)
     assert asked == [[(common.prompt_text(p), p.solution) for p in dev]] * 2 and len(dev) > 1
     assert [row["dev_loss"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")] == [1.5, 1.5]

@@ -11,6 +11,7 @@ import pytest
 import common
 import evaluate
 import expert_iteration
+from tiny import arithmetic
 
 SPLITS = ("train", "dev", "test")
 
@@ -18,24 +19,37 @@ SPLITS = ("train", "dev", "test")
 @pytest.mark.parametrize("dataset, steps", [("arithmetic", (1, 4)), ("arithmetic-hard", (4, 6))])
 def test_the_embedded_task_has_the_promised_sizes_and_no_question_twice(dataset, steps):
     problems = {split: common.load_problems(dataset, split) for split in SPLITS}
-    assert {split: len(p) for split, p in problems.items()} == {"train": 2304, "dev": 256, "test": 1000}
+    assert {split: len(p) for split, p in problems.items()} == {
+        "train": 2304,
+        "dev": 256,
+        "test": 1000,
+    }
     everything = [p for split in SPLITS for p in problems[split]]
     assert len({p.question for p in everything}) == len({p.id for p in everything}) == 3560
     assert (
-        sum(p.solution is not None for p in everything) == sum(p.solution is not None for p in problems["train"]) == 24
+        sum(p.solution is not None for p in everything)
+        == sum(p.solution is not None for p in problems["train"])
+        == 24
     )
     assert {len(p.steps) for p in everything} == set(range(steps[0], steps[1] + 1))
 
 
 def test_every_reference_step_of_the_embedded_task_computes_the_answer():
     """The steps are evaluated here with Python's own arithmetic, apart from the code that made them."""
-    for p in common.load_problems("arithmetic", "train") + common.load_problems("arithmetic", "test"):
-        values = [Fraction(eval(step.replace("/", "*1/"))) for step in p.steps]  # digits and one operator, from us
+    for p in common.load_problems("arithmetic", "train") + common.load_problems(
+        "arithmetic", "test"
+    ):
+        values = [
+            Fraction(eval(step.replace("/", "*1/"))) for step in p.steps
+        ]  # digits and one operator, from us
         assert values[-1] == p.answer and all(v.denominator == 1 and 1 <= v <= 49 for v in values)
         for value, following in zip(values, p.steps[1:], strict=False):
             assert following.startswith(str(value))
         if p.solution:
-            assert common.extract_answer(p.solution) == p.answer and common.equations(p.solution) == p.steps
+            assert (
+                common.extract_answer(p.solution) == p.answer
+                and common.equations(p.solution) == p.steps
+            )
 
 
 def test_the_embedded_task_is_the_same_on_every_machine():
@@ -53,16 +67,21 @@ TEST_ANSWERS = [2, 29, 19, 4, 27, 14, 10, 3, 7, 33]
 
 def test_a_misconception_changes_the_steps_and_nothing_else():
     plan = [("start", 14), ("gain", 6), ("unused", 3), ("half", 2), ("fewer", 4), ("total", 0)]
-    assert common.solve_story(plan) == [("14+6", 20), ("20/2", 10), ("10-4", 6), ("6+10", 16)]
-    wrong = common.OPERATIONS | {"fewer": "+", "unused": "+", "half": "-", "total": None}
-    assert common.solve_story(plan, wrong) == [("14+6", 20), ("20+3", 23), ("23-2", 21), ("21+4", 25)]
-    assert common.solve_story([("start", 5), ("half", 2)]) is None
-    assert common.solve_story([("start", 5), ("loss", 5)]) is None
+    assert arithmetic.solve_story(plan) == [("14+6", 20), ("20/2", 10), ("10-4", 6), ("6+10", 16)]
+    wrong = arithmetic.OPERATIONS | {"fewer": "+", "unused": "+", "half": "-", "total": None}
+    assert arithmetic.solve_story(plan, wrong) == [
+        ("14+6", 20),
+        ("20+3", 23),
+        ("23-2", 21),
+        ("21+4", 25),
+    ]
+    assert arithmetic.solve_story([("start", 5), ("half", 2)]) is None
+    assert arithmetic.solve_story([("start", 5), ("loss", 5)]) is None
 
 
 def test_the_tokenizer_gives_every_text_back(tiny):
     rng = random.Random(0)
-    texts = [common.tell_story(rng, 4)[0] for _ in range(20)] + [
+    texts = [arithmetic.tell_story(rng, 4)[0] for _ in range(20)] + [
         "caf\u00e9  \t\u4e94\U0001f600\n\n x#### $1,234.50",
         common.FEW_SHOT,
     ]
@@ -78,7 +97,10 @@ def write_lines(path, rows):
 
 
 def test_local_files_and_folders(tmp_path):
-    rows = [{"question": f"q{i}", "answer": f"1+{i}=<<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"} for i in range(20)]
+    rows = [
+        {"question": f"q{i}", "answer": f"1+{i}=<<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"}
+        for i in range(20)
+    ]
     file = write_lines(tmp_path / "one.jsonl", rows)
     sizes = {split: len(common.load_problems(file, split)) for split in (*SPLITS, "all")}
     assert sizes == {"train": 17, "dev": 1, "test": 2, "all": 20}
@@ -96,7 +118,11 @@ def test_local_files_and_folders(tmp_path):
     }
     assert common.load_problems(str(folder), "test")[2].solution is None
     svamp = tmp_path / "SVAMP.json"
-    svamp.write_text(json.dumps([{"Body": "Two pens", "Question": "How many?", "Answer": 2.0, "Equation": "2"}] * 10))
+    svamp.write_text(
+        json.dumps(
+            [{"Body": "Two pens", "Question": "How many?", "Answer": 2.0, "Equation": "2"}] * 10
+        )
+    )
     assert common.load_problems(str(svamp), "train", 1)[0].question == "Two pens. How many?"
     assert common.load_problems(str(svamp), "train", 1)[0].answer == 2
 
@@ -108,7 +134,10 @@ def test_splits_follow_the_order_of_the_file_and_a_limit_takes_their_first(tmp_p
         for split in (*SPLITS, "all")[: 4 if dataset != "arithmetic" else 3]:
             whole = common.load_problems(dataset, split)
             assert all(common.load_problems(dataset, split, n) == whole[:n] for n in (1, 2, 3))
-    asked = [[int(p.answer) for p in common.load_problems(str(tmp_path / "one.jsonl"), split)] for split in SPLITS]
+    asked = [
+        [int(p.answer) for p in common.load_problems(str(tmp_path / "one.jsonl"), split)]
+        for split in SPLITS
+    ]
     assert asked == [list(range(33)), [33, 34, 35], [36, 37, 38, 39]]
     for part in ("train", "test"):
         (tmp_path / f"{part}.json").write_text(json.dumps(rows[:10]))
@@ -126,7 +155,10 @@ def test_a_question_that_is_trained_on_and_measured_is_told_once(tmp_path, capsy
     for split in (*SPLITS, *SPLITS):
         common.load_problems(file, split)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"{file}: 4 of the questions of test are among the training" in said
+    assert (
+        said.count("\n") == 1
+        and f"{file}: 4 of the questions of test are among the training" in said
+    )
     file = write_lines(tmp_path / "two.jsonl", rows[:36][::-1] + rows[:33:-1])
     common.load_problems(file, "train")
     assert "of the questions of test" in capsys.readouterr().err
@@ -135,10 +167,14 @@ def test_a_question_that_is_trained_on_and_measured_is_told_once(tmp_path, capsy
     assert "4 of the questions of dev" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("end, joined", [("", "."), (".", "."), ("?", "?"), (",", ","), (" . ", " .")])
+@pytest.mark.parametrize(
+    "end, joined", [("", "."), (".", "."), ("?", "?"), (",", ","), (" . ", " .")]
+)
 def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined, tmp_path):
     file = tmp_path / "SVAMP.json"
-    file.write_text(json.dumps([{"Body": f"Two pens{end}", "Question": " How many? ", "Answer": 2.0}] * 3))
+    file.write_text(
+        json.dumps([{"Body": f"Two pens{end}", "Question": " How many? ", "Answer": 2.0}] * 3)
+    )
     assert common.load_problems(str(file), "all", 1)[0].question == f"Two pens{joined} How many?"
 
 
@@ -186,7 +222,9 @@ def test_a_json_file_that_is_no_list_is_an_error(tmp_path, content):
 
 def test_a_question_that_tokenizers_cannot_take_is_made_harmless(tmp_path, tiny):
     rows = [{"question": "half a pair \ud800", "answer": "1"}] * 3
-    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in rows).encode())
+    (tmp_path / "p.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in rows).encode()
+    )
     problems = common.load_problems(str(tmp_path / "p.jsonl"), "all")
     assert len(common.generate(tiny, problems[:1], max_new_tokens=2)) == 1
 
@@ -197,7 +235,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
         for correct in range(n + 1):
             for k in range(1, n + 1):
                 subsets = list(combinations([True] * correct + [False] * (n - correct), k))
-                assert common.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+                assert common.pass_at_k(n, correct, k) == pytest.approx(
+                    sum(map(any, subsets)) / len(subsets)
+                )
     assert common.pass_at_k(96, 1, 96) == 1.0 and 0 < common.pass_at_k(10**6, 1, 1) < 2e-6
 
 
@@ -221,11 +261,17 @@ def test_metrics_of_hand_made_samples():
     p, q = common.Problem("p", "?", Fraction(4)), common.Problem("q", "?", Fraction(9))
     right, other, wrong = "2+2=<<2+2=4>>4\n#### 4", "2*2=<<2*2=4>>4\n#### 4.0", "#### 5"
     samples = [make_sample(p, i, t) for i, t in enumerate([right, wrong, other, right])]
-    samples += [make_sample(q, i, t) for i, t in enumerate(["no", "#### 9", "#### 8", "cut"])]
-    values = evaluate.metrics_per_problem([make_sample(p, 0, right), make_sample(q, 0, wrong)], samples)
+    samples += [make_sample(q, i, t) for i, t in enumerate(["no", "#### 9", "#### 8", "truncated"])]
+    values = evaluate.metrics_per_problem(
+        [make_sample(p, 0, right), make_sample(q, 0, wrong)], samples
+    )
     assert values["maj@1"] == [1, 0] and values["maj@4"] == [1, 1]
-    assert values["pass@1"] == [0.75, 0.25] and values["pass@2"] == [1.0, 0.5] and values["pass@4"] == [1, 1]
-    assert values["distinct@4"] == [2, 1] and values["unreadable"] == [0, 0.5]
+    assert (
+        values["pass@1"] == [0.75, 0.25]
+        and values["pass@2"] == [1.0, 0.5]
+        and values["pass@4"] == [1, 1]
+    )
+    assert values["distinct@4"] == [2, 1] and values["no_answer"] == [0, 0.5]
 
 
 def test_the_interval_of_a_paired_difference_by_hand():
@@ -233,9 +279,13 @@ def test_the_interval_of_a_paired_difference_by_hand():
     6/102 +- 1.96 sqrt(15 - 36/102) / 102."""
     values, others = [1] * 10 + [0] * 4 + [1] * 86, [0] * 10 + [1] * 4 + [1] * 86
     test = evaluate.paired_test(values, others)
-    assert test["difference"] == pytest.approx(0.06) and test["ci95"] == pytest.approx([-0.01472, 0.13236], abs=1e-5)
+    assert test["difference"] == pytest.approx(0.06) and test["ci95"] == pytest.approx(
+        [-0.01472, 0.13236], abs=1e-5
+    )
     turned = evaluate.paired_test(others, values)
-    assert turned["ci95"] == pytest.approx([-0.13236, 0.01472], abs=1e-5) and turned["p"] == test["p"]
+    assert (
+        turned["ci95"] == pytest.approx([-0.13236, 0.01472], abs=1e-5) and turned["p"] == test["p"]
+    )
 
 
 def test_confidence_intervals_hold_the_truth_95_percent_of_the_time():
@@ -244,11 +294,16 @@ def test_confidence_intervals_hold_the_truth_95_percent_of_the_time():
     for draw, truth in ((lambda: rng.random(200) < 0.9, 0.9), (lambda: rng.beta(2, 3, 200), 0.4)):
         intervals = [evaluate.confidence_interval([float(v) for v in draw()]) for _ in range(2000)]
         assert 0.93 < np.mean([low <= truth <= high for low, high in intervals]) < 0.975
-    for n, hard in ((256, 0.03), (1000, 0.01)):  # pass@8 of 16 samples where nearly every problem is easy
+    for n, hard in (
+        (256, 0.03),
+        (1000, 0.01),
+    ):  # pass@8 of 16 samples where nearly every problem is easy
         truth, held = hard * (1 - (1 - 0.1) ** 8) + 1 - hard, []
         for _ in range(1000):
             right = rng.binomial(16, np.where(rng.random(n) < hard, 0.1, 1.0))
-            low, high = evaluate.confidence_interval([common.pass_at_k(16, int(c), 8) for c in right])
+            low, high = evaluate.confidence_interval(
+                [common.pass_at_k(16, int(c), 8) for c in right]
+            )
             held.append(low <= truth <= high)
         assert 0.93 < np.mean(held), np.mean(held)
     low, high = evaluate.confidence_interval([0.5] * 8)
@@ -262,15 +317,24 @@ def test_confidence_intervals_hold_the_truth_95_percent_of_the_time():
 
 def test_deduplication_keeps_correct_finished_and_distinct_samples():
     p = common.Problem("p", "?", Fraction(4))
-    right, same, other = "2+2=<<2+2=4>>4\n#### 4", "2+2=<<2+2=4>>4 pens\n#### 4", "2*2=<<2*2=4>>4\n#### 4"
+    right, same, other = (
+        "2+2=<<2+2=4>>4\n#### 4",
+        "2+2=<<2+2=4>>4 pens\n#### 4",
+        "2*2=<<2*2=4>>4\n#### 4",
+    )
     texts = [right, same, other, "#### 5", right + "\n\nQuestion: next?"]
     kept = {}
-    new = expert_iteration.keep_accepted([make_sample(p, i, t) for i, t in enumerate(texts)], kept, None, True)
+    new = expert_iteration.keep_accepted(
+        [make_sample(p, i, t) for i, t in enumerate(texts)], kept, None, True
+    )
     assert [s.number for s in new] == [0, 2]
     assert kept == {"p": {("2+2",): right, ("2*2",): other}}
     assert (
         expert_iteration.keep_accepted(
-            [make_sample(p, 0, right), make_sample(p, 1, "8-4=<<8-4=4>>4\n#### 4", False)], kept, None, True
+            [make_sample(p, 0, right), make_sample(p, 1, "8-4=<<8-4=4>>4\n#### 4", False)],
+            kept,
+            None,
+            True,
         )
         == []
     )
@@ -286,7 +350,9 @@ def test_in_expert_iteration_a_solution_counts_as_often_as_it_is_sampled():
     right, other = "2+2=<<2+2=4>>4\n#### 4", "2*2=<<2*2=4>>4\n#### 4"
     kept = {"p": {("2+2",): right}}
     for texts in ([right, right, other], [right, "#### 5"]):
-        samples = [make_sample(p, i, t) for i, t in enumerate(texts)] + [make_sample(p, 9, other, False)]
+        samples = [make_sample(p, i, t) for i, t in enumerate(texts)] + [
+            make_sample(p, 9, other, False)
+        ]
         new = expert_iteration.keep_accepted(samples, kept)
         assert [s.text for s in new] == [t for t in texts if t != "#### 5"]
     assert sorted(kept["p"].values()) == [other] + [right] * 4

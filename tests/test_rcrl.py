@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import train_step
 from test_generation import ARCHITECTURES, random_policy
 from test_scripts import cli, rows_of, without_time  # noqa: F401
 
@@ -19,7 +20,7 @@ import sft
 
 PROBLEMS = common.load_problems("arithmetic", "train", 24)
 RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--samples", "4", "--completions", "2", "--epochs",
-       "2", "--batch-size", "8", "--max-new-tokens", "60", "--rows", "32", "--ratio", "1"]  # fmt: skip
+       "2", "--batch-size", "8", "--max-new-tokens", "60", "--gen-batch-size", "32", "--ratio", "1"]  # fmt: skip
 THREE = next(p for p in PROBLEMS if len(p.steps) == 3)
 
 
@@ -42,13 +43,25 @@ def labelled() -> common.Policy:
 def test_a_line_is_good_if_at_least_half_of_its_completions_are_right():
     sample = sample_of(THREE, THREE.reference)
     starts = list(rcrl.beginnings([sample, sample]))
-    assert [text for _, text in starts] == ["".join(THREE.reference.splitlines(keepends=True)[:i]) for i in (1, 2, 3)]
+    assert [text for _, text in starts] == [
+        "".join(THREE.reference.splitlines(keepends=True)[:i]) for i in (1, 2, 3)
+    ]
     q = dict(zip(starts, (0.5, 0.375, 1.0), strict=True))
     row = rcrl.label_solution(sample, q, "step")
-    assert [line["label"] for line in row["lines"]] == ["good", "bad", "good", "good"]  # the last: the answer is right
+    assert [line["label"] for line in row["lines"]] == [
+        "good",
+        "bad",
+        "good",
+        "good",
+    ]  # the last: the answer is right
     assert "".join(line["text"] for line in row["lines"]) == THREE.reference
     wrong = sample_of(THREE, THREE.reference.replace("####", "#### 1"))
-    assert [x["label"] for x in rcrl.label_solution(wrong, q, "step")["lines"]] == ["good", "bad", "good", "bad"]
+    assert [x["label"] for x in rcrl.label_solution(wrong, q, "step")["lines"]] == [
+        "good",
+        "bad",
+        "good",
+        "bad",
+    ]
     for s, label in ((sample, "good"), (wrong, "bad")):
         assert {line["label"] for line in rcrl.label_solution(s, {}, "outcome")["lines"]} == {label}
 
@@ -64,7 +77,9 @@ def test_beginnings_have_random_numbers_of_their_own():
     (20, 50, 1, None, (20, 20)), (100, 0, 1, None, (100, 0)), (10, 50, 100, None, (10, 0)),
     (10, 50, 0.5, None, (10, 20)), (1, 20, 0.01, None, (1, 20)), (199, 50, 100, None, (199, 1)), (109, 50, 10, None, (109, 10)), (100, 50, 1, 60, (30, 30)), (100, 50, 10, 55, (50, 5)), (100, 50, 100, 50, (50, 0)), (9, 48, 0.1, 5, (1, 4)), (9, 48, 1, 1, (1, 0)),
 ])  # fmt: skip
-def test_the_mixture_has_the_ratio_and_is_as_large_as_it_can_be(n_right, n_wrong, ratio, size, expected):
+def test_the_mixture_has_the_ratio_and_is_as_large_as_it_can_be(
+    n_right, n_wrong, ratio, size, expected
+):
     right, wrong = [("r", i) for i in range(n_right)], [("w", i) for i in range(n_wrong)]
     mixed = rcrl.mix(right, wrong, ratio, size, 0)
     assert (sum(k == "r" for k, _ in mixed), sum(k == "w" for k, _ in mixed)) == expected
@@ -101,7 +116,9 @@ def test_lines_are_targets_and_labels_are_not(by):
 def test_the_new_labels_lie_as_far_apart_as_other_tokens_do(labelled):
     """Rows at the mean of the others, where transformers puts them, are so alike that training hardly tells them apart."""
     *_, good, bad = rows = labelled.model.get_input_embeddings().weight.detach()
-    assert labelled.tokenizer.convert_ids_to_tokens([len(rows) - 2, len(rows) - 1]) == list(rcrl.LABELS.values())
+    assert labelled.tokenizer.convert_ids_to_tokens([len(rows) - 2, len(rows) - 1]) == list(
+        rcrl.LABELS.values()
+    )
     typical = torch.pdist(rows[:-2]).median()
     assert typical / 2 < (good - bad).norm() < typical * 2
     base = common.Policy("tiny", "cpu").model.get_input_embeddings().weight
@@ -116,9 +133,10 @@ def test_the_control_learns_the_solutions_without_labels(labelled, tmp_path):
         policy = common.Policy(base, "cpu")
         rcrl.teach_labels(policy, "none")
         (_, response), targets = rcrl.encode(policy, THREE, lines)
-        assert response == [*policy.encode_prefix("1+1=<<1+1=2>>2\n#### 2"), policy.tokenizer.eos_token_id] and all(
-            targets
-        )
+        assert response == [
+            *policy.encode_prefix("1+1=<<1+1=2>>2\n#### 2"),
+            policy.tokenizer.eos_token_id,
+        ] and all(targets)
         policy.save(tmp_path / "saved")
         assert common.Policy(str(tmp_path / "saved"), "cpu").label == []
 
@@ -130,7 +148,7 @@ def test_labels_get_no_gradient(labelled):
     with torch.no_grad():
         logprobs = common.response_logprobs(labelled, [example])
     optimizer = torch.optim.SGD(labelled.model.parameters(), lr=0.0)
-    loss, _ = common.cross_entropy_step(labelled, optimizer, [example], 0.0, 10_000, [targets])
+    loss, _ = train_step(labelled, optimizer, [example], 0.0, 10_000, [targets])
     assert loss == pytest.approx(-logprobs[torch.tensor(targets)].mean().item(), abs=1e-5)
     assert abs(loss + logprobs.mean().item()) > 1e-2
 
@@ -153,15 +171,19 @@ def check_labels(policy, samples, label: list[int]) -> int:
     return seen
 
 
-@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("gen_batch_size", [3, 16])
 @pytest.mark.parametrize("on", ["good", "bad"])
 def test_every_sampled_line_begins_with_the_forced_label(labelled, rows, on):
     labelled.condition(on)
-    samples = common.generate(labelled, PROBLEMS[:4], samples=4, max_new_tokens=60, rows=rows, seed=3)
+    samples = common.generate(
+        labelled, PROBLEMS[:4], samples=4, max_new_tokens=60, batch_size=rows, seed=3
+    )
     assert check_labels(labelled, samples, labelled.label) > 8
     assert not any("[" in sample.text for sample in samples)
     labelled.condition("none")
-    plain = common.generate(labelled, PROBLEMS[:4], samples=1, max_new_tokens=40, rows=4, seed=3)
+    plain = common.generate(
+        labelled, PROBLEMS[:4], samples=1, max_new_tokens=40, batch_size=4, seed=3
+    )
     assert not labelled.label and all(
         list(s.prompt) == labelled.encode_prompt(common.prompt_text(s.problem)) for s in plain
     )
@@ -179,14 +201,16 @@ def test_labels_of_several_tokens_are_forced_on_every_path(name, tmp_path_factor
     policy.condition("good")
     del policy.model.config.return_labels
     policy.label = policy.label if len(policy.label) > 1 else [5, 7, 11]
-    policy.eos_ids = [i for i in range(1, policy.vocabulary, 30) if i not in policy.label]  # rows end at any time
+    policy.eos_ids = [
+        i for i in range(1, policy.vocabulary, 30) if i not in policy.label
+    ]  # rows end at any time
     how = dict(samples=3, max_new_tokens=24, seed=1)
     found = []
     loops = common.decode, common.decode_plainly
     for rows, devices, loop in ((2, set(), 0), (9, set(), 0), (9, {"cpu"}, 0), (4, set(), 1)):
         monkeypatch.setattr(common, "GRAPH_DEVICES", devices)
         policy.decode_loop = loops[loop]
-        samples = common.generate(policy, PROBLEMS[:3], rows=rows, **how)
+        samples = common.generate(policy, PROBLEMS[:3], batch_size=rows, **how)
         found.append([sample.tokens.tolist() for sample in samples])
     assert found[0] == found[1] == found[2] == found[3]
     m = len(policy.label)
@@ -208,8 +232,12 @@ def test_a_model_that_takes_no_new_tokens_has_its_labels_as_text(nano, monkeypat
     monkeypatch.setattr(policy.model, "resize_token_embeddings", refuse)
     rcrl.teach_labels(policy, "step")
     assert policy.model.config.return_labels["good"] == "[GOOD] " and len(policy.label) > 1
-    (_, response), targets = rcrl.encode(policy, THREE, [{"label": "good", "text": "1+1=<<1+1=2>>2\n"}])
-    assert response[: len(policy.label)] == policy.label and targets.count(False) == len(policy.label)
+    (_, response), targets = rcrl.encode(
+        policy, THREE, [{"label": "good", "text": "1+1=<<1+1=2>>2\n"}]
+    )
+    assert response[: len(policy.label)] == policy.label and targets.count(False) == len(
+        policy.label
+    )
 
 
 # ---- the script
@@ -223,30 +251,72 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
     labelled = rows_of(out / "samples" / "labelled.jsonl")
     assert len(labelled) == rows[0]["train_size"] == rows[0]["right"] + rows[0]["wrong"]
     assert rows[0]["right"] == rows[0]["wrong"] > 0
-    assert all(line["q"] in (0, 0.5, 1) and line["label"] in rcrl.LABELS for row in labelled for line in row["lines"])
+    assert all(
+        line["q"] in (0, 0.5, 1) and line["label"] in rcrl.LABELS
+        for row in labelled
+        for line in row["lines"]
+    )
     assert all(row["lines"][-1]["q"] == row["correct"] for row in labelled)
     completions = rows_of(out / "samples" / "completions.jsonl")
     assert len(completions) == 2 * rows[0]["beginnings"]
 
-    argv = ["--model", out / "model", "--samples", "2", "--limit-eval", "10", "--max-new-tokens", "60"]
+    argv = [
+        "--model",
+        out / "model",
+        "--samples",
+        "2",
+        "--limit-eval",
+        "10",
+        "--max-new-tokens",
+        "60",
+    ]
     texts = {}
     for name, flags in {"default": [], "good": ["--condition", "good"], "bad": ["--condition", "bad"],
                         "none": ["--condition", "none"]}.items():  # fmt: skip
         assert cli(evaluate, *argv, *flags, "--out", tmp_path / f"{name}.json")[0] == 0
         texts[name] = [row["text"] for row in rows_of(tmp_path / f"{name}.samples.jsonl")]
     assert texts["default"] == texts["good"] and len({tuple(t) for t in texts.values()}) > 1
-    code, message = cli(evaluate, "--model", "tiny", "--condition", "good", "--out", tmp_path / "x.json")
-    assert code == 2 and "not trained with return labels" in message and not (tmp_path / "x.json").exists()
+    code, message = cli(
+        evaluate, "--model", "tiny", "--condition", "good", "--out", tmp_path / "x.json"
+    )
+    assert (
+        code == 2
+        and "not trained with return labels" in message
+        and not (tmp_path / "x.json").exists()
+    )
 
     # trained on by another script, it has no labels any more
-    short = ["--epochs", "1", "--limit-eval", "4", "--max-new-tokens", "20", "--out", tmp_path / "sft"]
+    short = [
+        "--epochs",
+        "1",
+        "--limit-eval",
+        "4",
+        "--max-new-tokens",
+        "20",
+        "--out",
+        tmp_path / "sft",
+    ]
     assert cli(sft, "--model", out / "model", *short)[0] == 0
-    assert "return_labels" not in json.loads((tmp_path / "sft" / "model" / "config.json").read_text())
-    short = [*short[:-1], tmp_path / "ei", "--limit-train", "24", "--rounds", "1", "--continue", "--pass-k", "0"]
+    assert "return_labels" not in json.loads(
+        (tmp_path / "sft" / "model" / "config.json").read_text()
+    )
+    short = [
+        *short[:-1],
+        tmp_path / "ei",
+        "--limit-train",
+        "24",
+        "--rounds",
+        "1",
+        "--continue",
+        "--pass-k",
+        "0",
+    ]
     assert (
         cli(expert_iteration, "--model", out / "model", *short)[0] == 0
     )  # its labels are in the samples of round 1 only
-    assert "return_labels" not in json.loads((tmp_path / "ei" / "model" / "config.json").read_text())
+    assert "return_labels" not in json.loads(
+        (tmp_path / "ei" / "model" / "config.json").read_text()
+    )
 
     argv = [
         *RUN,
@@ -259,7 +329,10 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
     ]
     assert cli(rcrl, *argv)[0] == 0
     rows = rows_of(tmp_path / "outcome" / "samples" / "labelled.jsonl")
-    assert all({line["label"] for line in row["lines"]} == {"good" if row["correct"] else "bad"} for row in rows)
+    assert all(
+        {line["label"] for line in row["lines"]} == {"good" if row["correct"] else "bad"}
+        for row in rows
+    )
     config = json.loads((tmp_path / "outcome" / "model" / "config.json").read_text())
     assert config["return_labels"]["by"] == "outcome"
 
@@ -270,27 +343,44 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
     # a model with labels neither labels nor is trained anew: its completions would not carry the labels on
     for flag in ("--model", "--base"):
         code, message = cli(rcrl, *RUN, flag, out / "model", "--out", tmp_path / "again")
-        assert code == 2 and "trained without labels" in message and not (tmp_path / "again" / "samples").exists()
+        assert (
+            code == 2
+            and "trained without labels" in message
+            and not (tmp_path / "again" / "samples").exists()
+        )
 
 
 def test_completions_of_other_beginnings_are_not_read_back(tmp_path):
     """Their problems' ids are numbered, so after a change of the samples the same ids may stand for other beginnings."""
-    policy, how = common.Policy("tiny", "cpu"), {"samples": 2, "rows": 8, "max_new_tokens": 30, "progress": None}
+    policy, how = (
+        common.Policy("tiny", "cpu"),
+        {"samples": 2, "gen_batch_size": 8, "max_new_tokens": 30, "progress": None},
+    )
     file = tmp_path / "completions.jsonl"
     for prefix in ("1+1=<<1+1=2>>2\n", "2+2=<<2+2=4>>4\n"):
         samples = common.sample_to_file(policy, PROBLEMS[:2], file, prefixes=[prefix] * 2, **how)
         assert all(sample.text.startswith(prefix) for sample in samples)
-        assert all(row["text"].startswith(prefix) for row in rows_of(file)) and len(rows_of(file)) == 4
+        assert (
+            all(row["text"].startswith(prefix) for row in rows_of(file)) and len(rows_of(file)) == 4
+        )
 
 
-@pytest.mark.parametrize("correct, finished, advice", [(False, True, "--samples"), (True, False, "--max-new-tokens")])
+@pytest.mark.parametrize(
+    "correct, finished, advice", [(False, True, "--samples"), (True, False, "--max-new-tokens")]
+)
 def test_nothing_to_learn_from_is_said(cli, tmp_path, correct, finished, advice):  # noqa: F811
     problem = common.load_problems("arithmetic", "train", 1)[0]
     text = f"#### {problem.answer if correct else 'none'}"
-    (tmp_path / "samples.jsonl").write_text(common.Sample(problem, 0, text, finished).to_json() + "\n")
+    (tmp_path / "samples.jsonl").write_text(
+        common.Sample(problem, 0, text, finished).to_json() + "\n"
+    )
     argv = ["--train-samples", tmp_path / "samples.jsonl", "--out", tmp_path / "run"]
     code, message = cli(rcrl, *RUN, *argv)
-    assert code == 2 and advice in message and not (tmp_path / "run" / "samples" / "labelled.jsonl").exists()
+    assert (
+        code == 2
+        and advice in message
+        and not (tmp_path / "run" / "samples" / "labelled.jsonl").exists()
+    )
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):  # noqa: F811
@@ -300,7 +390,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch): 
         pass
 
     assert cli(rcrl, *RUN, "--device", "cpu", "--out", tmp_path / "whole")[0] == 0
-    argv = [*RUN, "--device", "cpu", "--out", tmp_path / "broken", "--checkpoint-every", "0", "--resume"]
+    argv = [
+        *RUN,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "broken",
+        "--checkpoint-every",
+        "0",
+        "--resume",
+    ]
     generate, save, calls = common.generate, torch.save, []
 
     def dying_generate(*args, **how):
@@ -323,9 +422,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch): 
         cli(rcrl, *argv)
     monkeypatch.setattr(torch, "save", save)
     assert cli(rcrl, *argv)[0] == 0
-    assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(tmp_path / "broken" / "metrics.jsonl")
+    assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(
+        tmp_path / "broken" / "metrics.jsonl"
+    )
     names = ["model/model.safetensors", "samples/labelled.jsonl", "samples/completions.jsonl"]
-    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "broken" / n).read_bytes() for n in names)
+    assert all(
+        (tmp_path / "whole" / n).read_bytes() == (tmp_path / "broken" / n).read_bytes()
+        for n in names
+    )
 
 
 def test_a_completion_that_was_cut_is_not_right(tiny, tmp_path, monkeypatch):
@@ -333,18 +437,37 @@ def test_a_completion_that_was_cut_is_not_right(tiny, tmp_path, monkeypatch):
     starts = rcrl.beginnings([sample_of(THREE, THREE.reference)])
 
     def drawn(policy, problems, *_, samples, **__):
-        return [sample_of(p, THREE.reference + "\n", i, finished=i > 0) for p in problems for i in range(samples)]
+        return [
+            sample_of(p, THREE.reference + "\n", i, finished=i > 0)
+            for p in problems
+            for i in range(samples)
+        ]
 
     monkeypatch.setattr(common, "sample_to_file", drawn)
-    args = argparse.Namespace(temperature=1.0, max_new_tokens=60, rows=8, seed=0)
+    args = argparse.Namespace(temperature=1.0, max_new_tokens=60, batch_size=8, seed=0)
     assert all(sample.correct for sample in drawn(tiny, [THREE], samples=4))
-    assert rcrl.estimate_q(tiny, starts, 4, tmp_path / "q.jsonl", None, args, 1) == dict.fromkeys(starts, 0.75)
+    assert rcrl.estimate_q(tiny, starts, 4, tmp_path / "q.jsonl", None, args, 1) == dict.fromkeys(
+        starts, 0.75
+    )
 
 
 def test_ppo_goes_on_from_a_model_with_labels_without_them(cli, labelled, tmp_path):  # noqa: F811
     labelled.condition("good")
     labelled.save(tmp_path / "labelled")
-    argv = ["--model", tmp_path / "labelled", "--questions", 2, "--samples", 2, "--phases", 1, "--max-new-tokens", 20]
+    argv = [
+        "--model",
+        tmp_path / "labelled",
+        "--questions",
+        2,
+        "--samples",
+        2,
+        "--phases",
+        1,
+        "--max-new-tokens",
+        20,
+    ]
     assert cli(ppo, *argv, "--limit-eval", 2, "--out", tmp_path / "run")[0] == 0
-    before, after = (common.Policy(str(tmp_path / name), "cpu") for name in ("labelled", "run/model"))
+    before, after = (
+        common.Policy(str(tmp_path / name), "cpu") for name in ("labelled", "run/model")
+    )
     assert before.label and not after.label

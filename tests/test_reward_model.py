@@ -21,13 +21,13 @@ import reward_model
 
 PROBLEMS = common.load_problems("arithmetic", "train", 40)
 RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--samples", "4", "--eval-samples", "4", "--epochs",
-       "2", "--batch-size", "8", "--max-new-tokens", "60", "--rows", "32"]  # fmt: skip
+       "2", "--batch-size", "8", "--max-new-tokens", "60", "--gen-batch-size", "32"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def orm() -> common.RewardModel:
+def orm() -> reward_model.RewardModel:
     """The embedded model with a random head: scores that differ from token to token."""
-    model = common.RewardModel("tiny", "cpu", new=True)
+    model = reward_model.RewardModel("tiny", "cpu", new=True)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.linear.weight)
     return model
@@ -72,11 +72,15 @@ def test_calibration_by_hand():
     scores, labels = np.array([0.05, 0.8, 0.85, 1.0]), np.array([False, True, False, True])
     table = reward_model.reliability(scores, labels)
     assert [(row["n"], row["right"]) for row in table] == [(1, 0.0), (2, 0.5), (1, 1.0)]
-    assert reward_model.calibration_error(table) == pytest.approx((0.05 + 2 * (0.825 - 0.5) + 0.0) / 4)
+    assert reward_model.calibration_error(table) == pytest.approx(
+        (0.05 + 2 * (0.825 - 0.5) + 0.0) / 4
+    )
 
 
 def test_within_a_question_both_classes_weigh_the_same():
-    assert reward_model.balanced_weights([True, False, False, False]) == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3])
+    assert reward_model.balanced_weights([True, False, False, False]) == pytest.approx(
+        [2, 2 / 3, 2 / 3, 2 / 3]
+    )
     assert reward_model.balanced_weights([True, True]) == [1, 1]
     for labels in itertools.product([True, False], repeat=4):
         weights = reward_model.balanced_weights(list(labels))
@@ -88,16 +92,18 @@ def test_within_a_question_both_classes_weigh_the_same():
 def test_equal_solutions_are_merged_without_changing_the_loss(orm):
     problem, other = PROBLEMS[:2]
     texts = [right(problem), wrong(problem), wrong(problem), wrong(problem) + "\n"]
-    samples = [sample_of(problem, text, i) for i, text in enumerate(texts)] + [sample_of(other, right(other))]
+    samples = [sample_of(problem, text, i) for i, text in enumerate(texts)] + [
+        sample_of(other, right(other))
+    ]
     data, weights = reward_model.training_data(samples)
     assert len(data) == 3 and weights == pytest.approx([2, 2, 1])
 
     def loss(samples, weights):
         examples = [orm.encode(s) for s in samples]
         optimizer = torch.optim.SGD(orm.model.parameters(), lr=0.0)
-        return reward_model.orm_step(orm, optimizer, examples, [float(s.correct) for s in samples], weights, 0.0, 9999)[
-            0
-        ]
+        return reward_model.orm_step(
+            orm, optimizer, examples, [float(s.correct) for s in samples], weights, 0.0, 9999
+        )[0]
 
     every = [*reward_model.balanced_weights([s.correct for s in samples[:4]]), 1.0]
     assert loss(samples, every) == pytest.approx(loss(data, weights), rel=1e-5)
@@ -109,11 +115,19 @@ def test_best_of_n_by_hand():
     rows = [(p, True, 0.1), (p, False, 0.9), (p, False, 0.2), (p, True, 0.3)]
     rows += [(q, False, 0.5), (q, False, 0.4), (q, False, 0.3), (q, True, 0.6)]
     samples = [
-        sample_of(problem, right(problem) if y else wrong(problem), i % 4) for i, (problem, y, _) in enumerate(rows)
+        sample_of(problem, right(problem) if y else wrong(problem), i % 4)
+        for i, (problem, y, _) in enumerate(rows)
     ]
-    table = {row["n"]: row for row in reward_model.best_of_n(samples, [score for *_, score in rows])}
+    table = {
+        row["n"]: row for row in reward_model.best_of_n(samples, [score for *_, score in rows])
+    }
     assert table[1] == {"n": 1, "orm": 3 / 8, "majority": 3 / 8, "oracle": 3 / 8}
-    assert table[2] == {"n": 2, "orm": 2 / 4, "majority": 1 / 4, "oracle": 3 / 4}  # ties of a vote: the first
+    assert table[2] == {
+        "n": 2,
+        "orm": 2 / 4,
+        "majority": 1 / 4,
+        "oracle": 3 / 4,
+    }  # ties of a vote: the first
     assert table[4] == {"n": 4, "orm": 1 / 2, "majority": 1 / 2, "oracle": 2 / 2}
 
 
@@ -121,8 +135,13 @@ def test_positions_are_shares_of_the_tokens_read():
     """A solution of four tokens, whose probability after n tokens is n / 10; one of a single token."""
     labels = [common.Problem("a", "?", Fraction(1)), common.Problem("b", "?", Fraction(2))]
     samples = [common.Sample(problem, 0, "#### 1", finished=True) for problem in labels]
-    found = reward_model.quality(samples, [np.array([0.1, 0.2, 0.6, 0.7]), np.array([0.55])])["by_position"]
-    right = [{0.0: 0.1, 0.25: 0.1, 0.5: 0.2, 0.75: 0.6, 1.0: 0.7}[row["position"]] >= 0.5 for row in found]
+    found = reward_model.quality(samples, [np.array([0.1, 0.2, 0.6, 0.7]), np.array([0.55])])[
+        "by_position"
+    ]
+    right = [
+        {0.0: 0.1, 0.25: 0.1, 0.5: 0.2, 0.75: 0.6, 1.0: 0.7}[row["position"]] >= 0.5
+        for row in found
+    ]
     # the wrong one is always above 0.5
     assert [row["accuracy"] for row in found] == [right_one / 2 for right_one in right]
 
@@ -140,7 +159,10 @@ def test_mcnemar_against_enumeration():
         n, gap = better + worse, abs(better - worse)
         ways = [abs(2 * sum(way) - n) >= gap for way in itertools.product([0, 1], repeat=n)]
         test = evaluate.paired_test(values, others)
-        assert test["p"] == pytest.approx(np.mean(ways)) and (test["better"], test["worse"]) == (better, worse)
+        assert test["p"] == pytest.approx(np.mean(ways)) and (test["better"], test["worse"]) == (
+            better,
+            worse,
+        )
         assert test["difference"] == pytest.approx((better - worse) / len(values))
 
 
@@ -150,7 +172,10 @@ def test_mcnemar_against_enumeration():
 def test_long_solutions_do_not_count_more(orm):
     """One right solution of 5 tokens and one wrong of 80: each is half of the loss, whatever its length."""
     problem = PROBLEMS[0]
-    short, long = sample_of(problem, f"#### {problem.answer}"), sample_of(problem, "1+1=<<1+1=2>>2\n" * 8 + "#### 99")
+    short, long = (
+        sample_of(problem, f"#### {problem.answer}"),
+        sample_of(problem, "1+1=<<1+1=2>>2\n" * 8 + "#### 99"),
+    )
     examples = [orm.encode(s) for s in (short, long)]
     optimizer = torch.optim.SGD(orm.model.parameters(), lr=0.0)
     alone = [
@@ -158,7 +183,9 @@ def test_long_solutions_do_not_count_more(orm):
         for example, y in zip(examples, (1.0, 0.0), strict=True)
     ]
     with torch.no_grad():
-        odds = [sign * orm.log_odds([example]) for sign, example in zip((-1, 1), examples, strict=True)]
+        odds = [
+            sign * orm.log_odds([example]) for sign, example in zip((-1, 1), examples, strict=True)
+        ]
         means = [torch.nn.functional.softplus(x).mean() for x in odds]
     assert alone == pytest.approx([mean.item() for mean in means], rel=1e-4)
     both = reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0], [1.0, 1.0], 0.0, 9999)[0]
@@ -168,7 +195,9 @@ def test_long_solutions_do_not_count_more(orm):
 def test_a_family_without_a_token_classifier_has_reward_models(tmp_path):
     """Gemma 3, beside the embeddings of images: its settings are those of text and vision, and have no width of their own.
     All that is saved comes back, and the network is trained, with no gradient for a head that is not used."""
-    text = dict(num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, **SMALL)
+    text = dict(
+        num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, **SMALL
+    )
     sight = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)  # fmt: skip
     write_model(
         lambda v: transformers.Gemma3Config(
@@ -178,21 +207,28 @@ def test_a_family_without_a_token_classifier_has_reward_models(tmp_path):
         tmp_path / "policy",
     )  # fmt: skip
     policy = common.Policy(str(tmp_path / "policy"), "cpu")
-    orm = common.RewardModel(str(tmp_path / "policy"), "cpu", new=True)
+    orm = reward_model.RewardModel(str(tmp_path / "policy"), "cpu", new=True)
     samples = [sample_of(p, right(p)) for p in PROBLEMS[:3]]
     assert all((p == 0.5).all() for p in orm.scores(samples))
     examples = [orm.encode(sample) for sample in samples]
     ids = torch.tensor([examples[0][0]])
     with torch.no_grad():
-        assert torch.equal(orm.hidden_states(ids), policy.hidden_states(ids)), "the policy's network"
+        assert torch.equal(orm.hidden_states(ids), policy.hidden_states(ids)), (
+            "the policy's network"
+        )
     torch.nn.init.normal_(orm.linear.weight)
     before, optimizer = orm.scores(samples), common.adam_w(orm.model.parameters(), 1e-3)
-    assert reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0, 1.0], [1.0] * 3, 1e-3, 999)[1] > 0
+    assert (
+        reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0, 1.0], [1.0] * 3, 1e-3, 999)[1]
+        > 0
+    )
     assert not np.allclose(before[0], orm.scores(samples)[0], atol=1e-4)
     orm.save(tmp_path / "orm")
     assert common.is_reward_model(str(tmp_path / "orm"))
-    again = common.RewardModel(str(tmp_path / "orm"), "cpu")
-    assert all(np.allclose(a, b) for a, b in zip(again.scores(samples), orm.scores(samples), strict=True))
+    again = reward_model.RewardModel(str(tmp_path / "orm"), "cpu")
+    assert all(
+        np.allclose(a, b) for a, b in zip(again.scores(samples), orm.scores(samples), strict=True)
+    )
     with pytest.raises(common.UserError, match="a reward model, not a language model"):
         common.Policy(str(tmp_path / "orm"))
 
@@ -204,41 +240,57 @@ def test_a_reward_model_begins_with_the_weights_of_the_policy(tmp_path):
                   linear_value_head_dim=8, **SMALL | {"num_hidden_layers": 4})  # fmt: skip
     sight = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
     families = {
-        "qwen": lambda v: transformers.Qwen3_5Config(text_config=narrow | {"vocab_size": v}, vision_config=sight),
-        "opt": lambda v: transformers.OPTConfig(vocab_size=v, ffn_dim=64, word_embed_proj_dim=16, **SMALL),
+        "qwen": lambda v: transformers.Qwen3_5Config(
+            text_config=narrow | {"vocab_size": v}, vision_config=sight
+        ),
+        "opt": lambda v: transformers.OPTConfig(
+            vocab_size=v, ffn_dim=64, word_embed_proj_dim=16, **SMALL
+        ),
     }
     ids = torch.tensor([[3, 4, 5, 6]])
     for name, config_of in families.items():
         write_model(config_of, tmp_path / name)
         policy = common.Policy(str(tmp_path / name), "cpu")
         policy.save(tmp_path / f"{name}_saved")
-        orm = common.RewardModel(str(tmp_path / f"{name}_saved"), "cpu", new=True)
+        orm = reward_model.RewardModel(str(tmp_path / f"{name}_saved"), "cpu", new=True)
         torch.nn.init.normal_(orm.linear.weight)
         orm.save(tmp_path / f"{name}_orm")
-        again = common.RewardModel(str(tmp_path / f"{name}_orm"), "cpu")
+        again = reward_model.RewardModel(str(tmp_path / f"{name}_orm"), "cpu")
         with torch.no_grad():
-            torch.testing.assert_close(orm.hidden_states(ids), policy.hidden_states(ids), atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(again.model(ids).logits, orm.model(ids).logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                orm.hidden_states(ids), policy.hidden_states(ids), atol=1e-4, rtol=1e-4
+            )
+            torch.testing.assert_close(
+                again.model(ids).logits, orm.model(ids).logits, atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_reward_model_without_all_its_weights_is_refused(nano, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    common.RewardModel(nano, "cpu", new=True).save(tmp_path / "orm")
+    reward_model.RewardModel(nano, "cpu", new=True).save(tmp_path / "orm")
     file = tmp_path / "orm" / "model.safetensors"
     weights = load_file(file)
     for lost in ("score.weight", "model.norm.weight"):
-        save_file({key: weight for key, weight in weights.items() if key != lost}, file, metadata={"format": "pt"})
+        save_file(
+            {key: weight for key, weight in weights.items() if key != lost},
+            file,
+            metadata={"format": "pt"},
+        )
         with pytest.raises(common.UserError, match=f"no weights for {lost}"):
-            common.RewardModel(str(tmp_path / "orm"), "cpu")
+            reward_model.RewardModel(str(tmp_path / "orm"), "cpu")
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gemma3"])  # transformers has no such class
-def test_a_new_reward_model_says_one_half_and_a_saved_one_loads_without_our_help(name, tmp_path_factory, tmp_path):
+@pytest.mark.parametrize(
+    "name", [name for name in ARCHITECTURES if name != "gemma3"]
+)  # transformers has no such class
+def test_a_new_reward_model_says_one_half_and_a_saved_one_loads_without_our_help(
+    name, tmp_path_factory, tmp_path
+):
     from transformers import AutoModelForTokenClassification
 
     random_policy(name, tmp_path_factory).save(tmp_path / "policy")
-    orm = common.RewardModel(str(tmp_path / "policy"), "cpu", new=True)
+    orm = reward_model.RewardModel(str(tmp_path / "policy"), "cpu", new=True)
     samples = [sample_of(p, right(p)) for p in PROBLEMS[:3]]
     assert all((p == 0.5).all() for p in orm.scores(samples))
     torch.nn.init.normal_(orm.linear.weight)
@@ -249,8 +301,10 @@ def test_a_new_reward_model_says_one_half_and_a_saved_one_loads_without_our_help
         with torch.no_grad():
             logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) :, 0]
         torch.testing.assert_close(torch.from_numpy(said), logits.sigmoid(), atol=1e-5, rtol=1e-4)
-    again = common.RewardModel(str(tmp_path / "orm"), "cpu")
-    assert all(np.allclose(a, b) for a, b in zip(again.scores(samples), orm.scores(samples), strict=True))
+    again = reward_model.RewardModel(str(tmp_path / "orm"), "cpu")
+    assert all(
+        np.allclose(a, b) for a, b in zip(again.scores(samples), orm.scores(samples), strict=True)
+    )
 
 
 def test_a_score_does_not_depend_on_the_batch(orm):
@@ -268,23 +322,34 @@ def test_ten_thousand_solutions_are_scored_within_bounded_memory(orm, monkeypatc
     """No forward pass holds more tokens than the budget, and what is kept is one number a token. Equal texts run once."""
     sizes, forward = [], orm.hidden_states
     monkeypatch.setattr(orm, "hidden_states", lambda ids: sizes.append(ids.numel()) or forward(ids))
-    samples = [sample_of(PROBLEMS[i % 40], f"{i % 97}+1=<<{i % 97}+1=2>>2\n#### 2", i) for i in range(10_000)]
+    samples = [
+        sample_of(PROBLEMS[i % 40], f"{i % 97}+1=<<{i % 97}+1=2>>2\n#### 2", i)
+        for i in range(10_000)
+    ]
     scores = orm.scores(samples, token_budget=4096)
     assert len(scores) == 10_000 and all(s.ndim == 1 and s.dtype == np.float32 for s in scores)
     assert max(sizes) <= 4096
-    assert sum(sizes) < 1.5 * 40 * 97 * max(len(p) + len(r) for p, r in map(orm.encode, samples[:200]))
+    assert sum(sizes) < 1.5 * 40 * 97 * max(
+        len(p) + len(r) for p, r in map(orm.encode, samples[:200])
+    )
 
 
 def test_the_gradient_does_not_depend_on_how_a_batch_is_split(nano):
     gradients = []
     for budget in (10_000, 60):
-        orm = common.RewardModel(nano, "cpu", new=True)
+        orm = reward_model.RewardModel(nano, "cpu", new=True)
         torch.nn.init.constant_(orm.linear.weight, 0.1)
         examples = [orm.encode(sample_of(p, wrong(p))) for p in PROBLEMS[:6]]
-        optimizer = torch.optim.SGD(orm.model.parameters(), lr=123.0)  # the step is taken with the rate that is given
+        optimizer = torch.optim.SGD(
+            orm.model.parameters(), lr=123.0
+        )  # the step is taken with the rate that is given
         before = {n: p.detach().clone() for n, p in orm.model.named_parameters()}
-        reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0] * 3, [0.5, 2.0, 1.0] * 2, 1.0, budget)
-        gradients.append(torch.cat([(before[n] - p.detach()).flatten() for n, p in orm.model.named_parameters()]))
+        reward_model.orm_step(
+            orm, optimizer, examples, [1.0, 0.0] * 3, [0.5, 2.0, 1.0] * 2, 1.0, budget
+        )
+        gradients.append(
+            torch.cat([(before[n] - p.detach()).flatten() for n, p in orm.model.named_parameters()])
+        )
     assert 1e-3 < gradients[0].norm() < 1.001
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
@@ -300,7 +365,9 @@ def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, na
         assert code == 2 and words in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", [expert_iteration, ppo, evaluate, reward_model], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "script", [expert_iteration, ppo, evaluate, reward_model], ids=lambda m: m.__name__
+)
 def test_a_reward_model_with_too_few_positions_is_refused_before_anything_is_sampled(
     script,
     cli,  # noqa: F811
@@ -327,7 +394,7 @@ def test_a_reward_model_with_too_few_positions_is_refused_before_anything_is_sam
 
 
 def test_the_reward_model_keeps_to_the_token_budget(cli, orm_folder, tmp_path, monkeypatch):  # noqa: F811
-    budgets, split = set(), common.token_batches
+    budgets, split = set(), common.micro_batches
 
     def spied(lengths, budget):
         budgets.add(budget)
@@ -348,11 +415,31 @@ def test_the_reward_model_keeps_to_the_token_budget(cli, orm_folder, tmp_path, m
         "--epochs",
         "1",
     ]
-    argv += ["--limit-eval", "2", "--max-new-tokens", "30", "--token-budget", "300", "--out", tmp_path / "run"]
+    argv += [
+        "--limit-eval",
+        "2",
+        "--max-new-tokens",
+        "30",
+        "--token-budget",
+        "300",
+        "--out",
+        tmp_path / "run",
+    ]
     assert cli(ppo, *argv)[0] == 0
     assert budgets == {300}
     budgets.clear()
-    argv = ["--model", "tiny", "--orm", orm_folder, "--samples", "2", "--limit-eval", "2", "--max-new-tokens", "30"]
+    argv = [
+        "--model",
+        "tiny",
+        "--orm",
+        orm_folder,
+        "--samples",
+        "2",
+        "--limit-eval",
+        "2",
+        "--max-new-tokens",
+        "30",
+    ]
     assert cli(evaluate, *argv, "--token-budget", "200", "--out", tmp_path / "test.json")[0] == 0
     assert budgets == {200}
 
@@ -366,7 +453,10 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
     """orm: on the last token. orm_dense: on the last token of every line, differences that sum to the same. A solution
     that was cut has neither. Added to the outcome, both grow by it."""
     problem = next(p for p in PROBLEMS if len(p.steps) == 3)
-    samples = [sampled(tiny, problem, right(problem)), sampled(tiny, problem, wrong(problem), finished=False)]
+    samples = [
+        sampled(tiny, problem, right(problem)),
+        sampled(tiny, problem, wrong(problem), finished=False),
+    ]
     (scores, _) = orm.scores(samples)
     whole, cut = ppo.task_rewards("orm", tiny, samples, ppo.Judges(orm))
     assert whole[-1] == pytest.approx(scores[-1]) and not whole[:-1].any() and not cut.any()
@@ -374,7 +464,9 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
     ends = tiny.line_ends(samples[0].tokens)
     assert set(np.flatnonzero(dense)) == set(ends) and len(ends) == 4 and not cut.any()
     assert dense.sum() == pytest.approx(scores[-1], abs=1e-6)
-    assert dense[ends[0]] == pytest.approx(scores[ends[0]], abs=1e-6)  # the same tokenizer, the same places
+    assert dense[ends[0]] == pytest.approx(
+        scores[ends[0]], abs=1e-6
+    )  # the same tokenizer, the same places
     assert dense[ends[1]] == pytest.approx(scores[ends[1]] - scores[ends[0]], abs=1e-6)
     for kind, plain in (("orm", whole), ("orm_dense", dense)):
         added = ppo.task_rewards(kind, tiny, samples, ppo.Judges(orm), True)[0]
@@ -384,7 +476,9 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
 def test_blank_lines_shift_nothing(tiny, orm):
     """A policy that begins with a line break, or leaves a line empty, is paid nothing for that."""
     problem = next(p for p in PROBLEMS if len(p.steps) == 3)
-    plain, blank = (sampled(tiny, problem, text) for text in (right(problem), "\n" + right(problem)))
+    plain, blank = (
+        sampled(tiny, problem, text) for text in (right(problem), "\n" + right(problem))
+    )
     scores = orm.scores([plain])[0]
     expected = ppo.potential_rewards(tiny, plain, orm, scores)
     reward = ppo.potential_rewards(tiny, blank, orm, scores)
@@ -412,7 +506,9 @@ def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others
     reward = ppo.potential_rewards(letters, spelled, orm, scores)
     ends = letters.line_ends(spelled.tokens)
     assert len(ends) == 4 and np.flatnonzero(reward).tolist() == ends
-    np.testing.assert_allclose(reward[ends[:3]], np.diff(scores[places[:3]], prepend=0.0), atol=1e-6)
+    np.testing.assert_allclose(
+        reward[ends[:3]], np.diff(scores[places[:3]], prepend=0.0), atol=1e-6
+    )
     assert reward.sum() == pytest.approx(scores[-1], abs=1e-6)
 
 
@@ -423,7 +519,9 @@ def test_a_sample_that_was_cut_at_the_last_position_can_still_be_scored(orm):
     """Its policy has as many positions; for the end-of-text token, which a cut sample gets, there is none left."""
     problem = PROBLEMS[0]
     room = orm.max_length - len(orm.encode_prompt(common.prompt_text(problem)))
-    text = orm.tokenizer.decode(orm.encode_prefix("1+1=2\n" * room)[:room], clean_up_tokenization_spaces=False)
+    text = orm.tokenizer.decode(
+        orm.encode_prefix("1+1=2\n" * room)[:room], clean_up_tokenization_spaces=False
+    )
     cut = sample_of(problem, text, finished=False)
     assert len(orm.encode_prefix(cut.solution)) == room or len(orm.encode_prefix(text)) == room
     assert [len(p) for p in orm.scores([cut])] == [len(orm.encode(cut)[1])]
@@ -453,7 +551,9 @@ def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
     assert quality["auc"] == max(row["auc"] for row in rows) or quality["auc"] == pytest.approx(
         max(row["auc"] for row in rows), rel=1e-5
     )
-    assert [row["n"] for row in quality["best_of_n"]] == [1, 2, 4] and len(quality["by_position"]) == 5
+    assert [row["n"] for row in quality["best_of_n"]] == [1, 2, 4] and len(
+        quality["by_position"]
+    ) == 5
     assert sum(row["n"] for row in quality["reliability"]) == 48
     again = [*RUN, "--out", tmp_path / "again", "--train-samples", out / "samples" / "train.jsonl"]
     assert cli(reward_model, *again)[0] == 0  # the same samples, read from the file
@@ -461,7 +561,18 @@ def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
         out / "model" / "model.safetensors"
     ).read_bytes()
 
-    argv = ["--model", "tiny", "--samples", "6", "--limit-eval", "10", "--rows", "64", "--max-new-tokens", "60"]
+    argv = [
+        "--model",
+        "tiny",
+        "--samples",
+        "6",
+        "--limit-eval",
+        "10",
+        "--gen-batch-size",
+        "64",
+        "--max-new-tokens",
+        "60",
+    ]
     argv += ["--orm", out / "model", "--out", report_file]
     assert cli(evaluate, *argv)[0] == 0
     report, lines = json.loads(report_file.read_text()), rows_of(tmp_path / "report.samples.jsonl")
@@ -479,28 +590,43 @@ def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
     assert report["weighted@6"]["value"] == pytest.approx(np.mean(votes))
     assert cli(evaluate, *argv, "--resume")[0] == 0  # the scores in the files do not disturb it
 
-    tiny_ppo = ["--model", "tiny", "--orm", out / "model", "--questions", "8", "--samples", "3", "--phases", "2", "--rows",
+    tiny_ppo = ["--model", "tiny", "--orm", out / "model", "--questions", "8", "--samples", "3", "--phases", "2", "--gen-batch-size",
                 "16", "--max-new-tokens", "60", "--limit-eval", "8", "--limit-train", "64", "--eval-every", "2"]  # fmt: skip
     for name in ("orm", "orm_dense"):
         assert cli(ppo, *tiny_ppo, "--reward", name, "--out", tmp_path / f"ppo_{name}")[0] == 0
         row = rows_of(tmp_path / f"ppo_{name}" / "metrics.jsonl")[-1]
-        assert 0 < row["reward"] < 1 and 0 <= row["correct"] <= 1 and 0 < row["reward_if_wrong"] < 1
-    rewards = [rows_of(tmp_path / f"ppo_{name}" / "metrics.jsonl")[1]["reward"] for name in ("orm", "orm_dense")]
+        assert (
+            0 < row["reward"] < 1
+            and 0 <= row["correct"] <= 1
+            and 0 < row["reward_if_incorrect"] < 1
+        )
+    rewards = [
+        rows_of(tmp_path / f"ppo_{name}" / "metrics.jsonl")[1]["reward"]
+        for name in ("orm", "orm_dense")
+    ]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)  # the first phase samples the same
 
     argv = ["--model", "tiny", "--limit-train", "32", "--samples", "4", "--epochs", "1", "--rounds", "1", "--pass-k", "0",
             "--limit-eval", "8", "--max-new-tokens", "60", "--orm", out / "model"]  # fmt: skip
     assert cli(expert_iteration, *argv, "--orm-threshold", "0", "--out", tmp_path / "ei")[0] == 0
     row = rows_of(tmp_path / "ei" / "metrics.jsonl")[1]
-    assert row["kept"] > 0 and row["kept_correct"] < 1  # at threshold 0 every readable solution is kept
+    assert (
+        row["kept"] > 0 and row["kept_correct"] < 1
+    )  # at threshold 0 every readable solution is kept
     code, message = cli(expert_iteration, *argv, "--orm-threshold", "1", "--out", tmp_path / "none")
     assert code == 2 and "no sample was accepted" in message
 
 
 def test_only_accepted_solutions_are_kept():
     problem = PROBLEMS[0]
-    good, bad = sample_of(problem, right(problem), score=0.4), sample_of(problem, wrong(problem), 1, score=0.9)
-    silent, cut = sample_of(problem, "no answer", 2, score=0.99), sample_of(problem, right(problem), 3, False, 0.95)
+    good, bad = (
+        sample_of(problem, right(problem), score=0.4),
+        sample_of(problem, wrong(problem), 1, score=0.9),
+    )
+    silent, cut = (
+        sample_of(problem, "no answer", 2, score=0.99),
+        sample_of(problem, right(problem), 3, False, 0.95),
+    )
     everything = [good, bad, silent, cut]
     assert expert_iteration.keep_accepted(everything, {}) == [good]
     assert expert_iteration.keep_accepted(everything, {}, 0.5) == [bad]
@@ -522,28 +648,49 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch): 
             raise Killed
 
     monkeypatch.setattr(torch, "save", dying)
-    argv = [*RUN, "--device", "cpu", "--out", tmp_path / "broken", "--checkpoint-every", "0", "--resume"]
+    argv = [
+        *RUN,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "broken",
+        "--checkpoint-every",
+        "0",
+        "--resume",
+    ]
     for _ in range(2):
         with pytest.raises(Killed):
             cli(reward_model, *argv)
     monkeypatch.setattr(torch, "save", save)
     assert cli(reward_model, *argv)[0] == 0
-    assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(tmp_path / "broken" / "metrics.jsonl")
+    assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(
+        tmp_path / "broken" / "metrics.jsonl"
+    )
     names = ["model/model.safetensors", "quality.json", "samples/train.jsonl"]
-    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "broken" / n).read_bytes() for n in names)
+    assert all(
+        (tmp_path / "whole" / n).read_bytes() == (tmp_path / "broken" / n).read_bytes()
+        for n in names
+    )
 
 
 def test_samples_that_are_not_of_this_run_are_refused_with_file_and_line(cli, tmp_path):  # noqa: F811
     good = sample_of(PROBLEMS[0], right(PROBLEMS[0])).to_json()
     stranger = sample_of(common.Problem("x/1", "Why?", Fraction(1)), "#### 1").to_json()
-    cases = {"broken JSON": "{", "not a sample": stranger, "not a sample of": "[1]", "no samples": ""}
+    cases = {
+        "broken JSON": "{",
+        "not a sample": stranger,
+        "not a sample of": "[1]",
+        "no samples": "",
+    }
     for i, (words, line) in enumerate(cases.items()):
         file = tmp_path / f"{i}.jsonl"
         file.write_text(f"{good}\n{line}\n" if line else "\n")
         code, message = cli(reward_model, *RUN, "--out", tmp_path / "run", "--train-samples", file)
         assert code == 2 and words in message and message.count("\n") == 1 and str(file) in message
         assert not line or "line 2" in message
-    code, message = cli(reward_model, *RUN, "--out", tmp_path / "run", "--train-samples", tmp_path / "none.jsonl")
+    code, message = cli(
+        reward_model, *RUN, "--out", tmp_path / "run", "--train-samples", tmp_path / "none.jsonl"
+    )
     assert code == 2 and "no such file" in message
 
 
@@ -554,7 +701,9 @@ def test_samples_of_a_file_come_in_the_order_of_the_problems(tmp_path):
     mixed = np.random.default_rng(0).permutation(len(samples))
     file.write_text("".join(samples[i].to_json() + "\n" for i in mixed))
     read = common.load_samples(file, PROBLEMS)
-    assert [(s.problem, s.number, s.text) for s in read] == [(s.problem, s.number, s.text) for s in samples]
+    assert [(s.problem, s.number, s.text) for s in read] == [
+        (s.problem, s.number, s.text) for s in samples
+    ]
 
 
 def test_a_question_that_is_easier_does_not_count_as_ranked_within():
@@ -567,11 +716,17 @@ def test_a_question_that_is_easier_does_not_count_as_ranked_within():
 
 
 def test_the_quality_of_a_model_is_that_of_its_last_probability():
-    samples = [sample_of(p, text(p), i) for p in PROBLEMS[:2] for i, text in enumerate((right, wrong))]
-    report = reward_model.quality(samples, [np.array([0.0, s.correct * 0.8 + 0.1]) for s in samples])
+    samples = [
+        sample_of(p, text(p), i) for p in PROBLEMS[:2] for i, text in enumerate((right, wrong))
+    ]
+    report = reward_model.quality(
+        samples, [np.array([0.0, s.correct * 0.8 + 0.1]) for s in samples]
+    )
     assert report["auc"] == report["auc_within"] == report["accuracy"] == 1
     assert report["calibration_error"] == pytest.approx(0.1) and report["best_of_n"][-1]["orm"] == 1
-    reverse = reward_model.quality(samples, [np.array([1.0 - s.correct, s.correct * 0.8 + 0.1]) for s in samples])
+    reverse = reward_model.quality(
+        samples, [np.array([1.0 - s.correct, s.correct * 0.8 + 0.1]) for s in samples]
+    )
     assert reverse["auc"] == 1
 
 
@@ -581,7 +736,13 @@ def test_every_solution_is_trained_on_with_its_weight(cli, tmp_path, monkeypatch
 
     def spied(orm, optimizer, examples, labels, weights, lr, *more):
         found = step(orm, optimizer, examples, labels, weights, lr, *more)
-        seen.append((list(zip(map(str, examples), weights, strict=True)), lr, optimizer.param_groups[0]["lr"]))
+        seen.append(
+            (
+                list(zip(map(str, examples), weights, strict=True)),
+                lr,
+                optimizer.param_groups[0]["lr"],
+            )
+        )
         return found
 
     monkeypatch.setattr(reward_model, "orm_step", spied)
@@ -589,16 +750,24 @@ def test_every_solution_is_trained_on_with_its_weight(cli, tmp_path, monkeypatch
     assert cli(reward_model, *argv, "--out", tmp_path / "run")[0] == 0
     samples = common.load_samples(tmp_path / "run" / "samples" / "train.jsonl", PROBLEMS)
     data, weights = reward_model.training_data(samples)
-    orm = common.RewardModel("tiny", "cpu", new=True)
-    expected = [(str(orm.encode(sample)), weight) for sample, weight in zip(data, weights, strict=True)]
-    assert sorted(pair for pairs, *_ in seen for pair in pairs) == sorted(expected) and len(set(weights)) > 2
+    orm = reward_model.RewardModel("tiny", "cpu", new=True)
+    expected = [
+        (str(orm.encode(sample)), weight) for sample, weight in zip(data, weights, strict=True)
+    ]
+    assert (
+        sorted(pair for pairs, *_ in seen for pair in pairs) == sorted(expected)
+        and len(set(weights)) > 2
+    )
     assert all(given == taken for _, given, taken in seen)
 
 
 def test_a_cut_solution_is_worth_nothing_to_either_judge(tiny, orm):
     """Also where whole questions are scored, and its answer line is complete."""
     problem = PROBLEMS[0]
-    samples = [sampled(tiny, problem, right(problem)), sampled(tiny, problem, right(problem) + "\n", finished=False)]
+    samples = [
+        sampled(tiny, problem, right(problem)),
+        sampled(tiny, problem, right(problem) + "\n", finished=False),
+    ]
     assert samples[1].correct
     assert ppo.Judges().scores("sparse", samples) == [1, 0]
     first, cut = ppo.Judges(orm).scores("orm", samples)

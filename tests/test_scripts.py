@@ -27,9 +27,20 @@ import rcrl
 import reward_model
 import sft
 
-SFT = ["--epochs", "2", "--batch-size", "4", "--limit-eval", "16", "--max-new-tokens", "80", "--rows", "16"]
+SFT = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "4",
+    "--limit-eval",
+    "16",
+    "--max-new-tokens",
+    "80",
+    "--gen-batch-size",
+    "16",
+]
 EI = ["--model", "tiny", "--limit-train", "96", "--samples", "2", "--epochs", "2", "--limit-eval", "16", "--pass-k", "2",
-      "--max-new-tokens", "80", "--rows", "96"]  # fmt: skip
+      "--max-new-tokens", "80", "--gen-batch-size", "96"]  # fmt: skip
 
 
 def run_cli(script, *argv, monkeypatch, capsys) -> tuple[int, str]:
@@ -59,17 +70,26 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def without_time(path: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows_of(path)]
+    return [
+        {key: value for key, value in row.items() if not key.startswith("seconds")}
+        for row in rows_of(path)
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
     """SFT on the 24 written solutions raises dev accuracy above the base by at least 15 points; expert iteration runs
     two rounds from it; the evaluation of its model agrees with the samples that it writes."""
-    sft_out, ei_out, report_file = tmp_path / "sft", tmp_path / "ei", tmp_path / "eval" / "report.json"
+    sft_out, ei_out, report_file = (
+        tmp_path / "sft",
+        tmp_path / "ei",
+        tmp_path / "eval" / "report.json",
+    )
     assert cli(sft, "--out", sft_out, "--limit-eval", 64, "--samples", 2)[0] == 0
     rows = rows_of(sft_out / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4] and rows[-1]["step"] == 12
@@ -86,27 +106,55 @@ def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
     assert len(written) == 192 and rounds[0]["correct"] == pytest.approx(
         sum(r["correct"] for r in written) / 192, rel=1e-5
     )
-    for key in ("solved", "follows_reference", "maj@1", "pass@2", "seconds_sampling", "seconds_training"):
+    for key in (
+        "solved",
+        "follows_reference",
+        "maj@1",
+        "pass@2",
+        "seconds_sampling",
+        "seconds_training",
+    ):
         assert key in rounds[0]
 
-    argv = ["--model", ei_out / "model", "--samples", 6, "--limit-eval", 40, "--out", report_file, "--rows", 64]
+    argv = [
+        "--model",
+        ei_out / "model",
+        "--samples",
+        6,
+        "--limit-eval",
+        40,
+        "--out",
+        report_file,
+        "--gen-batch-size",
+        64,
+    ]
     assert cli(evaluate, *argv)[0] == 0
     report = json.loads(report_file.read_text())
     samples = rows_of(tmp_path / "eval" / "report.samples.jsonl")
     assert len(samples) == 240 and report["n_problems"] == 40 and report["dataset"] == "arithmetic"
     assert report["pass@1"]["value"] == pytest.approx(sum(s["correct"] for s in samples) / 240)
     assert (
-        report["pass@1"]["value"] <= report["pass@2"]["value"] <= report["pass@4"]["value"] <= report["pass@6"]["value"]
+        report["pass@1"]["value"]
+        <= report["pass@2"]["value"]
+        <= report["pass@4"]["value"]
+        <= report["pass@6"]["value"]
     )
-    for key in ("maj@1", "maj@6", "distinct@6", "unreadable", "cut"):
+    for key in ("maj@1", "maj@6", "distinct@6", "no_answer", "truncated"):
         low, high = report[key]["ci95"]
         assert low <= report[key]["value"] <= high
     code, message = cli(evaluate, *argv)
     assert code == 2 and "--overwrite" in message
-    lenient = [*argv[:-4], "--lenient", "--max-new-tokens", 60, "--out", tmp_path / "eval" / "lenient.json"]
+    lenient = [
+        *argv[:-4],
+        "--lenient",
+        "--max-new-tokens",
+        60,
+        "--out",
+        tmp_path / "eval" / "lenient.json",
+    ]
     assert cli(evaluate, *lenient)[0] == 0  # its files of samples say what the report says
     read = rows_of(tmp_path / "eval" / "lenient.greedy.jsonl")
-    said = json.loads((tmp_path / "eval" / "lenient.json").read_text())["unreadable@1"]["value"]
+    said = json.loads((tmp_path / "eval" / "lenient.json").read_text())["no_answer@1"]["value"]
     assert said == pytest.approx(sum(row["answer"] is None for row in read) / 40)
     assert any(row["answer"] is not None and "####" not in row["text"] for row in read)
     assert cli(evaluate, *argv, "--resume")[0] == 0
@@ -116,7 +164,12 @@ def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
 def test_expert_iteration_from_the_base_continue_and_without_sft_data(cli, tmp_path):
     argv = [*EI, "--rounds", "1", "--epochs", "1", "--pass-k", "0"]
     sizes = {}
-    for name, flags in {"base": [], "with": ["--sft-data"], "continue": ["--continue"], "few": ["--few-shot"]}.items():
+    for name, flags in {
+        "base": [],
+        "with": ["--sft-data"],
+        "continue": ["--continue"],
+        "few": ["--few-shot"],
+    }.items():
         assert cli(expert_iteration, *argv, *flags, "--out", tmp_path / name)[0] == 0
         row = rows_of(tmp_path / name / "metrics.jsonl")[1]
         sizes[name] = row["train_size"] - row["kept"]
@@ -125,7 +178,9 @@ def test_expert_iteration_from_the_base_continue_and_without_sft_data(cli, tmp_p
 
 def test_problems_without_solutions_cannot_be_fine_tuned_on(cli, tmp_path):
     file = tmp_path / "answers.jsonl"
-    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(20)))
+    file.write_text(
+        "".join(json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(20))
+    )
     code, message = cli(sft, "--dataset", file, "--out", tmp_path / "run")
     assert code == 2 and "no written solutions" in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -135,10 +190,10 @@ BAD = {
     "unknown flag": (["--learning-rate", "1"], "unrecognized"),
     "abbreviated flag": (["--epoch", "1"], "unrecognized"),
     "no seed": (["--seed", "one"], "whole number"),
-    "huge": (["--rows", "1" + "0" * 400], "whole number"),
+    "huge": (["--gen-batch-size", "1" + "0" * 400], "whole number"),
     "huge seed": (["--seed", "1" + "0" * 20], "whole number"),
     "negative": (["--temperature", "-1"], "at least 0"),
-    "zero": (["--rows", "0"], "at least 1"),
+    "zero": (["--gen-batch-size", "0"], "at least 1"),
     "not whole": (["--max-new-tokens", "1.5"], "whole number"),
     "NaN": (["--temperature", "nan"], "number"),
     "dtype": (["--dtype", "int8"], "invalid choice"),
@@ -165,7 +220,9 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("script", [sft, expert_iteration, evaluate, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "script", [sft, expert_iteration, evaluate, ppo, reward_model, rcrl], ids=lambda m: m.__name__
+)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_in_one_line_and_harms_nothing(cli, script, name, tmp_path):
     """Exit code 2, one line on standard error, and what was in the folder before is still there, to the byte."""
@@ -201,11 +258,15 @@ def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, n
     code, message = cli(sft, *argv, "--lr", "1e-3", "--resume")
     assert code == 2 and "other settings (lr)" in message
     assert contents(tmp_path / "run") == before
-    assert cli(sft, *argv, "--token-budget", "64", "--rows", "4", "--resume")[0] == 0  # as on a smaller machine
+    assert (
+        cli(sft, *argv, "--token-budget", "64", "--gen-batch-size", "4", "--resume")[0] == 0
+    )  # as on a smaller machine
     assert cli(sft, *argv, "--resume")[0] == 0
     assert contents(tmp_path / "run") == before
     assert cli(sft, *argv, "--lr", "1e-3", "--overwrite")[0] == 0
-    assert contents(tmp_path / "run")["model/model.safetensors"] != before["model/model.safetensors"]
+    assert (
+        contents(tmp_path / "run")["model/model.safetensors"] != before["model/model.safetensors"]
+    )
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path):
@@ -213,7 +274,9 @@ def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path)
     fcntl = pytest.importorskip("fcntl")
     argv = [*SFT, "--model", nano, "--out", tmp_path, "--max-new-tokens", "8"]
     other = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)  # belongs to the open file, so this process is refused like any other
+    fcntl.flock(
+        other, fcntl.LOCK_EX
+    )  # belongs to the open file, so this process is refused like any other
     code, message = cli(sft, *argv, "--overwrite")
     assert code == 2 and "another process" in message and not list(tmp_path.iterdir())
     os.close(other)
@@ -224,7 +287,9 @@ def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path)
     os.close(other)
 
 
-def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(cli, nano, tmp_path, monkeypatch):
+def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(
+    cli, nano, tmp_path, monkeypatch
+):
     """Both would add their samples to one file. Another name in the same folder is free."""
     fcntl = pytest.importorskip("fcntl")
     argv = ["--model", nano, "--limit-eval", 2, "--samples", 2, "--max-new-tokens", 4]
@@ -242,7 +307,9 @@ def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(cli, nano,
     with monkeypatch.context() as patch:  # another one comes and goes while the model is loaded
         load = common.Policy
         patch.setattr(
-            common, "Policy", lambda *args: ((tmp_path / "a.samples.jsonl").write_text("theirs"), load(*args))[1]
+            common,
+            "Policy",
+            lambda *args: ((tmp_path / "a.samples.jsonl").write_text("theirs"), load(*args))[1],
         )
         code, message = cli(evaluate, *argv, "--out", tmp_path / "a.json")
         assert code == 2 and "is there already" in message
@@ -263,8 +330,20 @@ def test_overwriting_leaves_nothing_of_the_other_run(cli, nano, tmp_path):
 
 def test_a_run_does_not_go_on_with_other_problems(cli, nano, tmp_path):
     file = tmp_path / "problems.jsonl"
-    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"#### {i}"}) + "\n" for i in range(20)))
-    argv = [*SFT, "--model", nano, "--dataset", file, "--out", tmp_path / "run", "--max-new-tokens", "8"]
+    file.write_text(
+        "".join(json.dumps({"question": f"q{i}", "answer": f"#### {i}"}) + "\n" for i in range(20))
+    )
+    argv = [
+        *SFT,
+        "--model",
+        nano,
+        "--dataset",
+        file,
+        "--out",
+        tmp_path / "run",
+        "--max-new-tokens",
+        "8",
+    ]
     assert cli(sft, *argv)[0] == 0 and cli(sft, *argv, "--resume")[0] == 0
     file.write_text(file.read_text().replace("#### 7", "#### 8"))
     code, message = cli(sft, *argv, "--resume")
@@ -279,7 +358,9 @@ def short_run(script) -> list[str]:
     return argv + (few | {reward_model: "--eval-samples 2", sft: ""})[script].split()
 
 
-@pytest.mark.parametrize("script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__
+)
 def test_no_script_trains_or_chooses_on_the_test_split(script, cli, tmp_path, monkeypatch):
     """Trap: the best checkpoint chosen on the problems that it is then tested on."""
     asked, load = [], common.load_problems
@@ -294,9 +375,13 @@ def test_no_script_trains_or_chooses_on_the_test_split(script, cli, tmp_path, mo
 
 
 @pytest.mark.parametrize("flags, expected", [([], 1024), (["--token-budget", "300"], 300)])
-@pytest.mark.parametrize("script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
-def test_micro_batches_are_small_on_a_cpu_unless_told_otherwise(script, flags, expected, cli, tmp_path, monkeypatch):
-    budgets, split = set(), common.token_batches
+@pytest.mark.parametrize(
+    "script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__
+)
+def test_micro_batches_are_small_on_a_cpu_unless_told_otherwise(
+    script, flags, expected, cli, tmp_path, monkeypatch
+):
+    budgets, split = set(), common.micro_batches
 
     def spied(lengths, budget):
         budgets.add(budget)
@@ -313,7 +398,7 @@ def test_more_is_computed_at_a_time_on_a_gpu(device, there, rows, budget, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     args = sft.parse_args(["--device", device])
     assert (args.rows, args.token_budget) == (rows, budget)
-    assert sft.parse_args(["--device", device, "--rows", "7"]).rows == 7
+    assert sft.parse_args(["--device", device, "--gen-batch-size", "7"]).rows == 7
 
 
 def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
@@ -321,7 +406,7 @@ def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
 
     def measuring(policy, problems, *args):
         states.append({name: weight.clone() for name, weight in policy.model.state_dict().items()})
-        return {"maj@1": next(measured), "unreadable": 0.0}
+        return {"maj@1": next(measured), "no_answer": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", measuring)
     assert cli(sft, "--model", nano, "--epochs", 3, "--out", tmp_path / "run")[0] == 0
@@ -332,7 +417,19 @@ def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
 
 def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(cli, tmp_path, monkeypatch):
     """In the second round of two steps each; what the first accepted is read back."""
-    argv = [*EI, "--limit-train", "24", "--pass-k", "0", "--epochs", "2", "--batch-size", "1000", "--rounds", "2"]
+    argv = [
+        *EI,
+        "--limit-train",
+        "24",
+        "--pass-k",
+        "0",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "1000",
+        "--rounds",
+        "2",
+    ]
     assert cli(expert_iteration, *argv, "--out", tmp_path / "whole")[0] == 0
     broken, train, calls = (
         [*argv, "--checkpoint-every", "0", "--out", tmp_path / "broken"],
@@ -350,7 +447,9 @@ def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(cli, tmp_
     assert cli(expert_iteration, *broken)[0] == 130
     monkeypatch.setattr(common, "cross_entropy_step", train)
     assert cli(expert_iteration, *broken, "--resume")[0] == 0
-    assert without_time(tmp_path / "broken" / "metrics.jsonl") == without_time(tmp_path / "whole" / "metrics.jsonl")
+    assert without_time(tmp_path / "broken" / "metrics.jsonl") == without_time(
+        tmp_path / "whole" / "metrics.jsonl"
+    )
     for name in ("model/model.safetensors", "samples/round_2.jsonl"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -359,11 +458,15 @@ def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(cli, tmp_
 def test_expert_iteration_says_when_it_gained_nothing(first, cli, tmp_path, monkeypatch):
     measured = iter([0.9, first, 0.1])
     monkeypatch.setattr(common, "dev_metrics", lambda *args: {"maj@1": next(measured)})
-    code, message = cli(expert_iteration, *EI, "--limit-train", "24", "--epochs", "1", "--out", tmp_path / "run")
+    code, message = cli(
+        expert_iteration, *EI, "--limit-train", "24", "--epochs", "1", "--out", tmp_path / "run"
+    )
     assert code == 0 and "no round was better than what it started from" in message
     code, message = cli(expert_iteration, *EI, "--temperature", "0", "--out", tmp_path / "greedy")
     assert code == 2 and "--samples 1" in message
-    code, message = cli(expert_iteration, *EI, "--temperature", "0", "--samples", "1", "--out", tmp_path / "greedy")
+    code, message = cli(
+        expert_iteration, *EI, "--temperature", "0", "--samples", "1", "--out", tmp_path / "greedy"
+    )
     assert code == 2 and "--pass-k 0" in message
 
 
@@ -373,31 +476,50 @@ def test_what_a_run_reads_is_not_overwritten(cli, nano, tmp_path):
     assert cli(sft, *SFT, "--model", nano, "--out", out, "--max-new-tokens", "8")[0] == 0
     before = contents(out)
     argv = [*EI, "--out", out, "--overwrite"]
-    for flags in (["--model", out / "model", "--base", out / "model"], ["--model", nano, "--base", out / "model"]):
+    for flags in (
+        ["--model", out / "model", "--base", out / "model"],
+        ["--model", nano, "--base", out / "model"],
+    ):
         code, message = cli(expert_iteration, *argv, *flags)
         assert code == 2 and "would delete" in message and message.count("\n") == 1
     assert contents(out) == before
 
 
-def test_expert_iteration_refuses_long_solutions_and_knows_the_base_by_another_name(cli, tmp_path, monkeypatch):
-    rows = [{"question": f"q{i}", "answer": "1+1=<<1+1=2>>2\n" * (200 if i == 3 else 1) + "#### 2"} for i in range(20)]
+def test_expert_iteration_refuses_long_solutions_and_knows_the_base_by_another_name(
+    cli, tmp_path, monkeypatch
+):
+    rows = [
+        {"question": f"q{i}", "answer": "1+1=<<1+1=2>>2\n" * (200 if i == 3 else 1) + "#### 2"}
+        for i in range(20)
+    ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(common, "generate", lambda *_, **__: pytest.fail("sampled"))
     argv = [*EI, "--dataset", tmp_path / "p.jsonl", "--limit-train", "9", "--out", tmp_path / "run"]
     code, message = cli(expert_iteration, *argv, "--sft-data")
-    assert code == 2 and "the longest solution with its prompt" in message and not (tmp_path / "run").exists()
-    with pytest.raises(pytest.fail.Exception, match="sampled"):  # tiny is the base: its data has no written solutions
+    assert (
+        code == 2
+        and "the longest solution with its prompt" in message
+        and not (tmp_path / "run").exists()
+    )
+    with pytest.raises(
+        pytest.fail.Exception, match="sampled"
+    ):  # tiny is the base: its data has no written solutions
         cli(expert_iteration, *argv, "--model", ROOT / "tiny", "--base", "tiny")
 
 
 def written_commands() -> list[tuple[str, str, list[str]]]:
     """Where it stands, script and arguments of every command in README.md and in the docstrings of the scripts."""
     pages = {"README.md": (ROOT / "README.md").read_text()}
-    pages |= {f"{m.__name__}.py": m.__doc__ for m in (sft, expert_iteration, evaluate, ppo, reward_model, rcrl)}
+    pages |= {
+        f"{m.__name__}.py": m.__doc__
+        for m in (sft, expert_iteration, evaluate, ppo, reward_model, rcrl)
+    }
     found = []
     for page, text in pages.items():
         variables = re.findall(r'\b([A-Z])=(?:"([^"]*)"|([^\s;"]+);)', text)
-        for script, arguments in re.findall(r"python (\w+)\.py([^`&#|\n]*)", text.replace("\\\n", " ")):
+        for script, arguments in re.findall(
+            r"python (\w+)\.py([^`&#|\n]*)", text.replace("\\\n", " ")
+        ):
             for name, quoted, plain in variables:
                 arguments = arguments.replace(f"${name}", quoted or plain)
             found.append((page, script, arguments.replace("...", "").split()))
@@ -421,7 +543,12 @@ def test_the_commands_of_the_pages_are_understood(capsys):
 def test_another_model_is_not_trained_from_tiny(script, cli, nano, tmp_path):
     """Who gives --model and forgets --base would get a trained tiny back."""
     code, message = cli(script, *short_run(script), "--model", nano, "--out", tmp_path / "run")
-    assert code == 2 and "--base" in message and message.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert (
+        code == 2
+        and "--base" in message
+        and message.count("\n") == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_flags_that_would_do_nothing_are_refused(cli, tmp_path):
@@ -432,7 +559,12 @@ def test_flags_that_would_do_nothing_are_refused(cli, tmp_path):
         (ppo, ["--hide-solutions", "0.5"]),
     ):
         code, message = cli(script, "--model", "tiny", *flags, "--out", tmp_path / "run")
-        assert code == 2 and flags[-2] in message and message.count("\n") == 1 and not (tmp_path / "run").exists()
+        assert (
+            code == 2
+            and flags[-2] in message
+            and message.count("\n") == 1
+            and not (tmp_path / "run").exists()
+        )
 
 
 def test_where_every_sample_was_cut_the_length_is_to_blame(cli, tmp_path):
@@ -440,7 +572,9 @@ def test_where_every_sample_was_cut_the_length_is_to_blame(cli, tmp_path):
     assert code == 2 and "raise --max-new-tokens" in message
 
 
-@pytest.mark.parametrize("script", [sft, expert_iteration, evaluate, ppo, reward_model, rcrl], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "script", [sft, expert_iteration, evaluate, ppo, reward_model, rcrl], ids=lambda m: m.__name__
+)
 def test_no_flag_reads_false_as_true(script, monkeypatch):
     """Trap: bool("false") is True."""
     types, add = [], argparse.ArgumentParser.add_argument
@@ -455,9 +589,17 @@ def test_no_flag_reads_false_as_true(script, monkeypatch):
 
 
 def test_greedy_samples_are_not_drawn_more_than_once(cli, tmp_path):
-    for script, flags in ((evaluate, []), (reward_model, []), (rcrl, []), (ppo, []), (sft, ["--samples", "2"])):
+    for script, flags in (
+        (evaluate, []),
+        (reward_model, []),
+        (rcrl, []),
+        (ppo, []),
+        (sft, ["--samples", "2"]),
+    ):
         code, message = cli(script, "--temperature", "0", *flags, "--out", tmp_path / "run")
-        assert code == 2 and ("--temperature 0: all samples" in message or "greedy samples" in message), message
+        assert code == 2 and (
+            "--temperature 0: all samples" in message or "greedy samples" in message
+        ), message
 
 
 def test_a_folder_that_holds_only_metrics_is_not_touched(cli, nano, tmp_path):
@@ -502,7 +644,9 @@ def test_samples_of_another_question_or_model_are_not_mixed_in(cli, nano, tmp_pa
     file.write_text("".join(json.dumps(row) + "\n" for row in changed))
     code, message = cli(evaluate, *argv, "--resume")
     assert (
-        code == 2 and "other settings" in message and rows_of(tmp_path / "report.samples.jsonl")[0]["question"] == "q0"
+        code == 2
+        and "other settings" in message
+        and rows_of(tmp_path / "report.samples.jsonl")[0]["question"] == "q0"
     )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli(evaluate, *argv, "--resume")[0] == 0
@@ -521,25 +665,32 @@ def test_samples_of_another_question_or_model_are_not_mixed_in(cli, nano, tmp_pa
 def test_a_reward_model_scores_samples_that_are_there_already(cli, nano, tmp_path, monkeypatch):
     orms, out = [tmp_path / "orm_0", tmp_path / "orm_1"], tmp_path / "report.json"
     for i, folder in enumerate(orms):
-        orm = common.RewardModel(nano, "cpu", new=True)
+        orm = reward_model.RewardModel(nano, "cpu", new=True)
         torch.manual_seed(i)
         torch.nn.init.normal_(orm.linear.weight)
         orm.save(folder)
     argv = ["--model", nano, "--limit-eval", 4, "--samples", 3, "--max-new-tokens", 8, "--out", out]
     assert cli(evaluate, *argv)[0] == 0
-    first, texts = json.loads(out.read_text()), [row["text"] for row in rows_of(tmp_path / "report.samples.jsonl")]
+    first, texts = (
+        json.loads(out.read_text()),
+        [row["text"] for row in rows_of(tmp_path / "report.samples.jsonl")],
+    )
     monkeypatch.setattr(common, "generate", lambda *_, **__: pytest.fail("sampled again"))
     scores = []
     for orm in orms:  # the second in place of the first
         assert cli(evaluate, *argv, "--orm", orm, "--resume")[0] == 0
         report, rows = json.loads(out.read_text()), rows_of(tmp_path / "report.samples.jsonl")
-        assert "rerank@3" in report and all(report[key] == first[key] for key in first if "@" in key)
+        assert "rerank@3" in report and all(
+            report[key] == first[key] for key in first if "@" in key
+        )
         assert [row["text"] for row in rows] == texts
         scores.append([row["score"] for row in rows])
     assert scores[0] != scores[1]
     code, message = cli(evaluate, *argv, "--orm", orms[0], "--samples", 1)
     assert code == 2 and "--samples of at least 2" in message
-    code, message = cli(evaluate, *argv, "--resume")  # would leave their scores out of a report that names none
+    code, message = cli(
+        evaluate, *argv, "--resume"
+    )  # would leave their scores out of a report that names none
     assert code == 2 and "other settings" in message
 
 
@@ -559,7 +710,9 @@ def test_a_place_that_cannot_be_written_is_an_error_in_one_line(cli, nano, tmp_p
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_model_loadable(cli, nano, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_model_loadable(
+    cli, nano, tmp_path, monkeypatch
+):
     out, save, calls = tmp_path / "run", torch.save, []
 
     def full(state, file):
@@ -596,7 +749,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(cli, nano, tmp
     ]
     code, message = cli(sft, *argv)
     assert code == 2 and "not finite" in message and message.count("\n") == 1
-    assert torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)["progress"]["step"] >= 1
+    assert (
+        torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)["progress"]["step"] >= 1
+    )
 
 
 def snapshot(folder: Path) -> list[tuple[str, int, int]]:
@@ -614,7 +769,14 @@ def snapshot(folder: Path) -> list[tuple[str, int, int]]:
 def resumed(script: str, out: Path) -> list:
     """The flags with which a run of KILLED begins or goes on."""
     where = [out / "report.json"] if script == "evaluate" else [out, "--checkpoint-every", "0"]
-    return [*KILLED[script][0], "--device", "cpu", "--resume", "--out", *where]  # a CPU restarts to the last bit
+    return [
+        *KILLED[script][0],
+        "--device",
+        "cpu",
+        "--resume",
+        "--out",
+        *where,
+    ]  # a CPU restarts to the last bit
 
 
 def run_script(path: Path, argv: list, output: Path) -> None:
@@ -627,20 +789,25 @@ def run_script(path: Path, argv: list, output: Path) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-FORKS = multiprocessing.get_context("forkserver")  # from a process that has imported what takes four seconds
+FORKS = multiprocessing.get_context(
+    "forkserver"
+)  # from a process that has imported what takes four seconds
 FORKS.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
 
 
 def start(script: str, out: Path) -> multiprocessing.Process:
     """A process of its own that runs a script; what it prints goes to output.txt beside its folder."""
     process = FORKS.Process(
-        target=run_script, args=(ROOT / f"{script}.py", resumed(script, out), out.parent / "output.txt")
+        target=run_script,
+        args=(ROOT / f"{script}.py", resumed(script, out), out.parent / "output.txt"),
     )
     process.start()
     return process
 
 
-def stop_after_changes(process: multiprocessing.Process, out: Path, changes: int, how: int, delay: float) -> bool:
+def stop_after_changes(
+    process: multiprocessing.Process, out: Path, changes: int, how: int, delay: float
+) -> bool:
     """Send a signal once the run folder has changed so often, and wait for the end. False if it was over before."""
     last = snapshot(out)
     while process.is_alive():
@@ -656,7 +823,7 @@ def stop_after_changes(process: multiprocessing.Process, out: Path, changes: int
     return False
 
 
-TINY = ["--model", "tiny", "--limit-eval", "8", "--max-new-tokens", "60", "--rows", "24"]
+TINY = ["--model", "tiny", "--limit-eval", "8", "--max-new-tokens", "60", "--gen-batch-size", "24"]
 KILLED = {  # script: (flags, SIGKILLs); of those with two, one Ctrl-C as well
     "sft": (SFT, 2),
     "expert_iteration": (
@@ -664,20 +831,58 @@ KILLED = {  # script: (flags, SIGKILLs); of those with two, one Ctrl-C as well
         2,
     ),
     "ppo": (
-        [*TINY, "--limit-train", "40", "--questions", "8", "--samples", "2", "--phases", "6", "--eval-every", "3"],
+        [
+            *TINY,
+            "--limit-train",
+            "40",
+            "--questions",
+            "8",
+            "--samples",
+            "2",
+            "--phases",
+            "6",
+            "--eval-every",
+            "3",
+        ],
         2,
     ),
     "rcrl": (
-        [*TINY, "--limit-train", "24", "--samples", "3", "--completions", "2", "--epochs", "4", "--batch-size", "8"],
+        [
+            *TINY,
+            "--limit-train",
+            "24",
+            "--samples",
+            "3",
+            "--completions",
+            "2",
+            "--epochs",
+            "4",
+            "--batch-size",
+            "8",
+        ],
         1,
     ),
     "reward_model": (
-        [*TINY, "--limit-train", "16", "--samples", "4", "--eval-samples", "4", "--epochs", "2", "--batch-size", "8"],
+        [
+            *TINY,
+            "--limit-train",
+            "16",
+            "--samples",
+            "4",
+            "--eval-samples",
+            "4",
+            "--epochs",
+            "2",
+            "--batch-size",
+            "8",
+        ],
         1,
     ),
-    "evaluate": ([*TINY, "--limit-eval", "24", "--samples", "3", "--rows", "4"], 1),
+    "evaluate": ([*TINY, "--limit-eval", "24", "--samples", "3", "--gen-batch-size", "4"], 1),
 }
-MORE_KILLS = int(os.environ.get("MORE_KILLS", 0))  # the longer mode: so many more of both, at other moments
+MORE_KILLS = int(
+    os.environ.get("MORE_KILLS", 0)
+)  # the longer mode: so many more of both, at other moments
 
 
 @pytest.mark.parametrize("script", KILLED)
@@ -689,7 +894,11 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, cli, tmp_p
     broken.mkdir()
     module, wanted = importlib.import_module(script), KILLED[script][1]
     assert cli(module, *resumed(script, whole))[0] == 0
-    todo = [signal.SIGKILL] * wanted + [signal.SIGINT] * (wanted > 1) + [signal.SIGKILL, signal.SIGINT] * MORE_KILLS
+    todo = (
+        [signal.SIGKILL] * wanted
+        + [signal.SIGINT] * (wanted > 1)
+        + [signal.SIGKILL, signal.SIGINT] * MORE_KILLS
+    )
     done = 0
     for how in todo:
         process = start(script, broken)
@@ -704,12 +913,17 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, cli, tmp_p
     assert cli(module, *resumed(script, broken))[0] == 0
     if script == "evaluate":
         reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, broken)]
-        assert reports[0].pop("seconds") > 0 and reports[1].pop("seconds") is None  # an interrupted one does not know
+        assert (
+            reports[0].pop("seconds") > 0 and reports[1].pop("seconds") is None
+        )  # an interrupted one does not know
         assert reports[0] == reports[1]
         names = ["report.greedy.jsonl", "report.samples.jsonl"]
     else:
         assert without_time(whole / "metrics.jsonl") == without_time(broken / "metrics.jsonl")
-        names = ["model/model.safetensors", *(str(p.relative_to(whole)) for p in whole.glob("samples/*"))]
+        names = [
+            "model/model.safetensors",
+            *(str(p.relative_to(whole)) for p in whole.glob("samples/*")),
+        ]
         names = [name for name in names if not name.endswith("facts.json")]  # holds a time
     for name in names:
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
@@ -724,7 +938,9 @@ def small_disk(tmp_path):
 
     def resize(size: int) -> Path:
         options = f"remount,size={size}" if mounted else f"size={size}"
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True
+        )
         if done.returncode:
             pytest.skip(f"a small file system cannot be mounted here ({done.stderr.strip()})")
         mounted.append(size)
@@ -740,19 +956,25 @@ def small_disk(tmp_path):
     (ppo, KILLED["ppo"][0], 16_000_000), (rcrl, KILLED["rcrl"][0], 13_000_000),
     (reward_model, KILLED["reward_model"][0], 13_000_000),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
-def test_a_disk_that_is_really_full_leaves_something_to_go_on_from(script, argv, size, cli, small_disk):
+def test_a_disk_that_is_really_full_leaves_something_to_go_on_from(
+    script, argv, size, cli, small_disk
+):
     """There is room for one checkpoint and the model, not for the next one beside them."""
     out = small_disk(size) / "run"
     argv = ["--model", "tiny", *argv, "--out", out, "--checkpoint-every", "0"]
     code, message = cli(script, *argv)
     lines = [line for line in message.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and ("No space left" in lines[0] or "could not be written" in lines[0]), (
-        message
-    )
+    assert (
+        code == 2
+        and len(lines) == 1
+        and ("No space left" in lines[0] or "could not be written" in lines[0])
+    ), message
     saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
     assert saved["progress"]
     if (out / "model").exists():
-        common.Policy(str(out / "model")) if script is not reward_model else common.RewardModel(str(out / "model"))
+        common.Policy(
+            str(out / "model")
+        ) if script is not reward_model else reward_model.RewardModel(str(out / "model"))
     small_disk(200_000_000)
     assert cli(script, *argv, "--resume")[0] == 0
     assert (out / "model" / "model.safetensors").exists() and not list(out.rglob("*.part"))

@@ -39,7 +39,19 @@ def last_row(run) -> dict:
 
 @pytest.mark.parametrize("script", [expert_iteration, rcrl, reward_model], **scripts)
 def test_samples_are_drawn_at_the_temperature(script, cli, tmp_path, drawn, measured):  # noqa: F811
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 3, "--epochs", 1, "--temperature", 1.3]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        16,
+        "--samples",
+        3,
+        "--epochs",
+        1,
+        "--temperature",
+        1.3,
+    ]
     argv += {
         expert_iteration: ["--rounds", 1],
         rcrl: ["--completions", 2, "--ratio", 1],
@@ -49,39 +61,84 @@ def test_samples_are_drawn_at_the_temperature(script, cli, tmp_path, drawn, meas
     assert [call.temperature for call in drawn] == [1.3] * (1 if script is expert_iteration else 2)
 
 
-def test_references_and_scores_of_a_pool_are_drawn_like_the_rollouts(cli, tmp_path, folders, drawn, measured):  # noqa: F811
+def test_references_and_scores_of_a_pool_are_drawn_like_the_rollouts(
+    cli, tmp_path, folders, drawn, measured
+):  # noqa: F811
     pool = tmp_path / "pool.jsonl"
-    pool.write_text("".join(json.dumps({"question": f"n{i}", "answer": str(i)}) + "\n" for i in range(12)))
-    argv = [*PPO, "--phases", 1, "--questions", 2, "--limit-train", 20, "--temperature", 1.3, "--few-shot"]
-    argv += ["--reward", "genrm", "--hide-solutions", 1, "--genrm", folders.genrm, "--orm", folders.orm]
+    pool.write_text(
+        "".join(json.dumps({"question": f"n{i}", "answer": str(i)}) + "\n" for i in range(12))
+    )
+    argv = [
+        *PPO,
+        "--phases",
+        1,
+        "--questions",
+        2,
+        "--limit-train",
+        20,
+        "--temperature",
+        1.3,
+        "--few-shot",
+    ]
+    argv += [
+        "--reward",
+        "genrm",
+        "--hide-solutions",
+        1,
+        "--genrm",
+        folders.genrm,
+        "--orm",
+        folders.orm,
+    ]
     argv += ["--reference-samples", 1, "--select", "lowest", "--select-samples", 1, "--pool", pool]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     assert [(call.temperature, call.few_shot) for call in drawn] == [(1.3, True)] * 3
 
 
 @pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, reward_model], **scripts)
-def test_every_epoch_has_an_order_of_its_own_and_a_loss_of_its_own(script, cli, tmp_path, measured, monkeypatch):  # noqa: F811
+def test_every_epoch_has_an_order_of_its_own_and_a_loss_of_its_own(
+    script, cli, tmp_path, measured, monkeypatch
+):  # noqa: F811
     seen, seeds, shuffled = [], set(), common.shuffled
 
     def step(policy, optimizer, examples, *_):
         seen.append(examples)
         return float(len(seen)), 1.0
 
-    monkeypatch.setattr(common, "shuffled", lambda n, *seed: seeds.add(seed[0]) or shuffled(n, *seed))
+    monkeypatch.setattr(
+        common, "shuffled", lambda n, *seed: seeds.add(seed[0]) or shuffled(n, *seed)
+    )
     monkeypatch.setattr(common, "cross_entropy_step", step)
     monkeypatch.setattr(reward_model, "orm_step", step)
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 24, "--samples", 2, "--epochs", 2, "--batch-size", 1000]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        24,
+        "--samples",
+        2,
+        "--epochs",
+        2,
+        "--batch-size",
+        1000,
+    ]
     argv += {expert_iteration: ["--rounds", 1], rcrl: ["--labels", "outcome"]}.get(script, [])
     assert cli(script, *argv, "--out", tmp_path / "run")[0] == 0
     first, second = seen
     assert sorted(first) == sorted(second) and first != second and seeds == {7}
     labels = 2 * len(first) if script is rcrl else 0  # no targets
-    assert last_row(tmp_path / "run")["tokens"] == 2 * sum(len(response) for _, response in first) - labels
+    assert (
+        last_row(tmp_path / "run")["tokens"]
+        == 2 * sum(len(response) for _, response in first) - labels
+    )
     assert last_row(tmp_path / "run")["loss"] == 2.0
 
 
 def test_the_learning_rate_is_a_cosine_and_the_second_moment_is_short():
-    assert common.cosine_lr(54, 200, 1.0) == pytest.approx(0.8565, abs=1e-3)  # a quarter of the way; on a line 0.75
+    assert common.cosine_lr(54, 200, 1.0) == pytest.approx(
+        0.8565, abs=1e-3
+    )  # a quarter of the way; on a line 0.75
     assert common.adam_w([torch.nn.Parameter(torch.zeros(1))], 0.1).defaults["betas"] == (0.9, 0.95)
 
 
@@ -102,17 +159,22 @@ def test_of_equally_good_ones_the_first_is_kept(script, cli, tmp_path, monkeypat
 
     def dev_metrics(policy, *_):
         states.append(weights_of(policy))
-        return {"maj@1": 0.5, "unreadable": 0.0, "cut": 0.0}
+        return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
     argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 2, "--epochs", 2]
     phases = ["--phases", 2, "--questions", 8, "--value-warmup", 0, "--eval-every", 1]
     argv += phases if script is ppo else ["--labels", "outcome"]
     assert cli(script, *argv, "--out", tmp_path / "run")[0] == 0
-    assert len(set(states)) == len(states) > 1 and saved_weights(tmp_path / "run" / "model") == states[0]
+    assert (
+        len(set(states)) == len(states) > 1
+        and saved_weights(tmp_path / "run" / "model") == states[0]
+    )
 
 
-def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_kept(cli, start, tmp_path, monkeypatch):  # noqa: F811
+def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_kept(
+    cli, start, tmp_path, monkeypatch
+):  # noqa: F811
     states, begun, step = [], [], reward_model.orm_step
 
     def spied(orm, *more):
@@ -127,18 +189,45 @@ def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_k
     ]
     monkeypatch.setattr(reward_model, "orm_step", spied)
     monkeypatch.setattr(reward_model, "quality", lambda *_: {"auc": 0.6, "best_of_n": blocks})
-    argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 2, "--eval-samples", 2, "--epochs", 2]
+    argv = [
+        "--model",
+        start,
+        *SMALL,
+        "--limit-train",
+        24,
+        "--samples",
+        2,
+        "--eval-samples",
+        2,
+        "--epochs",
+        2,
+    ]
     assert cli(reward_model, *argv, "--batch-size", 1000, "--out", tmp_path / "run")[0] == 0
-    assert begun[0] == weights_of(common.RewardModel(start, "cpu", new=True))
-    assert weights_of(common.RewardModel(str(tmp_path / "run" / "model"), "cpu")) == states[0] != states[1]
+    assert begun[0] == weights_of(reward_model.RewardModel(start, "cpu", new=True))
+    assert (
+        weights_of(reward_model.RewardModel(str(tmp_path / "run" / "model"), "cpu"))
+        == states[0]
+        != states[1]
+    )
     row = rows_of(tmp_path / "run" / "metrics.jsonl")[0]
     assert [row[f"{key}@2"] for key in ("rerank", "maj", "pass")] == [0.1, 0.2, 0.3]
-    groups = common.by_problem(common.load_samples(tmp_path / "run" / "samples" / "train.jsonl", TRAIN[:24]))
-    assert row["mixed"] == pytest.approx(np.mean([len({s.correct for s in g}) == 2 for g in groups]), rel=1e-5)
+    groups = common.by_problem(
+        common.load_samples(tmp_path / "run" / "samples" / "train.jsonl", TRAIN[:24])
+    )
+    assert row["informative"] == pytest.approx(
+        np.mean([len({s.correct for s in g}) == 2 for g in groups]), rel=1e-5
+    )
 
 
-def test_the_difference_of_an_evaluation_is_the_metric_less_the_vote(cli, tmp_path, nano, monkeypatch):  # noqa: F811
-    columns = {"maj@1": [0.0] * 3, "maj@4": [1.0, 0.0, 0.0], "rerank@4": [1.0, 1.0, 0.0], "weighted@4": [0.0] * 3}
+def test_the_difference_of_an_evaluation_is_the_metric_less_the_vote(
+    cli, tmp_path, nano, monkeypatch
+):  # noqa: F811
+    columns = {
+        "maj@1": [0.0] * 3,
+        "maj@4": [1.0, 0.0, 0.0],
+        "rerank@4": [1.0, 1.0, 0.0],
+        "weighted@4": [0.0] * 3,
+    }
     monkeypatch.setattr(evaluate, "metrics_per_problem", lambda *_: columns)
     argv = ["--model", nano, "--limit-eval", 3, "--samples", 4, "--max-new-tokens", 2]
     assert cli(evaluate, *argv, "--out", tmp_path / "report.json")[0] == 0
@@ -182,13 +271,21 @@ def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsy
     with pytest.raises(SystemExit) as left:
         script.parse_args(flags)
     said = capsys.readouterr().err
-    assert left.value.code == 2 and f"does nothing without {condition}" in said and said.count("\n") == 1
+    assert (
+        left.value.code == 2
+        and f"does nothing without {condition}" in said
+        and said.count("\n") == 1
+    )
     script.parse_args([*flags, "--resume"])  # a run that was begun with it goes on
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
-@pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, ppo, reward_model, evaluate], **scripts)
-def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(script, split, cli, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    "script", [sft, expert_iteration, rcrl, ppo, reward_model, evaluate], **scripts
+)
+def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(
+    script, split, cli, tmp_path
+):  # noqa: F811
     """One question of 30 is too long, and has no written solution; the last three are dev."""
     rows = [{"question": f"q{i}", "answer": f"1+1=2\n#### {i}"} for i in range(30)]
     if script is not sft or split == "dev":  # which trains on written solutions alone
@@ -201,7 +298,17 @@ def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(script, 
     before = tmp_path / ("run.samples.jsonl" if script is evaluate else "run/model/config.json")
     before.parent.mkdir(parents=True, exist_ok=True)
     before.write_text("{}")
-    argv = ["--model", "tiny", "--dataset", tmp_path / "data", "--samples", 2, "--out", out, "--overwrite"]
+    argv = [
+        "--model",
+        "tiny",
+        "--dataset",
+        tmp_path / "data",
+        "--samples",
+        2,
+        "--out",
+        out,
+        "--overwrite",
+    ]
     argv += {evaluate: ["--split", split], reward_model: ["--kind", "genrm"]}.get(script, [])
     code, message = cli(script, *argv)
     assert code == 2 and "positions" in message and message.count("\n") == 1
@@ -214,7 +321,9 @@ def test_a_run_does_not_go_on_with_another_input(key, tmp_path):
     is_model = key in ("model", "base", "orm", "genrm")
     policy.save(given) if is_model else given.write_text("1")
     named = {key: str(given) if is_model else [str(given)]}
-    args = argparse.Namespace(out=tmp_path / "run", resume=True, overwrite=False, checkpoint_every=100, **named)
+    args = argparse.Namespace(
+        out=tmp_path / "run", resume=True, overwrite=False, checkpoint_every=100, **named
+    )
     begin(args)
     common.Run(args)  # nothing has changed
     with torch.no_grad():
@@ -230,33 +339,88 @@ def test_a_run_does_not_go_on_with_another_input(key, tmp_path):
 def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
     cli, tmp_path, drawn, measured, monkeypatch  # noqa: F811
 ):  # fmt: skip
-    steps, add, estimates, gae, states, save = [], ppo.add_gradient, [], ppo.gae, [], common.Run.checkpoint
+    steps, add, estimates, gae, states, save = (
+        [],
+        ppo.add_gradient,
+        [],
+        ppo.gae,
+        [],
+        common.Run.checkpoint,
+    )
     monkeypatch.setattr(ppo, "gae", lambda *a: estimates.append((a, gae(*a))) or estimates[-1][1])
-    monkeypatch.setattr(ppo, "add_gradient", lambda *a, **how: steps.append((a[2], add(*a, **how))) or steps[-1][1])
-    monkeypatch.setattr(common.Run, "checkpoint", lambda run, **state: states.append(state) or save(run, **state))
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4, "--phases", 2]
-    argv += ["--epochs", 2, "--batch-size", 10, "--eval-every", 9, "--lora-rank", 3, "--token-budget", 100000]
+    monkeypatch.setattr(
+        ppo, "add_gradient", lambda *a, **how: steps.append((a[2], add(*a, **how))) or steps[-1][1]
+    )
+    monkeypatch.setattr(
+        common.Run, "checkpoint", lambda run, **state: states.append(state) or save(run, **state)
+    )
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        64,
+        "--questions",
+        6,
+        "--samples",
+        4,
+        "--phases",
+        2,
+    ]
+    argv += [
+        "--epochs",
+        2,
+        "--batch-size",
+        10,
+        "--eval-every",
+        9,
+        "--lora-rank",
+        3,
+        "--token-budget",
+        100000,
+    ]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     curriculum = ppo.Curriculum("none", TRAIN, 7)
     for i, row in enumerate(rows_of(tmp_path / "run" / "metrics.jsonl")[1:]):
-        samples, here = drawn[i].samples, steps[6 * i : 6 * i + 6]  # two epochs of 10, 10 and 4 samples
+        samples, here = (
+            drawn[i].samples,
+            steps[6 * i : 6 * i + 6],
+        )  # two epochs of 10, 10 and 4 samples
         asked = [group[0].problem for group in common.by_problem(samples)]
         assert asked == [TRAIN[j] for j in curriculum.draw(i + 1, 6)[0]]
         assert here[0][0] != here[3][0], "an order for every epoch"
         columns = zip(*(sums for _, sums in here), strict=True)
-        for key, column in zip(("policy_loss", "value_loss", "clip_fraction", "kl_old"), columns, strict=True):
+        for key, column in zip(
+            ("policy_loss", "value_loss", "clip_fraction", "approx_kl"), columns, strict=True
+        ):
             assert row[key] == pytest.approx(np.mean(column), rel=1e-4, abs=1e-8)
         lengths = torch.tensor([len(sample.tokens) for sample in samples])
         real = torch.arange(lengths.max()) < lengths[:, None]
         (_, values, *_), (_, returns) = estimates[i]
-        assert row["explained_variance"] == pytest.approx(ppo.explained_variance(returns[real], values[real]), rel=1e-3)
+        assert row["explained_variance"] == pytest.approx(
+            ppo.explained_variance(returns[real], values[real]), rel=1e-3
+        )
         assert row["response_length"] == pytest.approx(lengths.float().mean().item(), rel=1e-5)
     assert states[-2]["trained"]["down.0"].shape[0] == 3
 
 
 @pytest.mark.parametrize("warmup", [0, 2])
-def test_the_policy_trains_after_the_phases_of_the_value_function_alone(warmup, cli, tmp_path, measured):  # noqa: F811
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 4, "--samples", 4, "--phases", 3]
+def test_the_policy_trains_after_the_phases_of_the_value_function_alone(
+    warmup, cli, tmp_path, measured
+):  # noqa: F811
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        16,
+        "--questions",
+        4,
+        "--samples",
+        4,
+        "--phases",
+        3,
+    ]
     argv += ["--epochs", 1, "--eval-every", 9, "--value-warmup", warmup, "--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
     rows = rows_of(tmp_path / "run" / "metrics.jsonl")[1:]
@@ -265,7 +429,9 @@ def test_the_policy_trains_after_the_phases_of_the_value_function_alone(warmup, 
 
 def test_the_value_function_has_the_layers_that_it_is_given_but_no_more_than_half(tmp_path):
     sizes = SIZES | {"num_hidden_layers": 6}
-    write_model(lambda v: transformers.LlamaConfig(vocab_size=v, num_key_value_heads=2, **sizes), tmp_path)
+    write_model(
+        lambda v: transformers.LlamaConfig(vocab_size=v, num_key_value_heads=2, **sizes), tmp_path
+    )
     examples = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 1])]
     for asked, n in ((1, 1), (2, 2), (4, 3)):
         policy, last = common.Policy(str(tmp_path), "cpu"), []
@@ -279,16 +445,30 @@ def test_the_value_function_has_the_layers_that_it_is_given_but_no_more_than_hal
             with critic.listening():
                 common.response_logprobs(policy, examples)
             top = last[0][0] if isinstance(last[0], tuple) else last[0]
-            rows, columns = common.response_places(examples, policy.device)
+            rows, columns = common.response_positions(examples, policy.device)
             expected = critic.head(critic.norm(top[rows, columns - 1]))[:, 0]
             torch.testing.assert_close(critic.values(policy, examples), expected)
 
 
 def test_the_outcome_is_added_to_the_score_of_the_reward_model(cli, tmp_path, folders):  # noqa: F811
-    argv = [*PPO, "--phases", 1, "--limit-train", 24, "--reward", "orm", "--orm", folders.orm, "--add-outcome"]
+    argv = [
+        *PPO,
+        "--phases",
+        1,
+        "--limit-train",
+        24,
+        "--reward",
+        "orm",
+        "--orm",
+        folders.orm,
+        "--add-outcome",
+    ]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     row = last_row(tmp_path / "run")  # a new reward model says 0.5 of whatever was not cut
-    assert row["reward"] == pytest.approx(row["correct"] + (1 - row["cut"]) / 2, rel=1e-4) and row["correct"] > 0
+    assert (
+        row["reward"] == pytest.approx(row["correct"] + (1 - row["truncated"]) / 2, rel=1e-4)
+        and row["correct"] > 0
+    )
 
 
 def test_dev_is_measured_with_the_worked_examples_of_the_rollouts(cli, tmp_path, monkeypatch):  # noqa: F811
@@ -296,10 +476,22 @@ def test_dev_is_measured_with_the_worked_examples_of_the_rollouts(cli, tmp_path,
 
     def dev_metrics(policy, problems, args, samples, file, few_shot=False):
         shown.append((samples, few_shot))
-        return {"maj@1": 0.5, "unreadable": 0.0, "cut": 0.0}
+        return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 2, "--samples", 2, "--phases", 1]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        8,
+        "--questions",
+        2,
+        "--samples",
+        2,
+        "--phases",
+        1,
+    ]
     assert cli(ppo, *argv, "--few-shot", "--pass-k", 3, "--out", tmp_path / "run")[0] == 0
     assert shown == [(3, True)] * 2
 
@@ -314,9 +506,21 @@ def test_a_sampler_that_disagrees_with_training_shows(cli, tmp_path, monkeypatch
         return samples
 
     monkeypatch.setattr(common, "generate", off)
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 2, "--samples", 2, "--phases", 1]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        8,
+        "--questions",
+        2,
+        "--samples",
+        2,
+        "--phases",
+        1,
+    ]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
-    assert last_row(tmp_path / "run")["sampling_error"] == pytest.approx(0.5, abs=1e-3)
+    assert last_row(tmp_path / "run")["logprob_mismatch"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_largest_distance_of_a_ratio_from_one_is_kept():
@@ -335,10 +539,24 @@ def test_the_largest_distance_of_a_ratio_from_one_is_kept():
 
 
 def test_what_backtracking_gives_away_is_not_trained_on(cli, tmp_path, drawn, measured):  # noqa: F811
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 4, "--samples", 2, "--phases", 1]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        8,
+        "--questions",
+        4,
+        "--samples",
+        2,
+        "--phases",
+        1,
+    ]
     assert cli(ppo, *argv, "--curriculum", "backtracking", "--out", tmp_path / "run")[0] == 0
     row = last_row(tmp_path / "run")
-    assert row["given_away"] == 1 and row["tokens"] == 2 * sum(len(sample.tokens) for sample in drawn[0].samples)
+    assert row["with_prefix"] == 1 and row["tokens"] == 2 * sum(
+        len(sample.tokens) for sample in drawn[0].samples
+    )
 
 
 def test_backtracking_goes_back_where_half_of_the_samples_are_right():
@@ -358,13 +576,25 @@ def test_the_shares_that_are_hidden_are_those_of_the_flags(cli, tmp_path, folder
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ppo, "routes", routes)
-    argv = [*PPO, "--genrm", folders.genrm, "--seed", 5, "--limit-train", 8, "--out", tmp_path / "run"]
+    argv = [
+        *PPO,
+        "--genrm",
+        folders.genrm,
+        "--seed",
+        5,
+        "--limit-train",
+        8,
+        "--out",
+        tmp_path / "run",
+    ]
     for flags in (["hybrid", "--hide-answers", 0.25], ["hybrid"], ["genrm"]):
         assert cli(ppo, *argv, "--reward", *flags)[0] == 130
     assert asked == [(0.25, 0, 5), (0.5, 0, 5), (1.0, 0, 5)]
 
 
-def test_a_selected_question_keeps_its_route_and_each_route_is_a_domain(cli, tmp_path, folders, monkeypatch):  # noqa: F811
+def test_a_selected_question_keeps_its_route_and_each_route_is_a_domain(
+    cli, tmp_path, folders, monkeypatch
+):  # noqa: F811
     begun = []
 
     def curriculum(self, kind, problems, seed, stages=()):
@@ -372,12 +602,24 @@ def test_a_selected_question_keeps_its_route_and_each_route_is_a_domain(cli, tmp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ppo.Curriculum, "__init__", curriculum)
-    argv = [*PPO, "--limit-train", 2290, "--reward", "hybrid", "--curriculum", "verifiable_first", "--select", "lowest"]
+    argv = [
+        *PPO,
+        "--limit-train",
+        2290,
+        "--reward",
+        "hybrid",
+        "--curriculum",
+        "verifiable_first",
+        "--select",
+        "lowest",
+    ]
     argv += ["--select-samples", 1, "--select-fraction", 0.5, "--genrm", folders.genrm]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 130
     (problems, stages), everything = begun[0], common.load_problems("arithmetic", "train")
     route = dict(zip((p.id for p in everything), ppo.routes(everything, 0.5, 0, 0), strict=True))
-    assert {problems[i].id for i in stages[0][1]} == {p.id for p in problems if route[p.id] == "verifier"}
+    assert {problems[i].id for i in stages[0][1]} == {
+        p.id for p in problems if route[p.id] == "verifier"
+    }
     rows = json.loads((tmp_path / "run" / "selection.json").read_text())["questions"]
     assert all(row["domain"] == f"arithmetic, {route[row['id']]}" for row in rows)
     assert len({row["domain"] for row in rows}) == 2
@@ -389,7 +631,7 @@ def test_with_a_generative_reward_model_a_half_has_passed(tiny, tmp_path, monkey
     genrm = SimpleNamespace(scores=lambda *_: [0.5, 0.4, 0.6, 0.7])
     judges = ppo.Judges(genrm=genrm, references={p.id: "x" for p in TRAIN[:2]})
     args = argparse.Namespace(
-        select_samples=2, temperature=1, max_new_tokens=9, rows=9, seed=0, few_shot=False, reward="genrm", add_outcome=False
+        select_samples=2, temperature=1, max_new_tokens=9, batch_size=9, seed=0, few_shot=False, reward="genrm", add_outcome=False
     )  # fmt: skip
     scores, passed = ppo.score_pool(tiny, TRAIN[:2], judges, SimpleNamespace(out=tmp_path), args)
     assert scores == pytest.approx([0.45, 0.65]) and passed == [0.5, 1.0]
@@ -403,7 +645,19 @@ def test_so_many_comparisons_are_made_as_are_asked_for(cli, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reward_model, "comparisons", comparisons)
-    argv = ["--kind", "genrm", "--model", "tiny", *SMALL, "--limit-train", 4, "--samples", 2, "--eval-samples", 2]
+    argv = [
+        "--kind",
+        "genrm",
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        4,
+        "--samples",
+        2,
+        "--eval-samples",
+        2,
+    ]
     assert cli(reward_model, *argv, "--pairs", 2, "--out", tmp_path / "run")[0] == 130
     assert asked == [(2, 7)]
 
@@ -418,7 +672,11 @@ class Partial:
 
 
 def test_a_judge_that_is_partial_and_likes_nonsense_shows():
-    samples = [common.Sample(p, k, text, True) for p in TRAIN[:2] for k, text in enumerate((p.reference, LOST))]
+    samples = [
+        common.Sample(p, k, text, True)
+        for p in TRAIN[:2]
+        for k, text in enumerate((p.reference, LOST))
+    ]
     report = reward_model.genrm_quality(samples, Partial(), 1000)
     assert report["nonsense_worst"] == pytest.approx(0.5)
     assert report["order_bias"] == pytest.approx(0) and report["order_gap"] == pytest.approx(0.1)
@@ -427,26 +685,60 @@ def test_a_judge_that_is_partial_and_likes_nonsense_shows():
 # ---- return-conditioned RL, and samples from files
 
 
-def test_the_check_of_the_labels_compares_them_with_the_new_completions(cli, start, tmp_path, drawn, measured):  # noqa: F811
-    argv = ["--model", start, *SMALL, "--limit-train", 16, "--samples", 3, "--completions", 2, "--epochs", 1]
+def test_the_check_of_the_labels_compares_them_with_the_new_completions(
+    cli, start, tmp_path, drawn, measured
+):  # noqa: F811
+    argv = [
+        "--model",
+        start,
+        *SMALL,
+        "--limit-train",
+        16,
+        "--samples",
+        3,
+        "--completions",
+        2,
+        "--epochs",
+        1,
+    ]
     assert cli(rcrl, *argv, "--ratio", 1, "--check-labels", 3, "--out", tmp_path / "run")[0] == 0
     before, again = {}, {}
     for q, call in zip((before, again), drawn[1:], strict=True):
         for sample in call.samples:
-            q.setdefault((sample.problem.id, sample.prefix), []).append(sample.correct and sample.finished)
+            q.setdefault((sample.problem.id, sample.prefix), []).append(
+                sample.correct and sample.finished
+            )
     pairs = [(np.mean(before[key]), np.mean(right)) for key, right in again.items()]
     row = rows_of(tmp_path / "run" / "metrics.jsonl")[0]
     assert len(pairs) == 3
-    assert row["label_agreement"] == pytest.approx(np.mean([(a >= 0.5) == (b >= 0.5) for a, b in pairs]), rel=1e-5)
+    assert row["label_agreement"] == pytest.approx(
+        np.mean([(a >= 0.5) == (b >= 0.5) for a, b in pairs]), rel=1e-5
+    )
     assert row["q_difference"] == pytest.approx(np.mean([abs(a - b) for a, b in pairs]), rel=1e-5)
-    assert row["correct"] == pytest.approx(np.mean([sample.correct for sample in drawn[0].samples]), rel=1e-5)
+    assert row["correct"] == pytest.approx(
+        np.mean([sample.correct for sample in drawn[0].samples]), rel=1e-5
+    )
 
 
 def test_the_mixture_is_as_large_as_the_flags_say(cli, tmp_path, measured):  # noqa: F811
     texts, file = ("", LOST), tmp_path / "samples.jsonl"  # each three times
-    rows = [common.Sample(p, n, texts[n // 3] or p.reference, True) for p in TRAIN[:4] for n in range(6)]
+    rows = [
+        common.Sample(p, n, texts[n // 3] or p.reference, True) for p in TRAIN[:4] for n in range(6)
+    ]
     common.write_samples(file, rows)
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 4, "--epochs", 1, "--labels", "outcome", "--ratio", 1]
+    argv = [
+        "--model",
+        "tiny",
+        *SMALL,
+        "--limit-train",
+        4,
+        "--epochs",
+        1,
+        "--labels",
+        "outcome",
+        "--ratio",
+        1,
+    ]
     for n, flags in ((4, []), (12, ["--no-deduplicate"]), (3, ["--train-size", 6])):
         assert cli(rcrl, *argv, "--train-samples", file, *flags, "--out", tmp_path / str(n))[0] == 0
         row = last_row(tmp_path / str(n))
@@ -454,12 +746,19 @@ def test_the_mixture_is_as_large_as_the_flags_say(cli, tmp_path, measured):  # n
 
 
 @pytest.mark.parametrize("script", [rcrl, reward_model], **scripts)
-def test_samples_of_several_files_are_trained_on_and_are_no_rollouts(script, cli, tmp_path, measured):  # noqa: F811
+def test_samples_of_several_files_are_trained_on_and_are_no_rollouts(
+    script, cli, tmp_path, measured
+):  # noqa: F811
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file, problems in zip(files, (TRAIN[:4], TRAIN[4:8]), strict=True):
         texts = (None, LOST)
         common.write_samples(
-            file, [common.Sample(p, k, text or p.reference, True) for p in problems for k, text in enumerate(texts)]
+            file,
+            [
+                common.Sample(p, k, text or p.reference, True)
+                for p in problems
+                for k, text in enumerate(texts)
+            ],
         )
     argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--epochs", 1, "--train-samples", *files]
     argv += ["--labels", "outcome", "--ratio", 1] if script is rcrl else ["--eval-samples", 2]
@@ -471,4 +770,7 @@ def test_samples_of_several_files_are_trained_on_and_are_no_rollouts(script, cli
 def test_a_sample_that_was_cut_is_read_back_as_one(tmp_path):
     samples = [common.Sample(p, k, p.reference + "\n", k > 0) for p in TRAIN[:2] for k in range(2)]
     common.write_samples(tmp_path / "samples.jsonl", samples)
-    assert [s.finished for s in common.read_samples(tmp_path / "samples.jsonl", TRAIN[:2], 2)] == [False, True] * 2
+    assert [s.finished for s in common.read_samples(tmp_path / "samples.jsonl", TRAIN[:2], 2)] == [
+        False,
+        True,
+    ] * 2

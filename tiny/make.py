@@ -22,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+from sft import train_step
+from tiny import arithmetic
 
 # kind of step: (what authors with the misconception do instead, how common it is)
 MISCONCEPTIONS = {
@@ -39,18 +41,18 @@ MISCONCEPTIONS = {
 
 def corpus(n: int, seed: int) -> tuple[list[tuple[str, str]], float]:
     """n pairs (prompt, solution), none of them a problem of the embedded task, and the share of right solutions."""
-    taken = {p.question for steps in ((1, 4), (4, 6)) for p in common.arithmetic_problems(*steps)}
+    taken = {question for name in arithmetic.STEPS for question, _ in arithmetic.generate(name)}
     rng, pairs, right = random.Random(seed), [], 0
     while len(pairs) < n:
-        question, plan = common.tell_story(rng, rng.randint(1, 4))
+        question, plan = arithmetic.tell_story(rng, rng.randint(1, 4))
         misread = {kind: op for kind, (op, p) in MISCONCEPTIONS.items() if rng.random() < p}
-        steps = common.solve_story(plan, common.OPERATIONS | misread)
+        steps = arithmetic.solve_story(plan, arithmetic.OPERATIONS | misread)
         if question in taken or steps is None:
             continue
         taken.add(question)
-        right += steps == common.solve_story(plan)
+        right += steps == arithmetic.solve_story(plan)
         problem = common.Problem("", question, 0)
-        pairs.append((common.prompt_text(problem), common.write_solution(steps)))
+        pairs.append((common.prompt_text(problem), arithmetic.write_solution(steps)))
     return pairs, right / n
 
 
@@ -59,7 +61,9 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     falls apart into bytes, so that decoding always gives the text back."""
     pieces = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[0-9]|####|<<|>>|\n| ?[^\sA-Za-z0-9]"), "isolated"),
+            pre_tokenizers.Split(
+                Regex(r" ?[A-Za-z]+|[0-9]|####|<<|>>|\n| ?[^\sA-Za-z0-9]"), "isolated"
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -73,17 +77,23 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--problems", type=int, default=60_000)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--hidden-size", type=int, default=128, help="a smaller one: 64, with --layers 2")
+    parser.add_argument(
+        "--hidden-size", type=int, default=128, help="a smaller one: 64, with --layers 2"
+    )
     parser.add_argument("--layers", type=int, default=3)
     args = parser.parse_args()
     pairs, right = corpus(args.problems, seed=1)
     print(f"{len(pairs)} problems, {right:.3f} of the solutions are right")
-    tokenizer = make_tokenizer([prompt + solution for prompt, solution in pairs[:5000]] + [common.FEW_SHOT])
+    tokenizer = make_tokenizer(
+        [prompt + solution for prompt, solution in pairs[:5000]] + [common.FEW_SHOT]
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 11 // 4,
@@ -96,7 +106,9 @@ def main() -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         policy = common.Policy(folder)
-    print(f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+    print(
+        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens"
+    )
     examples = [(policy.encode_prompt(p), policy.encode_solution(s)) for p, s in pairs]
     # a pretrained model has read the questions too: everything after the first token is a target
     examples = [(prompt[:1], prompt[1:] + solution) for prompt, solution in examples]
@@ -106,9 +118,13 @@ def main() -> None:
     for step in range(n_steps):
         batch = [examples[i] for i in order[step * args.batch_size : (step + 1) * args.batch_size]]
         lr = common.cosine_lr(step, n_steps, args.lr)
-        loss, _ = common.cross_entropy_step(policy, optimizer, batch, lr, token_budget=1 << 20)
+        optimizer.param_groups[0]["lr"] = lr
+        loss, _ = train_step(policy, optimizer, batch, token_budget=1 << 20)
         if step % 50 == 0 or step == n_steps - 1:
-            print(f"step {step}/{n_steps}  loss {loss:.4f}  {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step}/{n_steps}  loss {loss:.4f}  {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
     policy.model.save_pretrained(args.out)  # the files of this folder change only now
     tokenizer.save_pretrained(args.out)
 

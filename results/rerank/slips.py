@@ -14,7 +14,12 @@ import sys
 ANNOTATION = re.compile(r"<<([-+*/().\d\s]+)=(-?[\d.]+)>>")
 
 
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def value_of(node: ast.expr) -> float:
@@ -31,7 +36,11 @@ def is_false(text: str) -> bool:
         if "<<" in line and not found:
             return True
         try:
-            if found and abs(value_of(ast.parse(found[1].strip(), mode="eval").body) - float(found[2])) > 1e-6:
+            if (
+                found
+                and abs(value_of(ast.parse(found[1].strip(), mode="eval").body) - float(found[2]))
+                > 1e-6
+            ):
                 return True
         except (SyntaxError, ZeroDivisionError, KeyError, ValueError):
             return True

@@ -1,0 +1,23 @@
+"""Fast decoding. Optional: `common.generate` works without this folder.
+
+decode.py   the loop: rows of a batch, one token at a time
+cache.py    keys and values in prompt slots and pages
+kernel.py   the attention that reads them, with PyTorch or as one GPU kernel
+graphs.py   CUDA graphs, packed weights, fused norms
+"""
+
+from .decode import Output, Request, generate_tokens
+from .graphs import fuse_norms
+
+__all__ = ["Output", "Request", "fuse_norms", "generate_tokens", "supports"]
+
+# Families whose greedy output equals `model.generate` in the tests.
+FAMILIES = {"llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2", "gpt_neox"}
+
+
+def supports(config) -> bool:
+    """Return whether `generate_tokens` decodes models of this config correctly."""
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    plain = kinds <= {"full_attention", "sliding_attention"}
+    return config.model_type in FAMILIES and plain

@@ -1,0 +1,281 @@
+"""Keys and values of the sequences that are being decoded: prompts in slots, own tokens in pages."""
+
+import heapq
+import inspect
+import typing
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+PAGE = 32  # tokens
+
+
+class Pool:
+    """Slots, each for a prompt, or pages, each for so many of a sample's own tokens: what all layers keep of one has the same
+    number. Per layer [keys, values]."""
+
+    def __init__(self):
+        self.layers, self.growths = (
+            [],
+            0,
+        )  # [[places, ...], [places, ...]] each, one block of memory
+        self.free = []  # a heap: the lowest first, so that those in use lie together
+
+    def __len__(self) -> int:
+        return len(self.layers[0][0])
+
+    def reserve(self, size: int) -> None:
+        """Make it at least so large."""
+        old = len(self)
+        if size > old:
+            for layer in self.layers:
+                for i, t in enumerate(layer):
+                    layer[i] = t.new_zeros(size, *t.shape[1:])
+                    layer[i][:old] = t
+            self.free += range(old, size)  # larger than all others, so it stays a heap
+            self.growths += 1
+
+    def take(self, count: int) -> list[int]:
+        """The numbers of so many free ones; a pool that has too few grows by a quarter at least."""
+        if len(self.free) < count:
+            self.reserve(len(self) + max(count, len(self) // 4))
+        return [heapq.heappop(self.free) for _ in range(count)]
+
+    def give_back(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            heapq.heappush(self.free, number)
+
+    def compact(self, used: np.ndarray, first: int) -> np.ndarray | None:
+        """If a quarter of those up to the highest of `used` is free, as when the last samples are running, move the used
+        ones together, from `first` on: a step computes all up to the highest. -> the new numbers by the old, None if nothing
+        was moved."""
+        if used.max() + 1 <= 1.25 * (len(used) + first) + 4:
+            return None
+        new, target = np.arange(len(self)), np.arange(first, first + len(used))
+        moved, new[used] = used != target, target
+        self.free = list(range(first + len(used), len(self)))
+        old, target = (
+            torch.from_numpy(t[moved]).to(self.layers[0][0].device) for t in (used, target)
+        )
+        for layer in self.layers:
+            for t in layer:
+                t[target] = t[old]
+        return new
+
+
+class PagedCache:
+    """Keys and values of the sequences that are being decoded. Stands in for a transformers cache: the model calls
+    `update` once a layer and hands what that returns to `paged_attention`.
+
+    Those of a prompt are held once, in a slot, and read by all of its samples. Those of a sample's own tokens lie in
+    pages of 32, so that a short sample takes little room however long the longest is, and handing a row to the next
+    sample moves nothing. Slots and pages are each one block of memory: for a slice of something longer, a batched
+    matrix product makes a copy first."""
+
+    def __init__(self, longest_prompt: int, fused: bool = False):
+        # [slots or pages, key heads, tokens, head_dim] each, but own values [pages, key heads, head_dim, tokens]: for the
+        # product of so few rows this order is the faster one
+        self.prompts, self.own = Pool(), Pool()
+        self.longest_prompt, self.fused = longest_prompt, fused
+        self.recorded = None  # while prompts are run: per layer (keys, values)
+
+    @property
+    def growths(self) -> int:
+        """Return how often the tensors of the cache were replaced by larger ones."""
+        return self.prompts.growths + self.own.growths
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
+        if self.recorded is not None:
+            self.recorded.append((keys, values))
+            return keys, values
+        return CachedLayer(self, layer, keys[:, :, 0]), CachedLayer(self, layer, values[:, :, 0])
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0
+
+    def keep_prompts(self) -> list[int]:
+        """Move the recorded keys and values into slots; their numbers."""
+        recorded, self.recorded = self.recorded, None
+        if (
+            not self.own.layers
+        ):  # how many layers there are, of what shape, shows with the first prompts
+            for keys, values in recorded:
+                device = (
+                    values.device.type
+                )  # under autocast keys come in float32, and attention works in bfloat16
+                dtype = (
+                    torch.get_autocast_dtype(device)
+                    if torch.is_autocast_enabled(device)
+                    else values.dtype
+                )
+                (_, heads, _, width), (_, _, _, value_width) = keys.shape, values.shape
+                prompts = (
+                    (heads, self.longest_prompt, width),
+                    (heads, self.longest_prompt, value_width),
+                )
+                own = (heads, PAGE, width), (heads, value_width, PAGE)
+                self.prompts.layers.append(
+                    [values.new_zeros(0, *shape, dtype=dtype) for shape in prompts]
+                )
+                self.own.layers.append([values.new_zeros(0, *shape, dtype=dtype) for shape in own])
+            self.own.take(1)  # page 0 belongs to no sample: it stands for "none" in a row's table
+        slots = self.prompts.take(len(recorded[0][0]))
+        for layer, pair in zip(self.prompts.layers, recorded, strict=True):
+            for stored, new in zip(layer, pair, strict=True):
+                stored[slots, :, : new.shape[2]] = new.to(stored.dtype)
+        return slots
+
+    def begin_step(self, ages: torch.Tensor, starts: torch.Tensor, view: "View") -> None:
+        """Say what the next forward pass decodes: for each row how many of its own tokens are cached (`ages` [rows]), at
+        which position the first of them stands (`starts` [rows]), and where."""
+        self.ages, self.starts, self.view, self.biases = ages, starts, view, {}
+        if not self.fused:
+            self.page, self.place = view.table.gather(1, ages[:, None] // PAGE)[:, 0], ages % PAGE
+
+    def bias(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """0 where the query of a row sees a key and -1e30 where it does not: for prompts [slots, 1, readers, 1, keys] and
+        for own tokens [pages, 1, 1, 1, keys]. window: of sliding attention. The same in all layers of a kind."""
+        if window not in self.biases:
+            view, column = (
+                self.view,
+                torch.arange(max(self.longest_prompt, PAGE), device=self.ages.device),
+            )
+            prompt_length, query = (
+                self.starts[view.grid][..., None],
+                (self.starts + self.ages)[view.grid][..., None],
+            )
+            seen = column[: self.longest_prompt] < prompt_length
+            back = (self.ages[view.own_row] - view.own_first)[:, None] - column[
+                :PAGE
+            ]  # how far back a key lies
+            own_seen = back >= 0
+            if window is not None:
+                seen &= query - column[: self.longest_prompt] < window
+                own_seen &= back < window
+            bias = (
+                torch.where(seen, 0.0, -1e30)[:, None, :, None],
+                torch.where(own_seen, 0.0, -1e30)[:, None, None, None],
+            )
+            self.biases[window] = bias
+        return self.biases[window]
+
+
+class CachedLayer(typing.NamedTuple):
+    cache: PagedCache
+    layer: int
+    new: (
+        torch.Tensor
+    )  # keys or values of this step, which the attention stores [rows, key heads, width]
+
+
+class Size(typing.NamedTuple):
+    """Of a step: so many of each are computed, whether they are used or not."""
+
+    rows: int
+    slots: int
+    readers: int  # of a slot
+    pages: int
+
+
+EMPTY = np.zeros(0, np.int64)  # a view is made of arrays, of which tensors are made in the end
+
+
+class View(typing.NamedTuple):
+    """Where a step finds what it reads. Unused slots and pages are computed as well, and the results ignored. The fused
+    kernel reads only what it needs, and only the first two.
+
+    Rows 0 and 2 sample after the prompt in slot 0, row 1 after that in slot 1; row 0 has 41 tokens of its own, in pages 1
+    and 4, the others have fewer than 32, in pages 2 and 3; page 0 stands for none:
+
+        slot  [0, 1, 0]           grid    [[0, 2], [1, 0]]    own_row    [0, 0, 1, 2, 0]
+        table [[1, 4], [2, 0],    reader  [0, 0, 1]           own_first  [far, 0, 0, 0, 32]
+               [3, 0]]"""
+
+    slot: torch.Tensor  # of a row's prompt [rows]
+    table: torch.Tensor  # the pages of a row, 0 for none [rows, pages of a row]
+    grid: torch.Tensor = EMPTY  # the rows that read a slot, padded with row 0 [slots, readers]
+    reader: torch.Tensor = EMPTY  # where a row stands among those of its slot [rows]
+    own_row: torch.Tensor = EMPTY  # whose page it is [pages]
+    own_first: torch.Tensor = (
+        EMPTY  # which of the row's own tokens is the first of the page [pages]
+    )
+
+
+class PageTable:
+    """Where every row of the batch finds its keys and values, on the host."""
+
+    def __init__(self, cache: PagedCache, batch_size: int, width: int):
+        self.cache, self.width = cache, width
+        self.pages = np.zeros((batch_size, (width - 1) // PAGE + 1), np.int64)  # of a row, 0: none
+        self.row_slot = np.zeros(batch_size, np.int64)  # of a row's prompt
+        self.slot_of_prompt: dict[int, int] = {}
+
+    def add_pages(self, lengths: np.ndarray) -> None:
+        """Give the first rows the pages that so many tokens need. lengths [rows]."""
+        pages, needed = self.pages[: len(lengths)], (lengths - 1) // PAGE + 1
+        missing = (pages == 0) & (np.arange(pages.shape[1]) < needed[:, None])
+        pages[missing] = self.cache.own.take(int(missing.sum()))
+
+    def free(self, row: int) -> None:
+        self.cache.own.give_back(self.pages[row][self.pages[row] > 0].tolist())
+        self.pages[row] = 0
+
+    def free_prompt(self, prompt: int) -> None:
+        self.cache.prompts.give_back([self.slot_of_prompt.pop(prompt)])
+
+    def move(self, targets: list[int], rows: list[int]) -> None:
+        for state in (self.pages, self.row_slot):
+            state[targets] = state[rows]
+        self.pages[rows] = 0
+
+    def used(self, n: int) -> Size:
+        """Return what a step of the first n rows reads. Move it together if much lies between.
+
+        The fused kernel finds its keys row by row, so for it only the rows count.
+        """
+        if self.cache.fused:
+            return Size(n, 0, 0, 0)
+        pages = self.pages[:n]
+        if (new := self.cache.own.compact(np.unique(pages[pages > 0]), 1)) is not None:
+            pages[:] = new[pages]
+        slots = np.array(sorted(self.slot_of_prompt.values()))
+        if (new := self.cache.prompts.compact(slots, 0)) is not None:
+            self.row_slot[:n] = new[self.row_slot[:n]]
+            self.slot_of_prompt = {i: int(new[s]) for i, s in self.slot_of_prompt.items()}
+        readers = np.bincount(self.row_slot[:n])
+        return Size(n, len(readers), int(readers.max()), int(pages.max()) + 1)
+
+    def view(self, n: int, size: Size, columns: int, device: torch.device) -> View:
+        """Return where a step of the first n rows finds its keys, padded to `size`."""
+        slot = np.zeros(size.rows, np.int64)
+        slot[:n] = self.row_slot[:n]
+        order = {} if self.cache.fused else self._group_by_prompt(n, size)
+        view = View(slot, self.pages[: size.rows, :columns], **order)
+        return View(*(torch.from_numpy(array).to(device) for array in view))
+
+    def _group_by_prompt(self, n: int, size: Size) -> dict[str, np.ndarray]:
+        """Order the rows by prompt, so that a prompt is multiplied with all its queries at once."""
+        self.cache.prompts.reserve(size.slots)
+        self.cache.own.reserve(size.pages)
+        slot, reader = self.row_slot[:n], np.zeros(size.rows, np.int64)
+        readers, order = np.bincount(slot), slot.argsort(kind="stable")
+        # a row's rank among the rows of its slot
+        reader[order] = np.arange(n) - (readers.cumsum() - readers)[slot[order]]
+        grid = np.zeros((size.slots, size.readers), np.int64)
+        grid[slot, reader[:n]] = np.arange(n)
+        row, nth = self.pages[:n].nonzero()
+        page = self.pages[row, nth]
+        own_row, own_first = np.zeros(size.pages, np.int64), np.full(size.pages, self.width)
+        own_row[page], own_first[page] = row, nth * PAGE
+        return {"grid": grid, "reader": reader, "own_row": own_row, "own_first": own_first}
+
+
+def cache_argument(base: torch.nn.Module) -> str:
+    """How a model calls its cache: by the first name in transformers 5.24 and newer, before by the second; Mamba by the
+    third."""
+    known = inspect.signature(type(base).forward).parameters
+    return next(
+        (name for name in ("cache", "past_key_values", "cache_params") if name in known),
+        "past_key_values",
+    )
