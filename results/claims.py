@@ -76,7 +76,7 @@ for n in (1, 2, 3, 4):
     show(
         f"hard, dev maj@1 of 4 rounds of ei after round {n}", dev("hard/rounds4", "maj@1", round=n)
     )
-for key in ("entropy", "mixed", "correct"):
+for key in ("entropy", "informative", "correct"):
     for first, last in ((2, 6), (31, 36), (67, 72)):
         shares = over_phases("hard/phases72", key, first, last)
         show(f"hard, {key} of phases {first} to {last} of 72", shares)
@@ -264,7 +264,7 @@ for variant in ("kl0", "attached"):
         dev(f"ppo_variants/{variant}", "maj@1", phase=20),
         dev("arithmetic/ppo", "maj@1", phase=20),
     )
-    show(f"last KL to the initial policy, {variant}", dev(f"ppo_variants/{variant}", "kl_k3"))
+    show(f"last KL to the initial policy, {variant}", dev(f"ppo_variants/{variant}", "ref_kl_k3"))
 for name in ("kl", "kl0", "attached", "kl4", "limit", "both"):
     show(
         f"five times the rate, dev maj@1 at phase 20, {name}",
@@ -273,7 +273,7 @@ for name in ("kl", "kl0", "attached", "kl4", "limit", "both"):
     show(f"five times the rate, lowest dev maj@1, {name}", lowest(f"ppo_stability/{name}"))
     show(
         f"five times the rate, last KL to the initial policy, {name}",
-        dev(f"ppo_stability/{name}", "kl_k3"),
+        dev(f"ppo_stability/{name}", "ref_kl_k3"),
     )
 for name in ("kl0", "attached", "kl4", "limit", "both"):
     both = (dev(f"ppo_stability/{each}", "maj@1", phase=20) for each in (name, "kl"))
@@ -294,7 +294,7 @@ for metric in ("maj@1", "pass@16"):
         test("ppo_variants/lora", metric),
         test("arithmetic/ppo", metric),
     )
-show("last KL to the initial policy, ppo", dev("arithmetic/ppo", "kl_k3"))
+show("last KL to the initial policy, ppo", dev("arithmetic/ppo", "ref_kl_k3"))
 
 print("Lambda of GAE, and curricula of PPO")
 for task, name in (
@@ -310,7 +310,7 @@ for task, name in (
         both = (dev(each, "maj@1", phase=phase) for each in (name, f"{task}/ppo"))
         show(f"{task}, dev maj@1 at phase {phase}, {name} - ppo", *both)
     for what, first, last in (("2 to 6", 2, 6), ("16 to 20", 16, 20)):
-        for key in ("correct", "mixed", "explained_variance"):
+        for key in ("correct", "informative", "explained_variance"):
             both = (over_phases(each, key, first, last) for each in (name, f"{task}/ppo"))
             show(f"{task}, {key} of phases {what}, {name} - ppo", *both)
 

@@ -95,7 +95,7 @@ def figure(
 
 figure(
     "ppo_rewards.png", {"": variants("sparse", "dense", "orm", "orm_dense")},
-    [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("kl_k3", "KL to the SFT policy, nats per token")],
+    [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("ref_kl_k3", "KL to the SFT policy, nats per token")],
     proxy=True,
 )  # fmt: skip
 figure(
@@ -104,12 +104,12 @@ figure(
         "": variants("sparse", "kl0", "attached"),
         "five times the learning rate\n": {"sparse": "ppo_stability/kl", "kl0": "ppo_stability/kl0", "attached": "ppo_stability/attached", "limit": "ppo_stability/limit"},
     },
-    [("maj@1", "dev: share of greedy solutions right"), ("kl_k3", "KL to the SFT policy, nats per token"), ("explained_variance", "explained variance of the value")],
+    [("maj@1", "dev: share of greedy solutions right"), ("ref_kl_k3", "KL to the SFT policy, nats per token"), ("explained_variance", "explained variance of the value")],
     proxy=False,
 )  # fmt: skip
 figure(
     "genrm.png", {"": variants("sparse", "gold", "best", "hybrid")},
-    [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("half_if_wrong", "share of wrong samples scored 0.5 or more")],
+    [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("false_positive_rate", "share of wrong samples scored 0.5 or more")],
     proxy=True,
 )  # fmt: skip
 

@@ -96,7 +96,7 @@ def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, str 
 
     for label, (name, mixture) in rows.items():
         parts = (
-            [np.mean(list(logged(mixture, key).values())) for key in ("right", "wrong")]
+            [np.mean(list(logged(mixture, key).values())) for key in ("n_correct", "n_incorrect")]
             if mixture
             else []
         )
@@ -212,7 +212,7 @@ def main() -> None:
             "`--reward orm_dense`": "ppo_variants/orm_dense",
             "`--reward orm --add-outcome`": "ppo_variants/orm_outcome",
             "`--lora-rank 16 --lr 2e-3`": "ppo_variants/lora",
-            "`--lam 0.95`": "ppo_variants/lam095",
+            "`--gae-lambda 0.95`": "ppo_variants/lam095",
         }
     )
     print_rerank(

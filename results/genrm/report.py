@@ -39,9 +39,9 @@ print("|---" * 8 + "|")
 for seed, found in recorded("genrm/genrm", "quality.json").items():
     keys = (
         "auc",
-        "score_if_right",
-        "score_if_wrong",
-        "half_if_wrong",
+        "score_if_correct",
+        "score_if_incorrect",
+        "false_positive_rate",
         "order_gap",
         "order_bias",
         "nonsense_worst",
@@ -57,10 +57,10 @@ for label, name in ROWS.items():
             spread(of_these(over_phases(name, key, 17, 20)), 2) for key in ("correct", "reward")
         ]
         pleased = [
-            spread(of_these(over_phases(name, "half_if_wrong", *ends)), 2)
+            spread(of_these(over_phases(name, "false_positive_rate", *ends)), 2)
             for ends in ((1, 2), (17, 20))
         ]
-        above = spread(of_these(over_phases(name, "above_half", 17, 20)), 2)
+        above = spread(of_these(over_phases(name, "beats_gold_rate", 17, 20)), 2)
         cells += [" → ".join(pleased) if all(pleased) else "", above]
         print(f"| {label} | {' | '.join(cells)} |")
 print()
@@ -70,6 +70,6 @@ for place, (label, name) in enumerate(ROWS.items()):
         print(
             f"maj@1, {label} - {control}: {apart}; by seed {', '.join(f'{pair:+.3f}' for pair in pairs)}"
         )
-    kl = [max(row["kl_k3"] for row in log if "kl_k3" in row) for log in recorded(name).values()]
+    kl = [max(row["ref_kl_k3"] for row in log if "ref_kl_k3" in row) for log in recorded(name).values()]
     if kl:
         print(f"highest KL of a phase, {label}: {', '.join(f'{k:.3f}' for k in kl)} nats per token")

@@ -13,7 +13,7 @@
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 budget=${TOKEN_BUDGET:-32768} model=${MODEL:-HuggingFaceTB/SmolLM2-135M} dataset=${DATASET:-gsm8k} k=${K:-96}
-test=(--dataset $dataset --max-new-tokens ${MAX_NEW_TOKENS:-512} --rows ${ROWS:-1024} ${LIMIT_EVAL:+--limit-eval $LIMIT_EVAL} --resume)
+test=(--dataset $dataset --max-new-tokens ${MAX_NEW_TOKENS:-512} --gen-batch-size ${ROWS:-1024} ${LIMIT_EVAL:+--limit-eval $LIMIT_EVAL} --resume)
 train=("${test[@]}" --token-budget $budget ${LIMIT_TRAIN:+--limit-train $LIMIT_TRAIN})
 fit=(--epochs ${EPOCHS:-4} --lr ${LR:-2e-5} --batch-size ${BATCH:-128})
 

@@ -14,7 +14,7 @@ declare -A flags=(
     [orm_dense]="--reward orm_dense --orm ORM"
     [orm_outcome]="--reward orm --add-outcome --orm ORM"
     [lora]="--lora-rank 16 --lr 2e-3"
-    [lam095]="--lam 0.95"
+    [lam095]="--gae-lambda 0.95"
 )
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-kl0 attached dense orm orm_dense orm_outcome lora lam095}; do

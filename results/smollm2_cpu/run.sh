@@ -9,9 +9,9 @@ here="$(cd "$(dirname "$0")" && pwd)" code="$(cd "$(dirname "$0")/../.." && pwd)
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} work="$(realpath "${WORK:-$code/runs/smollm2_cpu}")"
 cd "${DATA:-.}"
 python "$code/sft.py" --model "$model" --dataset gsm8k --limit-train 320 --limit-eval 48 --epochs 4 --batch-size 8 \
-    --lr 5e-4 --max-new-tokens 256 --rows 48 --token-budget 4096 --out "$work/sft_gsm8k" --resume
+    --lr 5e-4 --max-new-tokens 256 --gen-batch-size 48 --token-budget 4096 --out "$work/sft_gsm8k" --resume
 python "$code/expert_iteration.py" --model "$model" --base "$model" --dataset svamp --few-shot --limit-train 48 \
-    --limit-eval 16 --samples 4 --rounds 1 --epochs 1 --batch-size 8 --lr 5e-5 --max-new-tokens 100 --rows 32 \
+    --limit-eval 16 --samples 4 --rounds 1 --epochs 1 --batch-size 8 --lr 5e-5 --max-new-tokens 100 --gen-batch-size 32 \
     --pass-k 0 --token-budget 4096 --out "$work/ei_svamp" --resume
 peak() { # file, command ...: run it, and write its peak memory
     python -c 'import json, resource, subprocess, sys
@@ -22,12 +22,12 @@ json.dump({"peak_resident_GiB": round(peak / 2**20, 2)}, open(sys.argv[1], "w"))
 if [ ! -f "$work/ppo_svamp/memory.json" ]; then
     mkdir -p "$work" "$here/ppo_svamp"
     peak "$work/memory.json" python "$code/ppo.py" --model "$work/sft_gsm8k/model" --dataset svamp --phases 4 --lr 1e-4 \
-        --questions 16 --samples 4 --epochs 1 --batch-size 16 --lr-warmup 4 --max-new-tokens 96 --rows 64 --limit-eval 48 \
+        --questions 16 --samples 4 --epochs 1 --batch-size 16 --lr-warmup 4 --max-new-tokens 96 --gen-batch-size 64 --limit-eval 48 \
         --token-budget 2048 --out "$work/ppo_svamp" --resume
     mv "$work/memory.json" "$work/ppo_svamp/" && cp "$work/ppo_svamp/memory.json" "$here/ppo_svamp/"
 fi
 python "$code/reward_model.py" --model "$work/sft_gsm8k/model" --dataset gsm8k --limit-train 64 --samples 4 --limit-eval 32 \
-    --eval-samples 4 --epochs 1 --batch-size 16 --lr 5e-5 --max-new-tokens 160 --rows 64 --token-budget 4096 \
+    --eval-samples 4 --epochs 1 --batch-size 16 --lr 5e-5 --max-new-tokens 160 --gen-batch-size 64 --token-budget 4096 \
     --out "$work/orm_gsm8k" --resume
 for run in sft_gsm8k ei_svamp ppo_svamp orm_gsm8k; do
     mkdir -p "$here/$run" && cp "$work/$run/metrics.jsonl" "$work/$run/args.json" "$here/$run/"

@@ -9,9 +9,9 @@ cd "$(dirname "$0")/../../.."
 run=${WORK:-runs/results}/gsm8k_smollm2 how="--dataset ${DATA:-gsm8k} --max-new-tokens 300 --resume" model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 fit="--epochs 4 --batch-size 64"
 for lr in 1e-4 3e-4 1e-3; do
-    python sft.py --model "$model" $how $fit --lr $lr --rows 1024 --out "$run/sft_$lr"
+    python sft.py --model "$model" $how $fit --lr $lr --gen-batch-size 1024 --out "$run/sft_$lr"
 done
 sft=$run/sft_1e-3/model
-python evaluate.py --model "$sft" $how --samples 96 --rows 4096 --out "$run/sft_test.json"
-python expert_iteration.py --model "$sft" --base "$model" $how $fit --lr 1e-3 --samples 4 --rounds 1 --rows 2048 --pass-k 4 --out "$run/ei"
-python evaluate.py --model "$run/ei/model" $how --samples 32 --rows 4096 --out "$run/ei_test.json"
+python evaluate.py --model "$sft" $how --samples 96 --gen-batch-size 4096 --out "$run/sft_test.json"
+python expert_iteration.py --model "$sft" --base "$model" $how $fit --lr 1e-3 --samples 4 --rounds 1 --gen-batch-size 2048 --pass-k 4 --out "$run/ei"
+python evaluate.py --model "$run/ei/model" $how --samples 32 --gen-batch-size 4096 --out "$run/ei_test.json"
