@@ -279,8 +279,11 @@ _SIGNED = re.compile(r"((?:[-+\u2212\u2010-\u2015]\s*){0,2})([0-9.,/]+)")
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?|[0-9]+/0*[1-9][0-9]*")
 # Currency signs, brackets, stars and LaTeX commands may stand before a number or after its sign.
 _DECORATION = re.compile(r"(?<![0-9.,/])(?:\\[a-z]{1,16}|[$\u20ac\u00a3\u00a5*(\[{\\])+")
-# "1 001", "2^2" and "18 / 2": it is not clear which number is meant.
-_UNCLEAR = re.compile(r"[0-9](?:[^0-9.,/][0-9]|\s/)")
+# "1 001", "2^2", "18 / 2", "- / 5": it is not clear which number is meant.
+_UNCLEAR = re.compile(r"[0-9](?:[^0-9.,/][0-9]|[^0-9.,]/)|(?<![0-9])/[^a-zA-Z]?[0-9]")
+
+
+_fraction = functools.lru_cache(1024)(Fraction)
 
 
 def first_solution(text: str) -> str:
@@ -300,11 +303,10 @@ def extract_answer(text: str, lenient: bool = False) -> Fraction | None:
     different numbers, "18/", "1,8", "1.2.3" and more than 64 characters give None. lenient: if the
     answer line has no digits, return the last number of the text (for prompted models).
     """
-    solution = first_solution(text)
-    line = solution.partition(MARKER)[2]
+    line = first_solution(text).partition(MARKER)[2]
     if lenient and not any(c.isdigit() for c in line):
-        numbers = [x for x in _numbers(solution.replace(MARKER, "")) if x is not None]
-        return numbers[-1] if numbers else None
+        numbers = _numbers(first_solution(text.replace(MARKER, "")))
+        return next((x for x in reversed([*numbers]) if x is not None), None)
     numbers = {None} if _UNCLEAR.search(line) else set(_numbers(line))
     return numbers.pop() if len(numbers) == 1 else None
 
@@ -316,7 +318,8 @@ def _numbers(line: str) -> Iterator[Fraction | None]:
     line = _DECORATION.sub("", line)
     for match in _SIGNED.finditer(line):
         signs, digits = match.groups()
-        before, after = line[: match.start()][-1:], line[match.end() : match.end() + 1]
+        before = line[max(0, match.start() - 1) : match.start()]
+        after = line[match.end() : match.end() + 1]
         digits = digits.removesuffix("/") if after.isalpha() else digits  # "18/hour"
         digits = digits.rstrip(".,")
         if not any(c.isdigit() for c in digits):
@@ -326,7 +329,7 @@ def _numbers(line: str) -> Iterator[Fraction | None]:
         if unclear or len(digits) > 64 or not _NUMBER.fullmatch(digits):
             yield None
         else:
-            value = Fraction(digits.replace(",", ""))
+            value = _fraction(digits.replace(",", ""))
             yield -value if signs in ("-", "\u2212") else value
 
 
@@ -377,8 +380,9 @@ class Sample:
         If a sample was truncated, its last number may have been on its way to a longer one.
         """
         text, answer_line = self.text, self.text.partition(MARKER)[2]
-        if not self.finished and "\n" not in answer_line:
-            text = "" if MARKER in text else text.rstrip("0123456789.,/")
+        if not self.finished:
+            within_answer = MARKER in text and "\n" not in answer_line
+            text = "" if within_answer else text.rstrip("0123456789.,/")
         self.answer = extract_answer(text, lenient)
         self.correct = self.answer == self.problem.answer
 
@@ -496,10 +500,8 @@ class Policy:
             raise UserError(f"{flag} {name}: {error}") from None
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
-            missing = (
-                "" if Path(folder).is_dir() else "no such folder, and as a name of the hub it "
-            )
-            raise UserError(f"{flag} {name}: {missing}could not be loaded ({reason})") from None
+            where = "" if Path(folder).is_dir() else "no such folder, and as a name of the hub it "
+            raise UserError(f"{flag} {name}: {where}could not be loaded ({reason})") from None
         on_gpu = self.device.type == "cuda"
         self.set_dtype("bfloat16" if dtype == "auto" and on_gpu else dtype)
         self.labels = getattr(self.model.config, "return_labels", None)
@@ -656,8 +658,8 @@ def model_folder(name: str, flag: str = "--model") -> str:
         require(is_model, f"{flag} {name}: the folder holds no model (no config.json){hint}")
         return str(path)
     default = re.fullmatch(r"runs/(sft|expert_iteration|reward_model|genrm)/model", name)
-    script = default and default[1].replace("genrm", "reward_model.py --kind genrm")
-    hint = f"; run `python {script if '.py' in script else script + '.py'}` first" if script else ""
+    hint = f"; run `python {default[1]}.py` first" if default else ""
+    hint = hint.replace("genrm.py", "reward_model.py --kind genrm")
     on_hub = re.fullmatch(r"(?!tiny$|runs/)\w[\w.-]*(/[\w.-]+)?", name)
     require(on_hub, f"{flag} {name}: no such folder{hint}")
     return name
@@ -665,14 +667,11 @@ def model_folder(name: str, flag: str = "--model") -> str:
 
 def check_base(policy: Policy, base: Policy, name: str) -> None:
     """Raise UserError if --base was left at tiny but --model cannot have been made from it."""
-    configs = [each.model.config.get_text_config() for each in (policy, base)]
-    shapes = {
-        (config.model_type, config.hidden_size, config.num_hidden_layers) for config in configs
-    }
-    fits = name != "tiny" or len(shapes) == 1
-    require(
-        fits, "--base tiny: --model is of another shape; give the pretrained model it was made of"
-    )
+    one, other = (each.model.config.get_text_config() for each in (policy, base))
+    keys = "model_type", "hidden_size", "num_hidden_layers"
+    same_shape = all(getattr(one, key) == getattr(other, key) for key in keys)
+    advice = "give the pretrained model that it was made of"
+    require(name != "tiny" or same_shape, f"--base tiny: --model is of another shape; {advice}")
 
 
 def fingerprint(name: str, flag: str = "--model") -> str:
@@ -734,25 +733,33 @@ def generate(
     Raises UserError if a prompt is too long for the model.
     """
     prefixes = prefixes or [""] * len(problems)
-    request = encode_request(policy, problems, max_new_tokens, seed, few_shot, prefixes)
-    request |= dict(pick=functools.partial(pick_tokens, policy, temperature), stop=stop)
+    prompts = encode_prompts(policy, problems, few_shot, prefixes)
+    request = dict(
+        prompts=prompts,
+        limits=[min(max_new_tokens, policy.max_length - len(ids)) for ids in prompts],
+        seeds=[[*np.atleast_1d(seed).tolist(), zlib.crc32(p.id.encode())] for p in problems],
+        pick=functools.partial(pick_tokens, policy, temperature),
+        eos_ids=policy.eos_ids,
+        breaks_line=policy.breaks_line,
+        label=policy.label if policy.label_every_line else None,
+        is_complete=policy.is_complete if few_shot else None,
+        stop=stop,
+    )
     done: list[list[Sample | None]] = [[None] * samples for _ in problems]
     mine = range(process_rank(), len(problems), process_count())
     bar = tqdm(total=len(mine) * samples, desc=progress, disable=None if progress else True)
-    fast, interrupted = policy.model.config._attn_implementation == "paged_attention", False
-    if not fast:
+    decode, interrupted = decode_plainly, False
+    if policy.model.config._attn_implementation == "paged_attention":
+        decode = engine.generate_tokens
+    else:
         warn("sampling uses the plain loop: there is no engine/, or it does not know this model")
-    decode = engine.generate_tokens if fast else decode_plainly
     while left := {i: [k for k, s in enumerate(done[i]) if not s] for i in mine if None in done[i]}:
         size = min(batch_size, policy.max_batch_size, sum(map(len, left.values())))
         try:
             with policy.autocast():
-                for i, k, *sampled in decode(policy.model, size, pending=left, **request):
-                    ids, logprobs, finished = sampled
-                    text, given = (
-                        prefixes[i] + policy.decode(ids),
-                        (request["prompts"][i], prefixes[i]),
-                    )
+                for i, k, ids, *more in decode(policy.model, size, pending=left, **request):
+                    logprobs, finished = more
+                    text, given = prefixes[i] + policy.decode(ids), (prompts[i], prefixes[i])
                     done[i][k] = Sample(problems[i], k, text, finished, ids, logprobs, *given)
                     bar.update()
         except FloatingPointError as error:
@@ -773,27 +780,18 @@ def generate(
     return [sample for i in range(len(problems)) for sample in groups[i]]
 
 
-def encode_request(policy: Policy, problems, max_new_tokens: int, seed, few_shot: bool, prefixes):
-    """Return what a decoding loop needs to know, in token ids. engine/decode.py explains it."""
+def encode_prompts(
+    policy: Policy, problems, few_shot: bool = False, prefixes: Sequence[str] | None = None
+) -> list[list[int]]:
+    """Encode prompt, prefix and label of every problem. Raises UserError if one leaves no room."""
     prompts = [policy.encode_prompt(prompt_text(problem, few_shot)) for problem in problems]
-    prompts = [
-        ids + policy.encode_prefix(text) for ids, text in zip(prompts, prefixes, strict=True)
-    ]
-    prompts = [ids + [policy.label] * (policy.label is not None) for ids in prompts]
-    longest, room = (
-        max(map(len, prompts), default=0),
-        f"the model has {policy.max_length} positions",
+    for ids, prefix in zip(prompts, prefixes or [""] * len(prompts), strict=True):
+        ids += policy.encode_prefix(prefix) + [policy.label] * (policy.label is not None)
+    longest, n = max(map(len, prompts), default=0), policy.max_length
+    require(
+        longest < n, f"the longest prompt is {longest} tokens long; the model has {n} positions"
     )
-    require(longest < policy.max_length, f"the longest prompt is {longest} tokens long; {room}")
-    return dict(
-        prompts=prompts,
-        limits=[min(max_new_tokens, policy.max_length - len(ids)) for ids in prompts],
-        seeds=[[*np.atleast_1d(seed).tolist(), zlib.crc32(p.id.encode())] for p in problems],
-        eos_ids=policy.eos_ids,
-        breaks_line=policy.breaks_line,
-        label=policy.label if policy.label_every_line else None,
-        is_complete=policy.is_complete if few_shot else None,
-    )
+    return prompts
 
 
 def decode_plainly(model, batch_size: int, *, prompts, pending, **request) -> Iterator[tuple]:
@@ -840,10 +838,8 @@ def decode_batch(
     cache.reorder_cache(rows)
     hidden, mask = hidden[rows], mask[rows]
     previous = torch.tensor([prompts[i][-1] for i, _ in jobs], device=device)
-    limit, line_break = (
-        np.array([limits[i] for i, _ in jobs]),
-        torch.from_numpy(breaks_line).to(device),
-    )
+    limit = np.array([limits[i] for i, _ in jobs])
+    line_break = torch.from_numpy(breaks_line).to(device)
     random = [np.random.default_rng([*seeds[i], k]).random(max(limit), np.float32) for i, k in jobs]
     uniforms = torch.from_numpy(np.stack(random)).to(device)  # [samples, longest]
     tokens, logprobs = torch.zeros_like(uniforms, dtype=torch.int32), torch.zeros_like(uniforms)
@@ -985,7 +981,8 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], *sums: float) -> lis
     if process_count() == 1:
         return list(sums)
     parameters = [p for p in parameters if p.requires_grad]
-    numbers = torch.tensor([*sums, *(float(p.grad is not None) for p in parameters)])
+    has_gradient = [float(p.grad is not None) for p in parameters]
+    numbers = torch.tensor([*map(float, sums), *has_gradient])
     flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
     flat.append(numbers.to(flat[0].device))
     total = torch.cat(flat)

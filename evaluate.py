@@ -208,6 +208,7 @@ def main(argv: list[str]) -> None:
         import reward_model
 
         orm = reward_model.RewardModel(args.orm, args.device, args.dtype)
+    common.encode_prompts(policy, problems, args.few_shot)
     common.on_first(prepare)
 
     # 1. and 2. sample; an evaluation that was interrupted goes on with --resume

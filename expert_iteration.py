@@ -177,6 +177,7 @@ def main(argv: list[str]) -> None:
     if args.sft_data:
         for problem in train:  # whether they fit must show now, not after the sampling
             policy.encode_example(problem, problem.solution or "")
+    common.encode_prompts(policy, train + dev, args.few_shot and not run.state)
     run.begin()
     kept = {
         p.id: {common.equations(p.solution): p.solution}

@@ -950,6 +950,7 @@ def main(argv: list[str]) -> None:
         raise common.UserError(
             "--curriculum verifiable_first: no question is left whose answer can be checked"
         )
+    common.encode_prompts(policy, train + pool + dev, args.few_shot)
     run.begin()
 
     # 0. references to compare with, and the questions of the pool; a restart takes what was chosen before

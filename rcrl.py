@@ -270,6 +270,8 @@ def main(argv: list[str]) -> None:
             )
     torch.manual_seed(args.seed)  # of the new rows of the embedding
     teach_labels(policy, args.labels)
+    common.encode_prompts(policy, dev)
+    common.encode_prompts(sampler, [] if written else train)
     run.begin()
 
     # 1. sample K solutions per question (read back where a restart finds them on disk)

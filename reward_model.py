@@ -123,7 +123,8 @@ class RewardModel(common.Policy):
         lost = sorted(
             k for k in found["missing_keys"] if not (self.new and k.startswith(f"{name}."))
         )
-        common.require(not lost, f"it has no weights for {lost[:1]} ({len(lost)} are missing)")
+        missing = f"it has no weights for {', '.join(lost[:1])} ({len(lost)} are missing)"
+        common.require(not lost, missing)
         if self.new:
             torch.nn.init.zeros_(self.linear.weight)
             torch.nn.init.zeros_(self.linear.bias)
@@ -524,6 +525,7 @@ def main(argv: list[str]) -> None:
     orm = kind(args.base, args.device, args.dtype, flag="--base", new=True)
     common.check_memory(orm.model)  # which the student leaves before the training
     student = common.Policy(args.model, args.device, args.dtype)
+    common.encode_prompts(student, dev if written else train + dev)
     run.begin()
 
     # 1. samples of the student (read back where a restart finds them on disk)

@@ -101,6 +101,7 @@ def main(argv: list[str]) -> None:
     policy.condition("none")  # a model of rcrl.py is trained on without its labels
     examples = [policy.encode_example(p, p.solution) for p in train]
     dev_examples = [policy.encode_example(p, p.solution) for p in dev if p.solution]
+    common.encode_prompts(policy, dev)  # a prompt that is too long must show now
     run.begin()
     optimizer = common.adam_w(policy.model.parameters(), args.lr)
     steps_per_epoch = -(-len(examples) // args.batch_size)

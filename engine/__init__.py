@@ -12,7 +12,10 @@ from .graphs import fuse_norms
 __all__ = ["Output", "Request", "fuse_norms", "generate_tokens", "supports"]
 
 # Families whose greedy output equals `model.generate` in the tests.
-FAMILIES = {"llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt2", "gpt_neox"}
+FAMILIES = set(
+    "cohere2 gemma gemma3_text gemma4_text glm4 gpt2 gpt_neox granite llama mistral mixtral "
+    "nanochat olmo2 opt phi3 qwen2 qwen3 smollm3 starcoder2".split()
+)
 
 
 def supports(config) -> bool:

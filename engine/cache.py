@@ -1,4 +1,7 @@
-"""Keys and values of the sequences that are being decoded: prompts in slots, own tokens in pages."""
+"""Keys and values of the sequences that are being decoded.
+
+A prompt lies in a slot, the sampled tokens of a sequence lie in pages.
+"""
 
 import heapq
 import inspect
@@ -12,21 +15,23 @@ PAGE = 32  # tokens
 
 
 class Pool:
-    """Slots, each for a prompt, or pages, each for so many of a sample's own tokens: what all layers keep of one has the same
-    number. Per layer [keys, values]."""
+    """Numbered slots for prompts, or numbered pages for sampled tokens.
+
+    The keys and values of a prompt or page have the same number in all layers. `growths` counts
+    how often the tensors were replaced by larger ones.
+    """
 
     def __init__(self):
-        self.layers, self.growths = (
-            [],
-            0,
-        )  # [[places, ...], [places, ...]] each, one block of memory
-        self.free = []  # a heap: the lowest first, so that those in use lie together
+        # Per layer [keys, values], each [slots or pages, ...] and one block of memory.
+        self.layers, self.growths = [], 0
+        # A heap. The lowest number comes first, so that the used ones lie together.
+        self.free = []
 
     def __len__(self) -> int:
         return len(self.layers[0][0])
 
     def reserve(self, size: int) -> None:
-        """Make it at least so large."""
+        """Grow to at least `size` slots or pages."""
         old = len(self)
         if size > old:
             for layer in self.layers:
@@ -37,7 +42,7 @@ class Pool:
             self.growths += 1
 
     def take(self, count: int) -> list[int]:
-        """The numbers of so many free ones; a pool that has too few grows by a quarter at least."""
+        """Return `count` free numbers. A pool with too few grows by a quarter or more."""
         if len(self.free) < count:
             self.reserve(len(self) + max(count, len(self) // 4))
         return [heapq.heappop(self.free) for _ in range(count)]
@@ -47,17 +52,18 @@ class Pool:
             heapq.heappush(self.free, number)
 
     def compact(self, used: np.ndarray, first: int) -> np.ndarray | None:
-        """If a quarter of those up to the highest of `used` is free, as when the last samples are running, move the used
-        ones together, from `first` on: a step computes all up to the highest. -> the new numbers by the old, None if nothing
-        was moved."""
+        """Move the used numbers together, from `first` on, if a quarter below the highest is free.
+
+        A step computes everything up to the highest number. When the last samples run, most of it
+        would be unused. Returns the new numbers by the old ones, or None if nothing was moved.
+        """
         if used.max() + 1 <= 1.25 * (len(used) + first) + 4:
             return None
         new, target = np.arange(len(self)), np.arange(first, first + len(used))
         moved, new[used] = used != target, target
         self.free = list(range(first + len(used), len(self)))
-        old, target = (
-            torch.from_numpy(t[moved]).to(self.layers[0][0].device) for t in (used, target)
-        )
+        device = self.layers[0][0].device
+        old, target = (torch.from_numpy(t[moved]).to(device) for t in (used, target))
         for layer in self.layers:
             for t in layer:
                 t[target] = t[old]
@@ -65,17 +71,17 @@ class Pool:
 
 
 class PagedCache:
-    """Keys and values of the sequences that are being decoded. Stands in for a transformers cache: the model calls
-    `update` once a layer and hands what that returns to `paged_attention`.
+    """Stands in for a transformers cache during decoding.
 
-    Those of a prompt are held once, in a slot, and read by all of its samples. Those of a sample's own tokens lie in
-    pages of 32, so that a short sample takes little room however long the longest is, and handing a row to the next
-    sample moves nothing. Slots and pages are each one block of memory: for a slice of something longer, a batched
-    matrix product makes a copy first."""
+    The model calls `update` once per layer and hands the result to `paged_attention`. A prompt is
+    held once, in a slot, and read by all of its samples. The sampled tokens of a sequence lie in
+    pages of 32. So a short sample takes little room however long the longest is, and handing a row
+    to the next sample moves nothing.
+    """
 
     def __init__(self, longest_prompt: int, fused: bool = False):
-        # [slots or pages, key heads, tokens, head_dim] each, but own values [pages, key heads, head_dim, tokens]: for the
-        # product of so few rows this order is the faster one
+        # [slots or pages, key heads, tokens, head_dim], but the values of sampled tokens are
+        # [pages, key heads, head_dim, tokens]: for so few rows this order is faster.
         self.prompts, self.own = Pool(), Pool()
         self.longest_prompt, self.fused = longest_prompt, fused
         self.recorded = None  # while prompts are run: per layer (keys, values)
@@ -95,82 +101,75 @@ class PagedCache:
         return 0
 
     def keep_prompts(self) -> list[int]:
-        """Move the recorded keys and values into slots; their numbers."""
+        """Move the recorded keys and values into slots. Return the numbers of the slots."""
         recorded, self.recorded = self.recorded, None
-        if (
-            not self.own.layers
-        ):  # how many layers there are, of what shape, shows with the first prompts
-            for keys, values in recorded:
-                device = (
-                    values.device.type
-                )  # under autocast keys come in float32, and attention works in bfloat16
-                dtype = (
-                    torch.get_autocast_dtype(device)
-                    if torch.is_autocast_enabled(device)
-                    else values.dtype
-                )
-                (_, heads, _, width), (_, _, _, value_width) = keys.shape, values.shape
-                prompts = (
-                    (heads, self.longest_prompt, width),
-                    (heads, self.longest_prompt, value_width),
-                )
-                own = (heads, PAGE, width), (heads, value_width, PAGE)
-                self.prompts.layers.append(
-                    [values.new_zeros(0, *shape, dtype=dtype) for shape in prompts]
-                )
-                self.own.layers.append([values.new_zeros(0, *shape, dtype=dtype) for shape in own])
-            self.own.take(1)  # page 0 belongs to no sample: it stands for "none" in a row's table
+        if not self.own.layers:
+            self._make_layers(recorded)
         slots = self.prompts.take(len(recorded[0][0]))
         for layer, pair in zip(self.prompts.layers, recorded, strict=True):
             for stored, new in zip(layer, pair, strict=True):
                 stored[slots, :, : new.shape[2]] = new.to(stored.dtype)
         return slots
 
+    def _make_layers(self, recorded: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Learn from the first prompts how many layers there are, and of what shape."""
+        for keys, values in recorded:
+            # Under autocast keys come in float32, and attention works in bfloat16.
+            device, dtype = values.device.type, values.dtype
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            heads, width, value_width = keys.shape[1], keys.shape[3], values.shape[3]
+            prompts = [(heads, self.longest_prompt, size) for size in (width, value_width)]
+            own = (heads, PAGE, width), (heads, value_width, PAGE)
+            for pool, shapes in ((self.prompts, prompts), (self.own, own)):
+                pool.layers.append([values.new_zeros(0, *shape, dtype=dtype) for shape in shapes])
+        # Page 0 belongs to no sample. It stands for "no page" in the table of a row.
+        self.own.take(1)
+
     def begin_step(self, ages: torch.Tensor, starts: torch.Tensor, view: "View") -> None:
-        """Say what the next forward pass decodes: for each row how many of its own tokens are cached (`ages` [rows]), at
-        which position the first of them stands (`starts` [rows]), and where."""
+        """Describe the next forward pass.
+
+        ages [rows]: how many sampled tokens of a row are cached. starts [rows]: the position of
+        the first of them. view: where everything lies.
+        """
         self.ages, self.starts, self.view, self.biases = ages, starts, view, {}
         if not self.fused:
             self.page, self.place = view.table.gather(1, ages[:, None] // PAGE)[:, 0], ages % PAGE
 
     def bias(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """0 where the query of a row sees a key and -1e30 where it does not: for prompts [slots, 1, readers, 1, keys] and
-        for own tokens [pages, 1, 1, 1, keys]. window: of sliding attention. The same in all layers of a kind."""
+        """Return 0 where a row sees a key and -1e30 where it does not, the same for all layers.
+
+        For prompts [slots, 1, readers, 1, keys], for sampled tokens [pages, 1, 1, 1, keys].
+        window: of sliding attention.
+        """
         if window not in self.biases:
-            view, column = (
-                self.view,
-                torch.arange(max(self.longest_prompt, PAGE), device=self.ages.device),
-            )
-            prompt_length, query = (
-                self.starts[view.grid][..., None],
-                (self.starts + self.ages)[view.grid][..., None],
-            )
-            seen = column[: self.longest_prompt] < prompt_length
-            back = (self.ages[view.own_row] - view.own_first)[:, None] - column[
-                :PAGE
-            ]  # how far back a key lies
+            view, longest = self.view, self.longest_prompt
+            column = torch.arange(max(longest, PAGE), device=self.ages.device)
+            prompt_length = self.starts[view.grid][..., None]
+            query = (self.starts + self.ages)[view.grid][..., None]
+            seen = column[:longest] < prompt_length
+            # How far back a key lies.
+            back = (self.ages[view.own_row] - view.own_first)[:, None] - column[:PAGE]
             own_seen = back >= 0
             if window is not None:
-                seen &= query - column[: self.longest_prompt] < window
+                seen &= query - column[:longest] < window
                 own_seen &= back < window
-            bias = (
-                torch.where(seen, 0.0, -1e30)[:, None, :, None],
-                torch.where(own_seen, 0.0, -1e30)[:, None, None, None],
-            )
-            self.biases[window] = bias
+            prompt_bias = torch.where(seen, 0.0, -1e30)[:, None, :, None]
+            own_bias = torch.where(own_seen, 0.0, -1e30)[:, None, None, None]
+            self.biases[window] = prompt_bias, own_bias
         return self.biases[window]
 
 
 class CachedLayer(typing.NamedTuple):
+    """The keys or the values of a layer, as `paged_attention` gets them."""
+
     cache: PagedCache
     layer: int
-    new: (
-        torch.Tensor
-    )  # keys or values of this step, which the attention stores [rows, key heads, width]
+    new: torch.Tensor  # of this step, to be stored by the attention [rows, key heads, width]
 
 
 class Size(typing.NamedTuple):
-    """Of a step: so many of each are computed, whether they are used or not."""
+    """How many of each a step computes, whether they are used or not."""
 
     rows: int
     slots: int
@@ -178,28 +177,28 @@ class Size(typing.NamedTuple):
     pages: int
 
 
-EMPTY = np.zeros(0, np.int64)  # a view is made of arrays, of which tensors are made in the end
+EMPTY = np.zeros(0, np.int64)  # a view is made of arrays first, of tensors in the end
 
 
 class View(typing.NamedTuple):
-    """Where a step finds what it reads. Unused slots and pages are computed as well, and the results ignored. The fused
-    kernel reads only what it needs, and only the first two.
+    """Where a step finds its keys and values.
 
-    Rows 0 and 2 sample after the prompt in slot 0, row 1 after that in slot 1; row 0 has 41 tokens of its own, in pages 1
-    and 4, the others have fewer than 32, in pages 2 and 3; page 0 stands for none:
+    Unused slots and pages are computed as well, and the results ignored. The fused kernel reads
+    only the first two fields. Example: rows 0 and 2 sample after the prompt in slot 0, row 1 after
+    the prompt in slot 1. Row 0 has 41 tokens of its own, in pages 1 and 4. The others have fewer
+    than 32, in pages 2 and 3. Page 0 stands for "no page":
 
         slot  [0, 1, 0]           grid    [[0, 2], [1, 0]]    own_row    [0, 0, 1, 2, 0]
         table [[1, 4], [2, 0],    reader  [0, 0, 1]           own_first  [far, 0, 0, 0, 32]
-               [3, 0]]"""
+               [3, 0]]
+    """
 
     slot: torch.Tensor  # of a row's prompt [rows]
     table: torch.Tensor  # the pages of a row, 0 for none [rows, pages of a row]
     grid: torch.Tensor = EMPTY  # the rows that read a slot, padded with row 0 [slots, readers]
     reader: torch.Tensor = EMPTY  # where a row stands among those of its slot [rows]
     own_row: torch.Tensor = EMPTY  # whose page it is [pages]
-    own_first: torch.Tensor = (
-        EMPTY  # which of the row's own tokens is the first of the page [pages]
-    )
+    own_first: torch.Tensor = EMPTY  # the row's token that is the first of the page [pages]
 
 
 class PageTable:
@@ -272,10 +271,6 @@ class PageTable:
 
 
 def cache_argument(base: torch.nn.Module) -> str:
-    """How a model calls its cache: by the first name in transformers 5.24 and newer, before by the second; Mamba by the
-    third."""
+    """Return how a model calls its cache: "cache" from transformers 5.24 on."""
     known = inspect.signature(type(base).forward).parameters
-    return next(
-        (name for name in ("cache", "past_key_values", "cache_params") if name in known),
-        "past_key_values",
-    )
+    return "cache" if "cache" in known else "past_key_values"

@@ -93,18 +93,18 @@ class Graphs:
 
 @contextlib.contextmanager
 def packed_weights(model: torch.nn.Module):
-    """On a CPU, linear layers with their weights laid out for the kernels of oneDNN. Multiplying a few hundred rows with
-    the layout that training needs, the weights are rearranged in every product: 1.2 to 2 times slower for SmolLM2,
-    and 5 times at the 4 rows that are left at the end. Costs a second copy of the weights. Without gradients only."""
+    """On a CPU, lay the weights of linear layers out for the kernels of oneDNN.
+
+    Otherwise every product rearranges the weights. That is 1.2 to 2 times slower for SmolLM2, and
+    5 times with the 4 rows that are left at the end. Costs a second copy of the weights. Use it
+    without gradients only.
+    """
     usable = next(model.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available()
-    usable = usable and not torch.is_autocast_enabled("cpu")  # whose products are bfloat16
-    pack, linear = (
-        getattr(torch.ops.mkldnn, name, None)
-        for name in ("_reorder_linear_weight", "_linear_pointwise")
-    )
-    layers = [
-        m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= 1 << 15
-    ]
+    usable = usable and not torch.is_autocast_enabled("cpu")  # its products are bfloat16
+    pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    layers = [m for m in layers if m.weight.numel() >= 1 << 15]
     layers = layers if usable and pack and linear else []
     for layer in layers:
         packed = pack(layer.weight.detach())
@@ -118,8 +118,10 @@ def packed_weights(model: torch.nn.Module):
 
 @contextlib.contextmanager
 def casts_kept(model: torch.nn.Module):
-    """Autocast keeps the bfloat16 copy of a weight only if the weight requires a gradient; those that are frozen beside
-    adapters would be cast anew in every step. Without gradients only."""
+    """Let autocast keep its bfloat16 copies of frozen weights from step to step.
+
+    It keeps them only for weights that require a gradient. Use it without gradients only.
+    """
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     for weight in frozen:
         weight.requires_grad_(True)
@@ -137,24 +139,23 @@ def rms_norm(weight: torch.Tensor, eps: float, promotes: bool, x: torch.Tensor) 
 
 @torch.no_grad()
 def fuse_norms(model: torch.nn.Module) -> None:
-    """Let PyTorch compute root mean square norms in one kernel, where transformers runs six small ones and more in the
-    backward pass: the classes named so, as far as they compute just this. That of Gemma, for one, stays as it is."""
+    """Let PyTorch compute root mean square norms in one kernel instead of six small ones.
+
+    A module whose result would differ stays as it is, for example the norm of Gemma.
+    """
     for module in model.modules():
-        weight, eps = (
-            getattr(module, "weight", None),
-            getattr(module, "variance_epsilon", getattr(module, "eps", None)),
-        )
+        weight = getattr(module, "weight", None)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         known = type(module).__name__.endswith("RMSNorm") and getattr(module, "bias", None) is None
         if known and isinstance(eps, float) and isinstance(weight, torch.nn.Parameter):
-            x = torch.linspace(-2, 3, 2 * weight.numel(), device=weight.device).view(
-                2, *weight.shape
-            )
+            x = torch.linspace(-2, 3, 2 * weight.numel(), device=weight.device)
+            x = x.view(2, *weight.shape)
             try:
-                promotes = module(x.bfloat16()).dtype != torch.bfloat16  # what they return differs
-                # no lambda: a deep copy of the module must have one with its own weight
+                promotes = module(x.bfloat16()).dtype != torch.bfloat16
+                # No lambda: a deep copy of the module must use its own weight.
                 fused = functools.partial(rms_norm, weight, eps, promotes)
                 same = torch.allclose(module(x), fused(x), rtol=1e-4, atol=1e-5)
-            except (TypeError, RuntimeError):  # of another signature
+            except (TypeError, RuntimeError):  # another signature
                 continue
             if same:
                 module.forward = fused
@@ -162,11 +163,14 @@ def fuse_norms(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def waiting_is_an_error(device: torch.device):
-    """Whatever makes the host wait for the GPU, and so cannot be part of a graph, raises RuntimeError: better here than in a
-    recording, after whose failure older releases of PyTorch cannot free memory any more (its issues 180395, 190348)."""
+    """Raise RuntimeError if the host waits for the GPU, because then a graph cannot be recorded.
+
+    A recording that fails is worse: after it older releases of PyTorch cannot free memory any more
+    (PyTorch issues 180395 and 190348).
+    """
     if device.type == "cuda":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that this mode of PyTorch is a prototype
+            warnings.simplefilter("ignore")  # PyTorch warns that this mode is a prototype
             torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -176,7 +180,7 @@ def waiting_is_an_error(device: torch.device):
 
 
 def record(step: Callable[[], None], device: torch.device, graph_memory) -> Callable[[], None]:
-    """Something that does what `step` does without Python: a CUDA graph. On a CPU `step` itself."""
+    """Return a CUDA graph of `step` that runs without Python. On a CPU return `step` itself."""
     if device.type != "cuda":
         return step
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -184,8 +188,7 @@ def record(step: Callable[[], None], device: torch.device, graph_memory) -> Call
         with torch.cuda.graph(graph, pool=graph_memory):
             step()
     except RuntimeError as error:
-        torch.cuda.set_stream(stream)  # a recording that fails does not come back from its own
-        raise (
-            error.__context__ or error
-        ) from None  # the end of a failed recording fails, too, and hides why
+        torch.cuda.set_stream(stream)  # a failed recording stays on a stream of its own
+        # The end of a failed recording fails as well and hides the reason.
+        raise (error.__context__ or error) from None
     return graph.replay

@@ -22,8 +22,11 @@ if triton:
 
     @triton.jit
     def _see(query, keys, values, seen, in_key, in_value, largest, total, mean):
-        """Softmax over a few keys more, all of it relative to the largest score so far (FlashAttention). query [Q, D]; keys
-        and values: where they lie, [D, KEYS] and [KEYS, V]; seen [KEYS]; the state: largest [Q], total [Q], mean [Q, V]."""
+        """Extend a softmax by a few keys, relative to the largest score so far (FlashAttention).
+
+        query [Q, D]. keys, values: where they lie, [D, KEYS] and [KEYS, V]. seen [KEYS]. The
+        state: largest [Q], total [Q], mean [Q, V].
+        """
         key = tl.load(keys, mask=seen[None, :] & in_key[:, None], other=0.0)
         value = tl.load(values, mask=seen[:, None] & in_value[None, :], other=0.0)
         scores = tl.where(seen[None, :], tl.dot(query, key, input_precision="ieee"), -1e30)
@@ -34,12 +37,35 @@ if triton:
 
     @triton.jit(do_not_specialize=["window", "longest", "columns"])
     def _attend_and_store(
-        query, new_key, new_value, prompt_keys, prompt_values, own_keys, own_values, slots, table, ages, starts, out,
-        scale, window, longest, columns, QUERIES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-        Q: tl.constexpr, D: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr,
-    ):  # fmt: skip
-        """For one row and key head; tensors as in `PagedCache` and `View`. Q, D and V: QUERIES, WIDTH and VALUE_WIDTH rounded
-        up to what a matrix product takes; KEYS: so many at a time, a page."""
+        query,
+        new_key,
+        new_value,
+        prompt_keys,
+        prompt_values,
+        own_keys,
+        own_values,
+        slots,
+        table,
+        ages,
+        starts,
+        out,
+        scale,
+        window,
+        longest,
+        columns,
+        QUERIES: tl.constexpr,
+        WIDTH: tl.constexpr,
+        VALUE_WIDTH: tl.constexpr,
+        Q: tl.constexpr,
+        D: tl.constexpr,
+        V: tl.constexpr,
+        KEYS: tl.constexpr,
+    ):
+        """Attend for one row and one key head, and store the row's new key and value.
+
+        Tensors are as in `PagedCache` and `View`. Q, D and V: QUERIES, WIDTH and VALUE_WIDTH
+        rounded up to the sizes of a matrix product. KEYS: tokens of a page, read at a time.
+        """
         row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         q, d, v, k = tl.arange(0, Q), tl.arange(0, D), tl.arange(0, V), tl.arange(0, KEYS)
         in_key, in_value, at = d < WIDTH, v < VALUE_WIDTH, row * heads + head
@@ -51,7 +77,7 @@ if triton:
             other=0.0,
         )
         x = (x.to(tl.float32) * scale).to(own_keys.dtype.element_ty)
-        # the row's last token, which the others find in the cache from the next step on
+        # The row's last token. From the next step on it is found in the cache.
         key = tl.load(new_key + at * WIDTH + d, mask=in_key, other=0.0).to(x.dtype)
         value = tl.load(new_value + at * VALUE_WIDTH + v, mask=in_value, other=0.0).to(x.dtype)
         page = tl.load(table + row * columns + age // KEYS) * heads + head
@@ -62,10 +88,8 @@ if triton:
         mean = tl.zeros([Q, V], tl.float32) + value.to(tl.float32)[None, :]
         for begin in range(tl.maximum(start + age - window + 1, 0) // KEYS * KEYS, start, KEYS):
             place = (slot * heads + head) * longest + begin + k
-            keys, values = (
-                place[None, :] * WIDTH + d[:, None],
-                place[:, None] * VALUE_WIDTH + v[None, :],
-            )
+            keys = place[None, :] * WIDTH + d[:, None]
+            values = place[:, None] * VALUE_WIDTH + v[None, :]
             seen = (begin + k < start) & (start + age - begin - k < window)
             largest, total, mean = _see(
                 x,
@@ -105,8 +129,11 @@ def fused_attention(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """What `paged_attention` does in decoding, in one kernel: query [rows, heads, head_dim] -> [rows, heads, value width].
-    Every row reads its whole prompt; what many rows read comes from the cache of the GPU."""
+    """Compute a step of `paged_attention` in one kernel.
+
+    query [rows, heads, head_dim] -> [rows, heads, value width]. Every row reads its whole prompt.
+    Keys that many rows read come from the cache of the GPU.
+    """
     cache, view = key.cache, key.cache.view
     prompts, own = cache.prompts.layers[key.layer], cache.own.layers[key.layer]
     (rows, heads, width), (_, key_heads, longest, value_width) = query.shape, prompts[1].shape
@@ -123,26 +150,28 @@ def fused_attention(
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor):
-    """Attention of several queries to the same keys, in a form that can be merged with attention to others.
+    """Attend from several queries to the same keys, so that other keys can be merged in later.
 
-    query [pages, key heads, queries, heads per key head, head_dim], keys and values [pages, key heads, keys, head_dim]
-    -> mean of the values under softmax weights, shaped as query, and the log of the sum of the exponentials of the
-    scores [pages, key heads, queries, heads per key head, 1]."""
+    query [pages, key heads, queries, heads per key head, head_dim], keys and values [pages,
+    key heads, keys, head_dim]. Returns the mean of the values under softmax weights, shaped as
+    query, and the log of the sum of exp(scores) [pages, key heads, queries, heads per key head, 1].
+    """
     scores = (query.flatten(2, 3) @ keys.mT).float().unflatten(2, query.shape[2:4]) + bias
     weights = scores.softmax(-1)
     mean = (weights.flatten(2, 3).to(values.dtype) @ values).unflatten(2, query.shape[2:4])
-    return mean, scores.amax(-1, keepdim=True) - weights.amax(
-        -1, keepdim=True
-    ).log()  # the largest weight is 1 / sum
+    # The largest weight is exp(largest score) / sum.
+    return mean, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
 
 
 def paged_attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
 ):
-    """The attention function of every model whose attention can be replaced; transformers calls it in each layer. In
-    decoding, it stores the new keys and values; a prompt is read once for all the rows that sample from it, and the parts of
-    a row, its prompt and its own pages, are merged by the weight that each has in the softmax over all of them. Everything
-    else is the usual attention."""
+    """Compute the attention of a layer. transformers calls it for models that use the engine.
+
+    In decoding it stores the new keys and values. A prompt is read once for all the rows that
+    sample from it. The parts of a row, its prompt and its own pages, are merged by the weight of
+    each part in the softmax over all of them. Outside of decoding it is the usual attention.
+    """
     if not isinstance(key, CachedLayer):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
@@ -183,7 +212,7 @@ def paged_attention(
         own_mean[:, :, 0],
         own_weight[:, :, 0],
     )  # [pages, key heads, heads per key head, ...]
-    # what a page holds that its row does not see, as all of page 0 and of pages of no row, has a weight of e^-1e30
+    # Keys that a row does not see have weight exp(-1e30), for example all of page 0.
     total = torch.cat([weight[:, None], take_rows(own_weight, view.table)], 1).logsumexp(1)
     own = own_mean * (own_weight - take_rows(total, view.own_row)).exp()
     out = mean * (weight - total).exp() + take_rows(own, view.table).sum(1)
@@ -200,8 +229,11 @@ AttentionMaskInterface.register("paged_attention", sdpa_mask)
 
 
 def attention_masks(config, positions: torch.Tensor, length: int):
-    """Which of `length` tokens the queries at `positions` [rows, queries] see: a boolean mask
-    [rows, 1, queries, length], or one per kind of layer for a model that mixes full and sliding attention."""
+    """Return which of `length` tokens the queries at `positions` [rows, queries] see.
+
+    A boolean mask [rows, 1, queries, length], or one per kind of layer if the model mixes full and
+    sliding attention.
+    """
     distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
     full, window = distance >= 0, getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [])

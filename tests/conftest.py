@@ -2,9 +2,8 @@ import os
 import sys
 from pathlib import Path
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # several processes with all cores each run many times slower
+# Several processes that use all cores run many times slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -22,21 +21,26 @@ DEVICES = [
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Those that start programs take longest: they come first, so that no worker ends alone with one of them."""
-    items.sort(key=lambda item: item.path.name not in ("test_processes.py", "test_scripts.py"))
+    """Start with the tests that start programs. They take longest, so no worker ends with one."""
+    slow = ("test_processes.py", "test_scripts.py", "test_fork.py")
+    items.sort(key=lambda item: item.path.name not in slow)
 
 
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory) -> str:
-    """A folder with a random Llama of 30,000 parameters and the tokenizer of tiny/: everything runs, nothing is learned."""
+    """A folder with a random Llama of 30,000 parameters and the tokenizer of tiny/.
+
+    With it everything runs, and nothing is learned.
+    """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("nano")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -50,7 +54,7 @@ def tiny() -> "common.Policy":
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder that holds GSM8K and SVAMP in the layout of the hub, beside the repository or in $DATA_FOLDER."""
+    """The folder with GSM8K and SVAMP, laid out as on the hub. $DATA_FOLDER may name it."""
     folder = Path(os.environ.get("DATA_FOLDER", ROOT.parent / "shared" / "data"))
     if not (folder / "openai" / "gsm8k").is_dir():
         pytest.skip(f"GSM8K and SVAMP are not in {folder} (set DATA_FOLDER to their folder)")
@@ -58,6 +62,6 @@ def data_folder() -> Path:
 
 
 def train_step(policy, optimizer, examples, lr: float, token_budget: int) -> tuple[float, float]:
-    """One step of supervised fine-tuning: the loss and the norm of the gradient."""
+    """Make one step of supervised fine-tuning. Return the loss and the norm of the gradient."""
     optimizer.param_groups[0]["lr"] = lr
     return sft.train_step(policy, optimizer, examples, token_budget)

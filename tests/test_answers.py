@@ -8,18 +8,27 @@ import pytest
 import common
 
 READ = {
-    "18": 18, "-18": -18, "\u221218": -18, "+18": 18, "$18": 18, "-$18": -18, "$-18": -18, "$\u221218": -18, "\u2212$18": -18,
-    "1,234": 1234, "1,234,567": 1234567, "$1,234.50": Fraction(2469, 2), "0.5": Fraction(1, 2), ".5": Fraction(1, 2),
-    "18.0": 18, "18.": 18, "3/4": Fraction(3, 4), "-3/4": Fraction(-3, 4), "**18**": 18, "**18.**": 18, "**$18**": 18, "50%": 50,
-    "18 apples": 18, "18 apples.": 18, "18 dollars per hour": 18, "18/hour": 18, "18 miles/hour": 18, "x = 18": 18, "18kg": 18,
-    "18 (18 apples)": 18, "1000": 1000, "007": 7, "$ 18": 18, "18$": 18, "18, which is all": 18, "\\boxed{18}": 18,
+    "18": 18, "-18": -18, "\u221218": -18, "+18": 18, "$18": 18, "-$18": -18, "$-18": -18,
+    "$\u221218": -18, "\u2212$18": -18,
+    "1,234": 1234, "1,234,567": 1234567, "$1,234.50": Fraction(2469, 2), "0.5": Fraction(1, 2),
+    ".5": Fraction(1, 2),
+    "18.0": 18, "18.": 18, "3/4": Fraction(3, 4), "-3/4": Fraction(-3, 4), "**18**": 18,
+    "**18.**": 18, "**$18**": 18, "50%": 50,
+    "18 apples": 18, "18 apples.": 18, "18 dollars per hour": 18, "18/hour": 18,
+    "18 miles/hour": 18, "x = 18": 18, "18kg": 18,
+    "18 (18 apples)": 18, "1000": 1000, "007": 7, "$ 18": 18, "18$": 18, "18, which is all": 18,
+    "\\boxed{18}": 18,
     "-\u20ac5": -5, "\u00a35": 5, "-(18)": -18, "(-18)": -18, "$\u00a05": 5,
-    "-\\$18": -18, "\\$-18": -18, "-$\\$18$": -18, "$-\\$5$": -5, "-\\boxed{18}": -18, "\\boxed{-18}": -18, "\\$18": 18,
+    "-\\$18": -18, "\\$-18": -18, "-$\\$18$": -18, "$-\\$5$": -5, "-\\boxed{18}": -18,
+    "\\boxed{-18}": -18, "\\$18": 18,
 }  # fmt: skip
-UNREAD = ["", " ", "none", "18/", "/18", "1,8", "12,34", "1234,567", "1,2345", "1.2.3", "1/0", "1/2/3", "1.5/2", "18 or 19",
+UNREAD = ["", " ", "none", "18/", "/18", "1,8", "12,34", "1234,567", "1,2345", "1.2.3", "1/0",
+          "1/2/3", "1.5/2", "18 or 19",
           "18-20", "18 - 20", "18 / 2", "- 18", "--18", "1e5", "10:30", "2^3", "1 000", "1_000",
-          "1 001", "1_001", "1e1", "2^2", "3*3", "10:10", "18 18", "\u0661\u0668", "\uff11\uff18", "5\u00b2",
-          "\u00bd", "18\u0661", "nan", "inf", "9" * 65, "1\x002", "\\frac{1}{2}", "5, 6", "\u4e94 5", "-\u00a05", "\u20135", "\u2014 5", "-(-5)"]  # fmt: skip
+          "1 001", "1_001", "1e1", "2^2", "3*3", "10:10", "18 18", "\u0661\u0668", "\uff11\uff18",
+          "5\u00b2",
+          "\u00bd", "18\u0661", "nan", "inf", "9" * 65, "1\x002", "\\frac{1}{2}", "5, 6",
+          "\u4e94 5", "-\u00a05", "\u20135", "\u2014 5", "-(-5)"]  # fmt: skip
 
 
 @pytest.mark.parametrize("space", ["", " "])
@@ -34,7 +43,7 @@ def test_what_is_not_one_clear_number_is_no_answer(written):
 
 
 def test_only_the_first_solution_of_a_run_on_text_counts():
-    """Trap: taking the last answer of a text in which the model went on to invent the next question."""
+    """Trap: taking the last answer of a text in which the model went on to the next question."""
     assert common.extract_answer("#### 3\n\nQuestion: and now?\nAnswer:\n#### 4") == 3
     assert common.extract_answer("#### 3\n#### 4") == 3
     assert common.extract_answer("I do not know.\nQuestion: and now?\nAnswer:\n#### 4") is None
@@ -58,7 +67,7 @@ def test_a_sample_that_was_cut_within_its_answer_line_has_no_answer():
             common.Sample(problem, 0, f"4-3=<<4-3=1>>1\n#### 1{rest}", finished=False).answer
             is None
         )
-    assert common.is_correct("#### 1.0", Fraction(1)) and not common.is_correct("1", Fraction(1))
+    assert common.extract_answer("#### 1.0") == 1 and common.extract_answer("1") != 1
 
 
 def test_the_lenient_reader_takes_the_last_number_only_when_asked():
@@ -104,8 +113,10 @@ def test_equal_numbers_are_one_vote_however_they_are_written():
 
 
 HOSTILE = {
-    "digits": "9", "commas": ",", "marks": "#", "dots": ".", "slashes": "/", "NUL": "\x00", "groups": "1,234,", "equals": "1+1=",
-    "numbers": "1 ", "Arabic digits": "\u0661", "minus": "-", "annotations": "<<", "lines": "\n", "dollars": "-$", "stars": "*5*",
+    "digits": "9", "commas": ",", "marks": "#", "dots": ".", "slashes": "/", "NUL": "\x00",
+    "groups": "1,234,", "equals": "1+1=",
+    "numbers": "1 ", "Arabic digits": "\u0661", "minus": "-", "annotations": "<<", "lines": "\n",
+    "dollars": "-$", "stars": "*5*",
 }  # fmt: skip
 
 

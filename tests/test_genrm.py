@@ -1,4 +1,4 @@
-"""The generative reward model and the methods around it: comparisons, routing, selection of questions, the order of them."""
+"""The generative reward model and the methods around it: comparisons, routes, selection, order."""
 
 import dataclasses
 import json
@@ -26,8 +26,8 @@ SMALL = [
     "--gen-batch-size",
     "32",
 ]
-RUN = [*SMALL, "--kind", "genrm", "--limit-train", "24", "--samples", "4", "--eval-samples", "4", "--epochs", "2",
-       "--batch-size", "8"]  # fmt: skip
+RUN = [*SMALL, "--kind", "genrm", "--limit-train", "24", "--samples", "4", "--eval-samples", "4",
+       "--epochs", "2", "--batch-size", "8"]  # fmt: skip
 PPO = [*SMALL, "--questions", "8", "--samples", "3", "--phases", "2", "--eval-every", "2"]
 
 
@@ -80,7 +80,7 @@ def test_beside_itself_a_solution_scores_exactly_half_in_any_company(genrm):
 def test_the_log_odds_are_those_of_the_verdict_tokens_one_comparison_at_a_time(
     name, tmp_path_factory
 ):
-    """Against the plain forward pass without padding; comparisons of different lengths in one batch."""
+    """Comparisons of different lengths in a batch, against the plain pass without padding."""
     policy = random_policy(name, tmp_path_factory)
     genrm = reward_model.GenerativeRewardModel(
         policy.model.config._name_or_path, "cpu", "float32", new=True
@@ -121,12 +121,19 @@ def test_the_score_is_the_mean_over_both_orders_and_of_equal_texts_one_half(genr
 
 def test_a_reference_that_is_sampled_takes_the_room_of_a_sample(genrm):
     """Beside a gold solution one sample has to fit, where there is none two."""
+    assert len(genrm.encode_prefix("7" * 50)) == 50
     for solution, n in (("1+1=2\n#### 2", 1), (None, 2)):
         problem = common.Problem("p", "How many?", 2, solution, solution)
-        room = genrm.max_length - len(genrm.encode(problem, "", solution or "")[0])
-        genrm.check_lengths([problem], room // n)
-        with pytest.raises(common.UserError, match="a reference and a sample"):
-            genrm.check_lengths([problem], room // n + 1)
+        room = genrm.max_length - sum(map(len, genrm.encode(problem, "", solution or "")))
+        for extra in (0, 1):
+            text = "7" * (room // n + extra)
+            pairs = [(text, solution or text), (solution or text, text)]
+            for a, b in pairs:
+                if extra:
+                    with pytest.raises(common.UserError, match="positions"):
+                        genrm.encode(problem, a, b)
+                else:
+                    assert sum(map(len, genrm.encode(problem, a, b))) > genrm.max_length - n
 
 
 def test_a_saved_one_is_an_ordinary_language_model_and_others_are_refused(
@@ -182,7 +189,7 @@ def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
 
 
 class Oracle:
-    """Prefers what is right; finds everything else as good as anything; likes what comes first by 0.1."""
+    """Prefers what is right, finds all else equally good, and likes what comes first by 0.1."""
 
     def verdicts(self, comparisons, token_budget):
         def value(problem, text):
@@ -255,7 +262,7 @@ def test_a_reference_is_not_a_sample_that_was_cut(monkeypatch, tmp_path):
             reference_samples=3,
             temperature=1.0,
             max_new_tokens=9,
-            batch_size=9,
+            gen_batch_size=9,
             seed=0,
             few_shot=False,
             token_budget=99,
@@ -324,7 +331,7 @@ def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, gen
 
 
 def test_who_judges_a_question_does_not_say_when_it_comes():
-    """The order of every pass over the questions is independent of the routes: neither half of it is all of one kind."""
+    """The order of a pass is independent of the routes: no half of it is all of one kind."""
     problems = [common.Problem(f"p{i}", "?", 1, "#### 1", "#### 1") for i in range(400)]
     judged = np.array(ppo.routes(problems, 0.5, 0.0, seed=0)) == "verifier"
     for turn in range(20):
@@ -397,7 +404,7 @@ def test_verifiable_questions_come_first_and_the_others_join_in_turn():
 # ---- the scripts
 
 
-def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path, folders):  # noqa: F811
+def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path, folders):
     out = tmp_path / "genrm"
     assert cli(reward_model, *RUN, "--out", out)[0] == 0
     rows, quality = rows_of(out / "metrics.jsonl"), json.loads((out / "quality.json").read_text())
@@ -409,8 +416,8 @@ def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path
     argv = [*PPO, "--limit-train", 40, "--genrm", out / "model", "--orm", folders.orm]
     runs = {"gold": ["--reward", "genrm"],
             "best": ["--reward", "genrm", "--hide-solutions", "1", "--reference-samples", "2"],
-            "hybrid": ["--reward", "hybrid", "--hide-solutions", "0.5", "--reference-samples", "2", "--curriculum",
-                       "verifiable_first", "--switch", "0.5", "0.5"]}  # fmt: skip
+            "hybrid": ["--reward", "hybrid", "--hide-solutions", "0.5", "--reference-samples", "2",
+                       "--curriculum", "verifiable_first", "--switch", "0.5", "0.5"]}  # fmt: skip
     for name, flags in runs.items():
         assert cli(ppo, *argv, *flags, "--out", tmp_path / name)[0] == 0
         row = rows_of(tmp_path / name / "metrics.jsonl")[-1]
@@ -433,7 +440,7 @@ def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["lowest", "floor", "frontier", "random"])
-def test_selected_questions_join_the_first_ones(kind, cli, tmp_path):  # noqa: F811
+def test_selected_questions_join_the_first_ones(kind, cli, tmp_path):
     argv = [
         *PPO,
         "--limit-train",
@@ -488,7 +495,7 @@ def test_selected_questions_join_the_first_ones(kind, cli, tmp_path):  # noqa: F
     )
 
 
-def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):  # noqa: F811
+def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):
     argv = [
         *PPO,
         "--limit-train",
@@ -568,7 +575,7 @@ def test_the_scores_of_another_run_are_found_by_the_question(tmp_path):
         ppo.read_scores(str(file), other)
 
 
-def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa: F811
+def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):
     for flags in (
         ["--select", "lowest"],
         ["--select", "lowest", "--limit-train", "100000"],
@@ -606,7 +613,7 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):  # noqa
     assert code == 2 and "not a selection.json" in message and message.count("\n") == 1
 
 
-def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):  # noqa: F811
+def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):
     """No solutions, and of every question one sample: right or wrong, but never both."""
     file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
     file.write_text(
@@ -645,7 +652,7 @@ def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):  
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_path, monkeypatch):
     """No solutions, and none of the dev questions is ever solved."""
     file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
     file.write_text(
@@ -661,10 +668,7 @@ def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_
         for k in (1, 2)
     ]
     samples.write_text("\n".join(rows) + "\n")
-    monkeypatch.setattr(
-        reward_model, "orm_step", lambda *_, **__: pytest.fail("trained"), raising=False
-    )
-    monkeypatch.setattr(common, "cross_entropy_step", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(reward_model, "train_step", lambda *_: pytest.fail("trained"))
     argv = [
         "--kind",
         "genrm",
@@ -681,7 +685,7 @@ def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_
     assert code == 2 and "no dev question has a gold solution or a right sample" in message
 
 
-def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_path):  # noqa: F811
+def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_path):
     rows, more = (
         [json.dumps({"question": f"{name}{i}", "answer": f"#### {i}"}) + "\n" for i in range(40)]
         for name in "qn"
@@ -716,7 +720,7 @@ def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_p
 
 def test_questions_with_a_gold_solution_join_before_those_without(
     cli, tmp_path, folders, monkeypatch
-):  # noqa: F811
+):
     """Whatever the order of the two shares."""
     stages = []
 

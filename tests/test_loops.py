@@ -1,6 +1,9 @@
-"""What the loops of the scripts hand to the sampler, to the formulas and to the disk. Each formula has a test of its own
-elsewhere; here the scripts run, and what passes between the parts is looked at: which policy samples with which settings,
-what is trained on and from which weights, which weights are kept, and what is logged."""
+"""What the loops of the scripts hand to the sampler, to the formulas and to the disk.
+
+Each formula has a test of its own elsewhere. Here the scripts run, and what passes between the
+parts is looked at: which policy samples with which settings, what is trained on and from which
+weights, which weights are kept, and what is logged.
+"""
 
 import argparse
 import itertools
@@ -36,7 +39,7 @@ def weights_of(policy) -> int:
 
 @pytest.fixture
 def start(tmp_path) -> str:
-    """A folder with the embedded model, its weights changed a little: not to be confused with `tiny`."""
+    """A folder with the embedded model, its weights changed a little: it is not `tiny`."""
     policy = common.Policy("tiny", "cpu")
     with torch.no_grad():
         for weight in policy.model.parameters():
@@ -76,14 +79,18 @@ def measured(monkeypatch) -> list:
 
 @pytest.fixture
 def trained(monkeypatch) -> list:
-    """The steps of `common.cross_entropy_step`: weights before it, and examples."""
-    steps, step = [], common.cross_entropy_step
+    """The steps of the scripts: weights before each, and examples."""
+    steps = []
 
-    def spied(policy, optimizer, examples, *more):
-        steps.append(SimpleNamespace(before=weights_of(policy), policy=policy, examples=examples))
-        return step(policy, optimizer, examples, *more)
+    def spy(script, step):
+        def spied(policy, optimizer, batch, *more):
+            steps.append(SimpleNamespace(before=weights_of(policy), policy=policy, examples=batch))
+            return step(policy, optimizer, batch, *more)
 
-    monkeypatch.setattr(common, "cross_entropy_step", spied)
+        monkeypatch.setattr(script, "train_step", spied)
+
+    for script in (sft, expert_iteration, rcrl):
+        spy(script, script.train_step)
     return steps
 
 
@@ -94,8 +101,11 @@ def saved_weights(folder) -> int:
 # ---- supervised fine-tuning
 
 
-def test_of_equally_good_epochs_the_more_readable_one_is_kept(cli, tmp_path, monkeypatch):  # noqa: F811
-    """A model that is to learn the format has no answer right for a while; the first epoch is then the worst choice."""
+def test_of_equally_good_epochs_the_more_readable_one_is_kept(cli, tmp_path, monkeypatch):
+    """A model that is to learn the format has no answer right for a while.
+
+    The first epoch is then the worst choice.
+    """
     unreadable, states = iter([1.0, 0.9, 0.2, 0.4]), []
 
     def dev_metrics(policy, *_):
@@ -113,11 +123,15 @@ def test_of_equally_good_epochs_the_more_readable_one_is_kept(cli, tmp_path, mon
 
 @pytest.mark.parametrize("flags", [[], ["--continue"]])
 def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
-    flags, cli, start, tmp_path, drawn, measured, trained  # noqa: F811
-):  # fmt: skip
-    """On all solutions so far; with --continue from the last policy. The third evaluation, after round 2, is the best."""
-    argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 2, "--epochs", 2, "--batch-size", 1000, "--pass-k", 0,
-            "--few-shot", "--rounds", 3, "--max-new-tokens", 40, *flags, "--out", tmp_path / "run"]  # fmt: skip
+    flags, cli, start, tmp_path, drawn, measured, trained
+):
+    """On all solutions so far; with --continue from the last policy.
+
+    The third evaluation, after round 2, is the best.
+    """
+    argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 2, "--epochs", 2]
+    argv += ["--batch-size", 1000, "--pass-k", 0, "--few-shot", "--rounds", 3]
+    argv += ["--max-new-tokens", 40, *flags, "--out", tmp_path / "run"]
     assert cli(expert_iteration, *argv)[0] == 0
     base, first = weights_of(common.Policy("tiny", "cpu")), saved_weights(start)
     assert measured[0] == first and len({base, *measured}) == 5
@@ -143,7 +157,7 @@ def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
         decoded = [trained[0].policy.decode(solution) for _, solution in epochs[0]]
         assert set(decoded) >= {s.solution for s in good}
         groups = common.by_problem(call.samples)
-        follow = [common.equations(s.text) == s.problem.steps for s in good]
+        follow = [common.equations(s.text) == common.equations(s.problem.reference) for s in good]
         expected = {
             "correct": np.mean([s.correct for s in call.samples]),
             "solved": np.mean([any(s.correct for s in group) for group in groups]),
@@ -156,22 +170,10 @@ def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
 
 
 @pytest.mark.parametrize("flags", [[], ["--continue"]])
-def test_a_finished_run_of_expert_iteration_goes_on_with_more_rounds(flags, cli, tmp_path):  # noqa: F811
+def test_a_finished_run_of_expert_iteration_goes_on_with_more_rounds(flags, cli, tmp_path):
     """As if they had been asked for at once, bit for bit; fewer rounds are refused."""
-    argv = [
-        *SMALL,
-        "--model",
-        "tiny",
-        "--limit-train",
-        24,
-        "--samples",
-        2,
-        "--epochs",
-        1,
-        "--pass-k",
-        0,
-        *flags,
-    ]
+    argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 2, "--epochs", 1]
+    argv += ["--pass-k", 0, *flags]
     at_once, later = tmp_path / "at_once", tmp_path / "later"
     assert cli(expert_iteration, *argv, "--rounds", 2, "--out", at_once)[0] == 0
     assert cli(expert_iteration, *argv, "--rounds", 1, "--out", later)[0] == 0
@@ -185,50 +187,20 @@ def test_a_finished_run_of_expert_iteration_goes_on_with_more_rounds(flags, cli,
     assert code == 2 and "rounds" in message
 
 
-def test_expert_iteration_that_has_stopped_by_itself_stays_so(cli, tmp_path, measured):  # noqa: F811
+def test_expert_iteration_that_has_stopped_by_itself_stays_so(cli, tmp_path, measured):
     out = tmp_path / "run"
-    argv = [
-        *SMALL,
-        "--model",
-        "tiny",
-        "--limit-train",
-        24,
-        "--samples",
-        2,
-        "--epochs",
-        1,
-        "--pass-k",
-        0,
-        "--out",
-        out,
-    ]
+    argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 2, "--epochs", 1]
+    argv += ["--pass-k", 0, "--out", out]
     assert cli(expert_iteration, *argv, "--rounds", 4)[0] == 0
-    assert [row["maj@1"] for row in rows_of(out / "metrics.jsonl")] == [
-        0.1,
-        0.2,
-        0.5,
-        0.3,
-    ]  # not better: the last one
+    # not better: the last one
+    assert [row["maj@1"] for row in rows_of(out / "metrics.jsonl")] == [0.1, 0.2, 0.5, 0.3]
     assert cli(expert_iteration, *argv, "--rounds", 5, "--resume")[0] == 0
     assert len(measured) == 4 and saved_weights(out / "model") == measured[2]
 
 
-def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):  # noqa: F811
-    argv = [
-        *SMALL,
-        "--model",
-        "tiny",
-        "--limit-train",
-        24,
-        "--samples",
-        6,
-        "--rounds",
-        1,
-        "--epochs",
-        1,
-        "--pass-k",
-        0,
-    ]
+def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):
+    argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 6, "--rounds", 1]
+    argv += ["--epochs", 1, "--pass-k", 0]
     kept = {}
     for flag in ("--deduplicate", "--no-deduplicate"):
         assert cli(expert_iteration, *argv, flag, "--out", tmp_path / flag)[0] == 0
@@ -258,12 +230,15 @@ def guesser(nano, folder, answers: dict[str, str]) -> str:
     return str(folder / "start")
 
 
-def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):  # noqa: F811
-    """Two questions and a policy that answers either with 1 or 2 at random: a round of filtered samples tells it which. That
-    untrained weights get 38 of 40 right has probability 1e-9."""
+def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):
+    """Two questions and a policy that answers either with 1 or 2 at random.
+
+    A round of filtered samples tells it which. That untrained weights get 38 of 40 right has
+    probability 1e-9.
+    """
     model = guesser(nano, tmp_path, {"Is it odd?": "1", "Is it even?": "2"})
-    argv = ["--model", model, "--base", model, "--dataset", tmp_path, "--max-new-tokens", 8, "--samples", 8, "--epochs", 20,
-            "--lr", "3e-3", "--rounds", 1, "--pass-k", 0]  # fmt: skip
+    argv = ["--model", model, "--base", model, "--dataset", tmp_path, "--max-new-tokens", 8]
+    argv += ["--samples", 8, "--epochs", 20, "--lr", "3e-3", "--rounds", 1, "--pass-k", 0]
     assert cli(expert_iteration, *argv, "--out", tmp_path / "run")[0] == 0
     row = rows_of(tmp_path / "run" / "metrics.jsonl")[1]
     assert 0.2 < row["correct"] < 0.8 and row["maj@1"] == 1
@@ -281,48 +256,57 @@ def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, n
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, measured, monkeypatch):  # noqa: F811
-    """Three phases, with and without adapters: the task reward, the KL to the initial policy, advantages, returns, clipping,
-    minibatches, learning rate, and the policy that is kept."""
-    seen = {
-        name: [] for name in ("penalised_rewards", "gae", "whiten", "add_gradient", "checkpoint")
-    }
+def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, measured, monkeypatch):
+    """Three phases, with and without adapters.
+
+    The task reward, the KL to the initial policy, advantages, returns, clipping, minibatches,
+    learning rate, and the policy that is kept.
+    """
+    seen = {}
 
     def spy(owner, name):
-        function = getattr(owner, name)
+        function, seen[name] = getattr(owner, name), []
 
-        def spied(*args, **how):
-            call = SimpleNamespace(args=args, how=how, result=function(*args, **how))
-            seen[name].append(call)
-            return call.result
+        def spied(*args):
+            result = function(*args)
+            result = list(result) if name == "micro_batches" else result
+            if name in ("policy_loss", "value_loss"):
+                args[0].retain_grad()
+            seen[name].append(SimpleNamespace(args=args, result=result))
+            return result
 
         monkeypatch.setattr(owner, name, spied)
 
-    for name in ("penalised_rewards", "gae", "whiten", "add_gradient"):
+    for name in ("penalised_rewards", "gae", "whiten", "policy_loss", "value_loss"):
         spy(ppo, name)
+    for name in ("micro_batches", "response_logprobs", "sum_gradients"):
+        spy(common, name)
     save, heads = common.Run.checkpoint, []
-    monkeypatch.setattr(
-        common.Run, "checkpoint",
-        lambda run, **state: (heads.append(state["critic"]["head.weight"].clone()) if "critic" in state else 0, save(run, **state)),
-    )  # fmt: skip
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4, "--phases", 3, "--epochs", 2,
-            "--batch-size", 10, "--temperature", 1.2, "--kl-coef", 0.3, "--gae-lambda", 0.9, "--clip-range", 0.15, "--value-clip-range", 0.1,
-            "--lr", 2e-3, "--lr-warmup", 12, "--eval-every", 1, "--lora-rank", rank, "--max-new-tokens", 52, "--token-budget", 100000,
-            "--out", tmp_path / "run"]  # fmt: skip
+
+    def checkpoint(run, **state):
+        if "critic" in state:
+            heads.append(state["critic"]["head.weight"].clone())
+        save(run, **state)
+
+    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4]
+    argv += ["--phases", 3, "--epochs", 2, "--batch-size", 10, "--temperature", 1.2]
+    argv += ["--kl-coef", 0.3, "--gae-lambda", 0.9, "--clip-range", 0.15, "--value-clip-range", 0.1]
+    argv += ["--lr", 2e-3, "--lr-warmup", 12, "--eval-every", 1, "--lora-rank", rank]
+    argv += ["--max-new-tokens", 52, "--token-budget", 100000, "--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
+    monkeypatch.undo()  # what follows is not spied on
     phases = rows_of(tmp_path / "run" / "metrics.jsonl")[1:]
     initial, policy_steps = common.Policy("tiny", "cpu"), 0
     n_steps = 6  # 24 samples in batches of 10, twice
     for p, row in enumerate(phases):
-        call, penalised, gae, whiten = (
-            drawn[p],
-            *(seen[name][p] for name in ("penalised_rewards", "gae", "whiten")),
-        )
-        samples, steps = call.samples, seen["add_gradient"][p * n_steps : (p + 1) * n_steps]
+        call, samples = drawn[p], drawn[p].samples
+        penalised, gae, whiten = (seen[n][p] for n in ("penalised_rewards", "gae", "whiten"))
         assert call.seed == [7, p + 1] and call.temperature == 1.2
         assert len(samples) == 24 and len({s.problem.id for s in samples}) == 6
 
-        # reward: at the last token of what is right; the penalty is against the initial policy, at the temperature
+        # reward: at the last token of what is right; the penalty is against the initial policy, at
+        # the temperature
         task, logprobs, reference, kl_coef = penalised.args
         lengths = [len(s.tokens) for s in samples]
         assert all(
@@ -343,21 +327,43 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
         assert gae.args[0] is penalised.result and gae.args[2:] == (1.0, 0.9)
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         assert whiten.args[0].shape == (sum(lengths),)
-        rollouts = steps[0].args[1]
-        assert (
-            torch.equal(rollouts.advantages[real], whiten.result)
-            and rollouts.returns is gae.result[1]
-        )
-        assert torch.equal(gae.result[0][~real], torch.zeros((~real).sum()))
+        (advantages, returns), values = gae.result, gae.args[1]
+        assert torch.equal(advantages[real], whiten.result)
+        assert torch.equal(advantages[~real], torch.zeros((~real).sum()))
 
         # minibatches: every sample once an epoch; only the value trains in the first phase
-        for epoch in (steps[:3], steps[3:]):
-            assert sorted(itertools.chain(*(step.args[2] for step in epoch))) == list(range(24))
-        for step in steps:
-            assert step.args[3] == sum(lengths[i] for i in step.args[2])
-            assert step.args[4:6] == (0.15, math.inf if p == 0 else 0.1) and step.how[
-                "value_only"
-            ] == (p == 0)
+        look_back, _, *updates = seen["response_logprobs"][
+            p * (n_steps + 2) : (p + 1) * (n_steps + 2)
+        ]
+        (order,) = seen["micro_batches"][p * (n_steps + 1)].result
+        places = {id(example): i for example, i in zip(look_back.args[1], order, strict=True)}
+        minibatches = [[places[id(example)] for example in step.args[1]] for step in updates]
+        for epoch in (minibatches[:3], minibatches[3:]):
+            assert [len(minibatch) for minibatch in epoch] == [10, 10, 4]
+            assert sorted(itertools.chain(*epoch)) == list(range(24))
+        for step, minibatch in enumerate(minibatches, p * n_steps):
+            policy, value = seen["policy_loss"][step], seen["value_loss"][step]
+            n_tokens = sum(lengths[i] for i in minibatch)
+            assert policy.result.shape == value.result.shape == (n_tokens,)
+            clips = (0.15, math.inf if p == 0 else 0.1)
+            for loss, clip, tables in zip(
+                (policy, value), clips, ((logprobs, advantages), (values, returns)), strict=True
+            ):
+                for given, table in zip(loss.args[1:3], tables, strict=True):
+                    assert torch.equal(given, table[minibatch][real[minibatch]])
+                assert loss.args[3] == clip
+            # the gradient is that of the mean over the tokens of the minibatch
+            for loss, formula in ((policy, ppo.policy_loss), (value, ppo.value_loss)):
+                if loss is policy and p == 0:
+                    assert loss.args[0].grad is None
+                    continue
+                at = loss.args[0].detach().requires_grad_()
+                (expected,) = torch.autograd.grad(formula(at, *loss.args[1:]).mean(), at)
+                torch.testing.assert_close(loss.args[0].grad, expected)
+            means = [loss.result.mean().item() for loss in (policy, value)]
+            assert seen["sum_gradients"][step].result[:2] == pytest.approx(
+                means, rel=1e-4, abs=1e-7
+            )
         policy_steps += n_steps * (p > 0)
         assert row["lr"] == pytest.approx(2e-3 * min(1, policy_steps / 12) * (1 - p / 3), rel=1e-5)
 
@@ -442,7 +448,10 @@ def test_what_was_logged_after_the_checkpoint_does_not_stand_there_twice(run):
 
 
 def test_a_checkpoint_is_written_when_it_is_due_and_at_ctrl_c(run):
-    """Else a run that is killed would begin again, and one that is stopped would lose the last minutes."""
+    """Else a run that is killed would begin again.
+
+    And one that is stopped would lose the last minutes.
+    """
     run.checkpoint(place=1)
     assert not run.state_file.exists()
     run.saved -= run.checkpoint_every
@@ -476,8 +485,11 @@ def test_a_run_goes_on_on_another_device_and_after_a_model_was_half_replaced(run
 
 
 def test_sampling_goes_on_with_whole_groups_and_leaves_no_line_twice(tiny, tmp_path, monkeypatch):
-    """Groups of 16 problems. What was written of the second one is sampled again, in the company that it had: the last
-    bits of a sample depend on it."""
+    """Groups of 16 problems.
+
+    What was written of the second one is sampled again, in the company that it had: the last bits
+    of a sample depend on it.
+    """
     problems, asked, content = common.load_problems("arithmetic", "train", 40), [], ""
 
     def made(policy, problems, *, samples, **how):
@@ -514,7 +526,15 @@ def test_the_reference_of_a_question_without_a_solution_is_its_best_sample(tiny,
                 )  # 0.4, 0, 0.6, 0.2, 0.8: the fifth is the best
 
     problems = common.load_problems("arithmetic", "train", 3)
-    args = argparse.Namespace(reference_samples=5, temperature=0.7, max_new_tokens=30, batch_size=16, seed=4, few_shot=False, token_budget=1024)  # fmt: skip
+    args = argparse.Namespace(
+        reference_samples=5,
+        temperature=0.7,
+        max_new_tokens=30,
+        gen_batch_size=16,
+        seed=4,
+        few_shot=False,
+        token_budget=1024,
+    )
     best = ppo.best_of_n(tiny, problems, Judge(), run, args)
     samples = [s for call in drawn for s in call.samples]
     assert best == {s.problem.id: s.solution for s in samples if s.number == 4} and len(best) == 3
@@ -525,7 +545,16 @@ def test_the_reference_of_a_question_without_a_solution_is_its_best_sample(tiny,
 
 def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny, run, drawn):
     problems = common.load_problems("arithmetic", "train", 2)
-    args = argparse.Namespace(select_samples=2, temperature=0.7, max_new_tokens=30, batch_size=16, seed=4, few_shot=False, reward="sparse", add_outcome=False)  # fmt: skip
+    args = argparse.Namespace(
+        select_samples=2,
+        temperature=0.7,
+        max_new_tokens=30,
+        gen_batch_size=16,
+        seed=4,
+        few_shot=False,
+        reward="sparse",
+        add_outcome=False,
+    )
     for judges in (ppo.Judges(), ppo.Judges(orm=reward_model.RewardModel("tiny", "cpu", new=True))):
         args.reward = "orm" if judges.orm else "sparse"
         scores, passed = ppo.score_pool(tiny, problems, judges, run, args)
@@ -552,10 +581,14 @@ def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny,
 
 def test_rcrl_samples_from_the_model_and_trains_the_base(
     cli, start, tmp_path, drawn, measured, trained
-):  # noqa: F811
-    """Completions go on from the beginning that they are to judge; labels are checked with other samples."""
-    argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 3, "--completions", 2, "--epochs", 4, "--ratio", 1,
-            "--check-labels", 3, "--batch-size", 1000, "--max-new-tokens", 40, "--out", tmp_path / "run"]  # fmt: skip
+):
+    """Completions go on from the beginning that they are to judge.
+
+    Labels are checked with other samples.
+    """
+    argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 3, "--completions", 2]
+    argv += ["--epochs", 4, "--ratio", 1, "--check-labels", 3, "--batch-size", 1000]
+    argv += ["--max-new-tokens", 40, "--out", tmp_path / "run"]
     assert cli(rcrl, *argv)[0] == 0
     samples, completions, checks = drawn
     assert {call.weights for call in drawn} == {saved_weights(start)}
@@ -590,27 +623,16 @@ def test_rcrl_samples_from_the_model_and_trains_the_base(
     assert saved_weights(tmp_path / "run" / "model") == measured[2]
 
 
-def test_rcrl_begins_with_the_weights_of_the_base(cli, start, tmp_path, monkeypatch, measured):  # noqa: F811
+def test_rcrl_begins_with_the_weights_of_the_base(cli, start, tmp_path, monkeypatch, measured):
     first = []
 
     def stop(policy, *_):
         first.append(policy.model.model.layers[0].self_attn.q_proj.weight.clone())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "cross_entropy_step", stop)
-    argv = [
-        "--model",
-        start,
-        *SMALL,
-        "--limit-train",
-        16,
-        "--samples",
-        2,
-        "--labels",
-        "outcome",
-        "--out",
-        tmp_path / "run",
-    ]
+    monkeypatch.setattr(rcrl, "train_step", stop)
+    argv = ["--model", start, *SMALL, "--limit-train", 16, "--samples", 2, "--labels", "outcome"]
+    argv += ["--out", tmp_path / "run"]
     assert cli(rcrl, *argv)[0] == 130
     base, model = (
         common.Policy(name, "cpu").model.model.layers[0].self_attn.q_proj.weight
@@ -624,16 +646,20 @@ def test_rcrl_begins_with_the_weights_of_the_base(cli, start, tmp_path, monkeypa
 
 def test_the_reward_model_learns_that_what_is_right_is_right(
     cli, start, tmp_path, drawn, monkeypatch
-):  # noqa: F811
-    """The student samples, --base is trained, a label is the answer check, and the best epoch is kept."""
-    step, steps, aucs, states = reward_model.orm_step, [], iter([0.6, 0.9, 0.7]), []
+):
+    """The student samples, --base is trained, a label is the answer check.
+
+    The best epoch is kept.
+    """
+    step, steps, aucs, states = reward_model.train_step, [], iter([0.6, 0.9, 0.7]), []
     assert next(aucs)
 
-    def spied(orm, optimizer, examples, labels, weights, *more):
+    def spied(orm, optimizer, batch, *more):
+        examples, labels, _ = zip(*batch, strict=True)
         steps.append(
             SimpleNamespace(before=weights_of(orm), orm=orm, examples=examples, labels=labels)
         )
-        return step(orm, optimizer, examples, labels, weights, *more)
+        return step(orm, optimizer, batch, *more)
 
     def quality(*_):
         states.append(weights_of(steps[-1].orm))
@@ -642,17 +668,15 @@ def test_the_reward_model_learns_that_what_is_right_is_right(
             "best_of_n": [{"n": 1, "orm": 0.0, "majority": 0.0, "oracle": 0.0}],
         }
 
-    monkeypatch.setattr(reward_model, "orm_step", spied)
+    monkeypatch.setattr(reward_model, "train_step", spied)
     monkeypatch.setattr(reward_model, "quality", quality)
-    argv = ["--model", start, "--base", "tiny", *SMALL, "--limit-train", 24, "--samples", 3, "--eval-samples", 2, "--epochs", 2,
-            "--batch-size", 1000, "--max-new-tokens", 40, "--out", tmp_path / "run"]  # fmt: skip
+    argv = ["--model", start, "--base", "tiny", *SMALL, "--limit-train", 24, "--samples", 3]
+    argv += ["--eval-samples", 2, "--epochs", 2, "--batch-size", 1000, "--max-new-tokens", 40]
+    argv += ["--out", tmp_path / "run"]
     assert cli(reward_model, *argv)[0] == 0
     assert {call.weights for call in drawn} == {saved_weights(start)} and [
         call.seed for call in drawn
-    ] == [
-        [7, 0],
-        [7, 1],
-    ]
+    ] == [[7, 0], [7, 1]]
     new = reward_model.RewardModel("tiny", "cpu", new=True)
     assert steps[0].before == weights_of(new) and len(steps) == 2
     answers = {s.problem.question: s.problem.answer for s in drawn[0].samples}
@@ -662,7 +686,7 @@ def test_the_reward_model_learns_that_what_is_right_is_right(
         for (prompt, solution), label in zip(each.examples, each.labels, strict=True):
             question = new.decode(prompt).removeprefix("Question: ").removesuffix("\nAnswer:\n")
             if label:  # what was cut is wrong, whatever it says
-                assert common.is_correct(new.decode(solution), answers[question])
+                assert common.extract_answer(new.decode(solution)) == answers[question]
     assert sum(steps[0].labels) == sum(correct for *_, correct in distinct)
     assert (
         weights_of(reward_model.RewardModel(str(tmp_path / "run" / "model"), "cpu"))
@@ -681,7 +705,8 @@ def test_the_reward_model_learns_that_what_is_right_is_right(
     ]
     optimizer = torch.optim.AdamW(new.model.parameters(), lr=1e-3)
     for _ in range(20):
-        step(new, optimizer, [new.encode(s) for s in pair], [1.0, 0.0], [1.0, 1.0], 1e-3, 1024)
+        batch = [(new.encode(s), label, 1.0) for s, label in zip(pair, (1.0, 0.0), strict=True)]
+        step(new, optimizer, batch, 1024)
     right, wrong = (scores[-1] for scores in new.scores(pair))
     assert right > 0.8 and wrong < 0.2
 
@@ -689,7 +714,7 @@ def test_the_reward_model_learns_that_what_is_right_is_right(
 # ---- SFT and evaluation
 
 
-def test_an_epoch_of_sft_has_every_solution_once(cli, tmp_path, measured, trained):  # noqa: F811
+def test_an_epoch_of_sft_has_every_solution_once(cli, tmp_path, measured, trained):
     argv = ["--model", "tiny", *SMALL, "--epochs", 3, "--batch-size", 7, "--out", tmp_path / "run"]
     assert cli(sft, *argv)[0] == 0
     assert [len(step.examples) for step in trained] == [7, 7, 7, 3] * 3
@@ -703,20 +728,9 @@ def test_an_epoch_of_sft_has_every_solution_once(cli, tmp_path, measured, traine
     assert saved_weights(tmp_path / "run" / "model") == measured[2]
 
 
-def test_an_evaluation_is_one_greedy_and_n_drawn_solutions(cli, tmp_path, drawn):  # noqa: F811
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-eval",
-        12,
-        "--samples",
-        3,
-        "--temperature",
-        0.9,
-        "--max-new-tokens",
-        36,
-    ]
+def test_an_evaluation_is_one_greedy_and_n_drawn_solutions(cli, tmp_path, drawn):
+    argv = ["--model", "tiny", *SMALL, "--limit-eval", 12, "--samples", 3, "--temperature", 0.9]
+    argv += ["--max-new-tokens", 36]
     for name, flags in (("plain", []), ("few", ["--few-shot"])):
         assert cli(evaluate, *argv, *flags, "--out", tmp_path / f"{name}.json")[0] == 0
     assert [(call.temperature, len(call.samples), call.seed, call.few_shot) for call in drawn] == [
@@ -734,7 +748,7 @@ def test_an_evaluation_is_one_greedy_and_n_drawn_solutions(cli, tmp_path, drawn)
 
 def test_dev_is_measured_greedily(tiny, tmp_path, drawn):
     problems = common.load_problems("arithmetic", "dev", 13)  # odd: no share of them is a half
-    args = argparse.Namespace(max_new_tokens=46, batch_size=16, seed=5, temperature=0.9)
+    args = argparse.Namespace(max_new_tokens=46, gen_batch_size=16, seed=5, temperature=0.9)
     common.dev_metrics(tiny, problems[:2], args, 1, tmp_path / "few.jsonl", True)
     metrics = common.dev_metrics(tiny, problems, args, 4, tmp_path / "dev.jsonl")
     *_, greedy, samples = drawn
@@ -757,9 +771,12 @@ def test_dev_is_measured_greedily(tiny, tmp_path, drawn):
     "flags", [["--curriculum", "backtracking"], ["--curriculum", "plr", "--few-shot"]]
 )
 def test_a_curriculum_hears_what_became_of_the_questions_that_it_chose(
-    flags, cli, tmp_path, drawn, measured, monkeypatch  # noqa: F811
-):  # fmt: skip
-    """Their share of right samples and the size of the value's error; what it gives away stands before the samples."""
+    flags, cli, tmp_path, drawn, measured, monkeypatch
+):
+    """Their share of right samples and the size of the value's error.
+
+    What it gives away stands before the samples.
+    """
     chose, told, sizes, draw, update, gae = (
         [],
         [],
@@ -784,20 +801,8 @@ def test_a_curriculum_hears_what_became_of_the_questions_that_it_chose(
     monkeypatch.setattr(
         ppo.Curriculum, "update", lambda self, *what: told.append(what) or update(self, *what)
     )
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        16,
-        "--questions",
-        6,
-        "--samples",
-        4,
-        "--phases",
-        2,
-        *flags,
-    ]
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 6, "--samples", 4]
+    argv += ["--phases", 2, *flags]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     train = common.load_problems("arithmetic", "train", 16)
     for call, (chosen, prefixes), (again, solved, errors), size in zip(
@@ -817,16 +822,20 @@ def test_a_curriculum_hears_what_became_of_the_questions_that_it_chose(
     assert any(prefixes) == ("backtracking" in flags) and len(drawn) == 2
 
 
-def test_the_value_function_has_a_learning_rate_of_its_own(cli, tmp_path, measured, monkeypatch):  # noqa: F811
-    rates, step = [], common.clipped_step
+def test_the_value_function_has_a_learning_rate_of_its_own(cli, tmp_path, measured, monkeypatch):
+    rates, adam_w = [], common.adam_w
 
-    def spied(optimizer, loss):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        return step(optimizer, loss)
+    def watched(*args):
+        optimizer = adam_w(*args)
+        optimizer.register_step_pre_hook(
+            lambda *_: rates.append([group["lr"] for group in optimizer.param_groups])
+        )
+        return optimizer
 
-    monkeypatch.setattr(common, "clipped_step", spied)
-    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 2, "--samples", 2, "--phases", 2, "--epochs", 1,
-            "--lr", 1e-3, "--lr-warmup", 1, "--value-lr", 3e-3, "--out", tmp_path / "run"]  # fmt: skip
+    monkeypatch.setattr(common, "adam_w", watched)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 2, "--samples", 2]
+    argv += ["--phases", 2, "--epochs", 1, "--lr", 1e-3, "--lr-warmup", 1, "--value-lr", 3e-3]
+    argv += ["--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
     assert rates == [[0.0, 3e-3], [5e-4, 3e-3]]
 
@@ -836,27 +845,16 @@ def test_the_value_function_has_a_learning_rate_of_its_own(cli, tmp_path, measur
 )
 def test_the_learning_rate_falls_over_the_whole_training(
     script, cli, tmp_path, measured, monkeypatch
-):  # noqa: F811
+):
     rates = []
-    monkeypatch.setattr(
-        common, "cross_entropy_step", lambda p, o, e, lr, *_: rates.append(lr) or (1.0, 1.0)
-    )
-    monkeypatch.setattr(
-        reward_model, "orm_step", lambda m, o, e, y, w, lr, *_: rates.append(lr) or (1.0, 1.0)
-    )
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        24,
-        "--samples",
-        2,
-        "--epochs",
-        2,
-        "--batch-size",
-        2,
-    ]
+
+    def step(model, optimizer, *_):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return 1.0, 1.0
+
+    monkeypatch.setattr(script, "train_step", step)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 24, "--samples", 2, "--epochs", 2]
+    argv += ["--batch-size", 2]
     argv += {expert_iteration: ["--rounds", 1], rcrl: ["--labels", "outcome"]}.get(script, [])
     assert cli(script, *argv, "--lr", 1e-3, "--out", tmp_path / "run")[0] == 0
     assert len(rates) >= 6 and rates == [
@@ -865,8 +863,8 @@ def test_the_learning_rate_falls_over_the_whole_training(
 
 
 def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
-    cli, tmp_path, trained, monkeypatch  # noqa: F811
-):  # fmt: skip
+    cli, tmp_path, trained, monkeypatch
+):
     """Not in what is trained on, nor where what was trained is measured."""
     shown = []
 
@@ -875,20 +873,8 @@ def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
         return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        16,
-        "--samples",
-        2,
-        "--rounds",
-        1,
-        "--epochs",
-        1,
-        "--few-shot",
-    ]
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 2, "--rounds", 1]
+    argv += ["--epochs", 1, "--few-shot"]
     assert cli(expert_iteration, *argv, "--sft-data", "--out", tmp_path / "run")[0] == 0
     prompts = {trained[0].policy.decode(prompt) for step in trained for prompt, _ in step.examples}
     assert shown == [True, False]
@@ -897,7 +883,7 @@ def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
     }
 
 
-def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, monkeypatch):
     accuracies, states = iter([0.1, 0.5, 0.5, 0.9]), []
 
     def dev_metrics(policy, *_):
@@ -905,25 +891,13 @@ def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, m
         return {"maj@1": next(accuracies), "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
-    argv = [
-        *SMALL,
-        "--model",
-        "tiny",
-        "--limit-train",
-        16,
-        "--samples",
-        2,
-        "--epochs",
-        1,
-        "--pass-k",
-        0,
-        "--sft-data",
-    ]
+    argv = [*SMALL, "--model", "tiny", "--limit-train", 16, "--samples", 2, "--epochs", 1]
+    argv += ["--pass-k", 0, "--sft-data"]
     assert cli(expert_iteration, *argv, "--rounds", 3, "--out", tmp_path / "run")[0] == 0
     assert len(states) == 3 and saved_weights(tmp_path / "run" / "model") == states[1]
 
 
-def test_rcrl_measures_its_policy_conditioned_on_good(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_rcrl_measures_its_policy_conditioned_on_good(cli, tmp_path, monkeypatch):
     labels = []
 
     def dev_metrics(policy, *_):
@@ -931,37 +905,15 @@ def test_rcrl_measures_its_policy_conditioned_on_good(cli, tmp_path, monkeypatch
         return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        16,
-        "--samples",
-        2,
-        "--epochs",
-        1,
-        "--labels",
-        "outcome",
-    ]
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 2, "--epochs", 1]
+    argv += ["--labels", "outcome"]
     assert cli(rcrl, *argv, "--out", tmp_path / "run")[0] == 0
-    assert labels == [["[GOOD]"]]
+    assert labels == ["[GOOD]"]
 
 
-def test_the_share_of_good_lines_of_wrong_solutions_is_logged(cli, tmp_path, measured):  # noqa: F811
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        16,
-        "--samples",
-        3,
-        "--completions",
-        2,
-        "--epochs",
-        1,
-    ]
+def test_the_share_of_good_lines_of_wrong_solutions_is_logged(cli, tmp_path, measured):
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 3, "--completions", 2]
+    argv += ["--epochs", 1]
     assert cli(rcrl, *argv, "--ratio", 1, "--out", tmp_path / "run")[0] == 0
     row, labelled = (
         rows_of(tmp_path / "run" / name) for name in ("metrics.jsonl", "samples/labelled.jsonl")
@@ -975,7 +927,7 @@ def test_the_share_of_good_lines_of_wrong_solutions_is_logged(cli, tmp_path, mea
     )
 
 
-def test_the_dev_loss_is_that_of_the_dev_problems(cli, tmp_path, measured, monkeypatch):  # noqa: F811
+def test_the_dev_loss_is_that_of_the_dev_problems(cli, tmp_path, measured, monkeypatch):
     asked, file = [], tmp_path / "p.jsonl"
     rows = [
         {"question": f"q{i}", "answer": f"1+{i}=<<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"}
@@ -1008,7 +960,7 @@ def test_the_dev_loss_is_that_of_the_dev_problems(cli, tmp_path, measured, monke
     assert [row["dev_loss"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")] == [1.5, 1.5]
 
 
-def test_the_interval_of_a_count_may_lie_above_one(cli, tmp_path, nano, monkeypatch):  # noqa: F811
+def test_the_interval_of_a_count_may_lie_above_one(cli, tmp_path, nano, monkeypatch):
     columns = {"maj@1": [1.0, 0.0, 1.0], "distinct@4": [2.0, 3.0, 4.0]}
     monkeypatch.setattr(evaluate, "metrics_per_problem", lambda *_: columns)
     argv = ["--model", nano, "--limit-eval", 3, "--samples", 4, "--max-new-tokens", 2]

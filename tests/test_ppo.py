@@ -1,5 +1,4 @@
-"""PPO: each formula against brute force, the value function and the adapters, and the algorithm on a problem whose optimum
-is known."""
+"""PPO: its formulas by brute force, values, adapters, and a problem with a known optimum."""
 
 import itertools
 import json
@@ -16,9 +15,17 @@ import common
 import engine
 import ppo
 
-TINY_RUN = ["--device", "cpu", "--model", "tiny", "--questions", "8", "--samples", "3", "--batch-size", "10", "--max-new-tokens", "60", "--gen-batch-size",
-            "16", "--limit-eval", "16", "--limit-train", "64", "--eval-every", "2", "--checkpoint-every", "0"]  # fmt: skip
+TINY_RUN = ["--device", "cpu", "--model", "tiny", "--questions", "8", "--samples", "3",
+            "--batch-size", "10", "--max-new-tokens", "60", "--gen-batch-size", "16",
+            "--limit-eval", "16", "--limit-train", "64", "--eval-every", "2",
+            "--checkpoint-every", "0"]  # fmt: skip
 EXAMPLES = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 1]), ([4, 4, 4, 4, 4], [3])]
+
+
+@pytest.fixture(autouse=True)
+def every_warning_is_printed():
+    """Of equal warnings a process prints the first one."""
+    common.warn.cache_clear()
 
 
 # ---- formulas
@@ -26,8 +33,10 @@ EXAMPLES = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 1]), ([4, 4, 4, 4, 4], [3])
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5), (1.0, 0.0)])
 def test_gae_is_the_sum_that_it_abbreviates(gamma, lam):
-    """A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), on samples of different lengths: what stands behind
-    the end of one sample must not leak into it."""
+    """A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}).
+
+    The samples have different lengths. What stands behind the end of one must not leak into it.
+    """
     torch.manual_seed(0)
     lengths = [1, 4, 7]
     rewards, values = torch.zeros(3, 7), torch.zeros(3, 7)
@@ -50,8 +59,10 @@ def test_gae_is_the_sum_that_it_abbreviates(gamma, lam):
 
 @pytest.mark.parametrize("distance", [0.05, 1.0, 3.0])
 def test_kl_estimators_against_the_exact_kl_near_and_far(distance):
-    """In expectation under pi both are KL(pi, ref), computed exactly over 6 outcomes. A flipped sign or direction is off by
-    more than the KL itself when the two are far apart."""
+    """In expectation under pi both are KL(pi, ref), computed exactly over 6 outcomes.
+
+    A flipped sign or direction is off by more than the KL itself when the two are far apart.
+    """
     torch.manual_seed(1)
     log_pi = torch.randn(6).log_softmax(0)
     log_ref = (log_pi + distance * torch.randn(6)).log_softmax(0)
@@ -65,7 +76,10 @@ def test_kl_estimators_against_the_exact_kl_near_and_far(distance):
 
 
 def test_clipped_policy_loss_by_hand():
-    """Ratios 1, 1.5 and 0.5 with either sign of the advantage; clip 0.2. The gradient is 0 exactly where clipping bites."""
+    """Ratios 1, 1.5 and 0.5 with either sign of the advantage, clip 0.2.
+
+    The gradient is 0 exactly where clipping bites.
+    """
     old = torch.zeros(6)
     ratios, advantages = torch.tensor([1.0, 1.0, 1.5, 1.5, 0.5, 0.5]), torch.tensor([2.0, -2.0] * 3)
     logprobs = ratios.log().requires_grad_()
@@ -129,7 +143,7 @@ def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of
     sample = sampled(tiny, REFERENCE, text)
     (reward,) = ppo.task_rewards("dense", tiny, [sample], ppo.Judges())
     credit = {place: float(r) for place, r in enumerate(reward) if r}
-    lines = [i for i, token in enumerate(sample.tokens) if tiny.ends_line[token]]
+    lines = [i for i, token in enumerate(sample.tokens) if tiny.breaks_line[token]]
     assert credit == {
         lines[0]: pytest.approx(1 / 3),
         lines[1]: pytest.approx(1 / 3),
@@ -157,8 +171,10 @@ def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_value_branch_is_the_top_of_the_policy_and_starts_at_zero(name, tmp_path_factory):
-    """For every architecture: with the copy still equal to the original, what enters the head is the policy's own last
-    hidden state, up to the final norm; the value is exactly 0; and it does not depend on padding."""
+    """While the copy equals the original, the head reads the policy's own last hidden state.
+
+    That is before the final norm. The value is exactly 0 and does not depend on padding.
+    """
     policy = random_policy(name, tmp_path_factory)
     critic = ppo.ValueFunction(policy, 4, detach=True)
     assert len(critic.layers) == 1
@@ -236,8 +252,11 @@ def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_fact
 
 
 def test_adapters_are_not_rounded_off_in_bfloat16(tiny):
-    """Small changes of all weights at once, up the gradient, beside weights from a bfloat16 checkpoint, as published ones are:
-    the log-probability rises by about 0.85 of what it does in float32; with the sum in bfloat16 by about 0.25."""
+    """Change all weights of a bfloat16 checkpoint a little, up the gradient.
+
+    The log-probability rises by about 0.85 of what it does in float32. With the sum in bfloat16 it
+    would rise by about 0.25 of it.
+    """
     problems = common.load_problems("arithmetic", "train", 64)
     examples = [
         (tiny.encode_prompt(common.prompt_text(p)), tiny.encode_solution(p.reference))
@@ -293,7 +312,6 @@ def test_adapters_leave_the_cache_in_bfloat16(monkeypatch):
         return slots
 
     ppo.Lora(policy, 3)
-    policy.decode_loop  # noqa: B018, in float32
     monkeypatch.setattr(engine.cache.PagedCache, "keep_prompts", watching)
     common.generate(policy, common.load_problems("arithmetic", "dev", 2), max_new_tokens=4)
     assert dtypes == {torch.bfloat16}
@@ -378,8 +396,11 @@ def test_without_curriculum_every_question_comes_once_a_pass():
 
 
 def test_without_clipping_the_gradient_is_the_exact_policy_gradient():
-    """Two questions, answers of two tokens out of three, all 9 enumerated: the expectation of the loss's gradient (one epoch,
-    lambda 1, no baseline) is minus the gradient of E[reward] - kl_coef * KL, which autograd gets from the definition."""
+    """Two questions, answers of two tokens out of three, all 9 enumerated.
+
+    The expected gradient of the loss (one epoch, lambda 1, no baseline) is minus the gradient of
+    E[reward] - kl_coef * KL, which autograd gets from the definition.
+    """
     torch.manual_seed(0)
     first, second = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, 3, requires_grad=True)
     ref_first, ref_second = torch.randn(2, 3).log_softmax(-1), torch.randn(2, 3, 3).log_softmax(-1)
@@ -407,12 +428,16 @@ def test_without_clipping_the_gradient_is_the_exact_policy_gradient():
         torch.testing.assert_close(got, -expected, atol=1e-6, rtol=1e-5)
 
 
-def test_ppo_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):  # noqa: F811
-    """Two questions and a policy that answers either with 1 or 2 at random: the optimum is to know which. The whole script;
-    reward .5 at first. That untrained weights get 40 out of 40 right has probability 1e-12."""
+def test_ppo_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):
+    """Two questions, and a policy that answers each with 1 or 2 at random. It has to learn which.
+
+    This runs the whole script. The reward is 0.5 at first. That untrained weights get 40 out of 40
+    right has probability 1e-12.
+    """
     model = guesser(nano, tmp_path, {"Is it odd?": "1", "Is it even?": "2"})
-    argv = ["--model", model, "--dataset", tmp_path, "--max-new-tokens", 8, "--questions", 18, "--phases", 40,
-            "--temperature", 1, "--lr", "1e-3", "--batch-size", 12, "--eval-every", 40]  # fmt: skip
+    argv = ["--model", model, "--dataset", tmp_path, "--max-new-tokens", 8, "--questions", 18,
+            "--phases", 40, "--temperature", 1, "--lr", "1e-3", "--batch-size", 12,
+            "--eval-every", 40]  # fmt: skip
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     _, first, *_, last = rows_of(tmp_path / "run" / "metrics.jsonl")
     assert first["correct"] < 0.75 and last["correct"] > 0.9 and last["maj@1"] == 1
@@ -423,7 +448,7 @@ def test_ppo_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):  # noqa
     assert sum(s.correct for s in drawn) >= 38
 
 
-def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):  # noqa: F811
+def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):
     out = tmp_path / "run"
     assert cli(ppo, *TINY_RUN, "--phases", 3, "--out", out)[0] == 0
     start, *phases = rows_of(out / "metrics.jsonl")
@@ -441,8 +466,9 @@ def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):  #
             and row["reward"] == pytest.approx(row["correct"])
             and row["minibatches"] == 6
         )
-        for key in ("ref_kl_k1", "ref_kl_k3", "entropy", "clip_fraction", "value_loss", "explained_variance", "response_length",
-                    "truncated", "no_answer", "grad_norm", "seconds_sampling", "seconds_training"):  # fmt: skip
+        for key in ("ref_kl_k1", "ref_kl_k3", "entropy", "clip_fraction", "value_loss",
+                    "explained_variance", "response_length", "truncated", "no_answer", "grad_norm",
+                    "seconds_sampling", "seconds_training"):  # fmt: skip
             assert np.isfinite(row[key])
     assert phases[0]["ref_kl_k3"] == pytest.approx(0, abs=1e-8) and phases[0]["grad_norm"] == 0, (
         "only the value trains at first"
@@ -465,7 +491,7 @@ def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):  #
 )
 def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(
     flags, cli, tmp_path, monkeypatch
-):  # noqa: F811
+):
     argv = [*TINY_RUN, "--phases", 3, *flags, "--device", "cpu"]
     assert cli(ppo, *argv, "--out", tmp_path / "whole")[0] == 0
     log, calls = common.Run.log, []
@@ -494,8 +520,8 @@ def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(
         assert rows[1]["grad_norm"] > 0  # in the first phase, in which only the value trains
 
 
-def test_merged_adapters_are_measured_in_float32(cli, tmp_path, monkeypatch):  # noqa: F811
-    """bfloat16 would round off what a phase at a small learning rate changes of a weight, and measure the initial policy."""
+def test_merged_adapters_are_measured_in_float32(cli, tmp_path, monkeypatch):
+    """bfloat16 would round small changes of the weights off, and measure the initial policy."""
     dtypes, generate = [], common.generate
 
     def spied(policy, problems, **how):
@@ -520,8 +546,8 @@ def test_merged_adapters_are_measured_in_float32(cli, tmp_path, monkeypatch):  #
     assert dtypes == [("dev", False), ("phase 1", True), ("dev", False)]
 
 
-def test_what_is_measured_on_dev_is_what_is_saved(cli, tmp_path, monkeypatch):  # noqa: F811
-    """With adapters, too: in bfloat16 the weights that hold them are not the policy that was trained."""
+def test_what_is_measured_on_dev_is_what_is_saved(cli, tmp_path, monkeypatch):
+    """With adapters as well. In bfloat16 the weights that hold them are another policy."""
     measured = []
 
     def dev_metrics(policy, *args):
@@ -543,7 +569,7 @@ def test_what_is_measured_on_dev_is_what_is_saved(cli, tmp_path, monkeypatch):  
     assert any(not torch.equal(weight, saved[name]) for name, weight in measured[0].items())
 
 
-def test_bad_combinations_end_in_one_line(cli, tmp_path):  # noqa: F811
+def test_bad_combinations_end_in_one_line(cli, tiny, tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text(
         "".join(json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(20))
@@ -561,23 +587,25 @@ def test_bad_combinations_end_in_one_line(cli, tmp_path):  # noqa: F811
             for i, q in enumerate(questions)
         )
     )
-    code, message = cli(
-        ppo, "--model", "tiny", "--dataset", long, "--out", tmp_path / "run", "--limit-eval", 2
-    )
-    assert code == 2 and "positions" in message
-    argv = [
-        "--model",
-        "tiny",
-        "--dataset",
-        file,
-        "--out",
-        tmp_path / "run",
-        "--max-new-tokens",
-        960,
-        "--few-shot",
+    argv = ["--model", "tiny", "--samples", 1, "--limit-eval", 2, "--phases", 1, "--epochs", 1]
+    argv += ["--value-warmup", 0, "--max-new-tokens", 8]
+    code, message = cli(ppo, *argv, "--dataset", long, "--out", tmp_path / "long")
+    assert code == 2 and "positions" in message and message.count("\n") == 1
+    # The questions alone fit, the worked examples do not.
+    words, room = "How many? " * 300, tiny.max_length
+    asked = [common.Problem("p", f"{i}: {words}", 1) for i in range(20)]
+    lengths = [
+        [len(tiny.encode_prompt(common.prompt_text(p, few_shot))) for p in asked]
+        for few_shot in (False, True)
     ]
-    code, message = cli(ppo, *argv)  # the questions alone would fit, the worked examples do not
-    assert code == 2 and "positions" in message
+    assert max(lengths[0]) < room <= min(lengths[1])
+    file.write_text(
+        "".join(json.dumps({"question": p.question, "answer": "1"}) + "\n" for p in asked)
+    )
+    argv += ["--dataset", file, "--questions", 2]
+    assert cli(ppo, *argv, "--out", tmp_path / "fits")[0] == 0
+    code, message = cli(ppo, *argv, "--few-shot", "--out", tmp_path / "few")
+    assert code == 2 and "positions" in message and message.count("\n") == 1
     for flags in (
         ["--temperature", "0"],
         ["--value-layers", "0"],
@@ -601,7 +629,7 @@ def test_the_explained_variance_of_nothing_is_none():
         assert ppo.explained_variance(same, torch.zeros(len(same))) is None
 
 
-def test_phases_in_which_the_policy_does_not_train_are_said(cli, nano, tmp_path):  # noqa: F811
+def test_phases_in_which_the_policy_does_not_train_are_said(cli, nano, tmp_path):
     argv = [
         *TINY_RUN,
         "--model",
@@ -617,52 +645,96 @@ def test_phases_in_which_the_policy_does_not_train_are_said(cli, nano, tmp_path)
     assert code == 0 and "only the value function trains" in message
 
 
-def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its_parts():
-    """Three samples of different lengths in two parts, against the formulas over all of their tokens at once; a fourth sample
-    is not in the minibatch."""
+@pytest.mark.parametrize("token_budget", [1, 18, 9999])
+@pytest.mark.parametrize("value_only", [False, True])
+def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its_parts(
+    token_budget, value_only, cli, nano, tmp_path, monkeypatch
+):
+    """Compare the script with the formulas over all tokens of a minibatch at once.
+
+    Four samples of different lengths make two minibatches. The log-probabilities and values of
+    the script are replaced by tables, whose gradients can be read.
+    """
     torch.manual_seed(0)
-    real = torch.arange(4) < torch.tensor([3, 1, 4, 2])[:, None]
+    lengths = torch.tensor([3, 1, 4, 2])
+    real = torch.arange(4) < lengths[:, None]
     old_logprobs, old_values, advantages, returns = torch.randn(4, 4, 4) * real
     logprobs, values = (
         (old + 0.4 * torch.randn(4, 4)).requires_grad_() for old in (old_logprobs, old_values)
     )
-    rollouts = ppo.Rollouts([0, 1, 2, 3], real, old_logprobs, old_values, advantages, returns)
-    minibatch, wanted = [3, 0, 2], real.clone()
-    wanted[1] = False
+    with torch.no_grad():
+        logprobs[2, 0] = old_logprobs[2, 0] + 1  # furthest, and in the first of several parts
+    drawn = [
+        common.Sample(
+            problem, k, "#### 1", True, np.full(lengths[i], 10 + i, np.int32),
+            old_logprobs[i, : lengths[i]].numpy(), [5] * 8,
+        )
+        for i, (problem, k) in enumerate(itertools.product(
+            common.load_problems("arithmetic", "train", 2), range(2)
+        ))
+    ]  # fmt: skip
 
-    def forward(rows):
-        return logprobs[rows][real[rows]], values[rows][real[rows]]
+    def look_up(examples, old, new):
+        rows = [response[0] - 10 for _, response in examples]
+        return (new if torch.is_grad_enabled() else old)[rows][real[rows]]
 
-    policy_loss = ppo.policy_loss(logprobs, old_logprobs, advantages, 0.2)[wanted].mean()
-    value_loss = ppo.value_loss(values, old_values, returns, 0.3)[wanted].mean()
-    change = (logprobs - old_logprobs)[wanted].detach()
-    clipped, kl_old = (
-        ((change.exp() - 1).abs() > 0.2).float().mean(),
-        (change.exp() - 1 - change).mean(),
-    )
-    assert 0.2 < clipped < 0.45 or 0.55 < clipped < 1  # not confused with the others
-    expected = [x.item() for x in (policy_loss, value_loss, clipped, kl_old)]
-    exact = [*torch.autograd.grad(policy_loss, logprobs), *torch.autograd.grad(value_loss, values)]
-    for value_only in (False, True):
+    seen, sum_gradients = [], common.sum_gradients
+
+    def spied(parameters, *sums):
+        seen.append((sums, logprobs.grad, values.grad))
         logprobs.grad = values.grad = None
-        parts = [
-            ppo.add_gradient(forward, rollouts, minibatch, 9, 0.2, 0.3, p, value_only)
-            for p in ([0, 2], [1])
-        ]
-        assert np.sum(parts, 0) == pytest.approx(expected, rel=1e-4)
-        torch.testing.assert_close(values.grad, exact[1])
+        return sum_gradients(parameters, *sums)
+
+    metrics = {"maj@1": 0.0, "no_answer": 0.0, "truncated": 0.0}
+    monkeypatch.setattr(common, "dev_metrics", lambda *_: metrics)
+    monkeypatch.setattr(common, "generate", lambda *_, **__: drawn)
+    monkeypatch.setattr(
+        common, "response_logprobs", lambda _, e, *__: look_up(e, old_logprobs, logprobs)
+    )
+    monkeypatch.setattr(
+        ppo.ValueFunction, "values", lambda *args: look_up(args[2], old_values, values)
+    )
+    monkeypatch.setattr(ppo, "gae", lambda *_: (advantages.clone(), returns))
+    monkeypatch.setattr(common, "sum_gradients", spied)
+    argv = ["--model", nano, "--phases", 1, "--questions", 2, "--samples", 2, "--epochs", 1]
+    argv += ["--batch-size", 3, "--limit-train", 2, "--token-budget", token_budget]
+    argv += ["--value-clip-range", 0.3, "--value-warmup", int(value_only)]
+    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
+
+    advantages[real] = ppo.whiten(advantages[real])
+    order, logged = common.shuffled(4, 0, 1, 0), []
+    assert 2 in order[:3]
+    for minibatch, (sums, *gradients) in zip((order[:3], order[3:]), seen, strict=True):
+        wanted = real & torch.isin(torch.arange(4), torch.tensor(minibatch))[:, None]
+        value_clip = np.inf if value_only else 0.3
+        policy_loss = ppo.policy_loss(logprobs, old_logprobs, advantages, 0.2)[wanted].mean()
+        value_loss = ppo.value_loss(values, old_values, returns, value_clip)[wanted].mean()
+        change = (logprobs - old_logprobs)[wanted].detach()
+        deviations = (change.exp() - 1).abs()
+        clipped, approx_kl = (deviations > 0.2).float().mean(), (change.exp() - 1 - change).mean()
+        logged.append([x.item() for x in (policy_loss, value_loss, clipped, approx_kl)])
+        assert sums == pytest.approx(logged[-1], rel=1e-4)
+        exact = torch.autograd.grad(policy_loss + value_loss, (logprobs, values))
         if value_only:
-            assert logprobs.grad is None
+            assert gradients[0] is None
         else:
-            torch.testing.assert_close(logprobs.grad, exact[0])
+            torch.testing.assert_close(gradients[0], exact[0])
+        torch.testing.assert_close(gradients[1], exact[1])
+        if minibatch[0] == order[0]:
+            furthest = deviations.max().item()
+            assert 0.2 < clipped < 0.45 or 0.55 < clipped < 1  # not confused with the others
+    row = rows_of(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["max_ratio_deviation"] == pytest.approx(furthest, rel=1e-4)
+    keys = "policy_loss", "value_loss", "clip_fraction", "approx_kl"
+    assert [row[key] for key in keys] == pytest.approx(np.mean(logged, 0).tolist(), rel=1e-4)
 
 
-def test_a_policy_that_did_not_get_better_is_not_handed_over_without_a_word(cli, tmp_path):  # noqa: F811
+def test_a_policy_that_did_not_get_better_is_not_handed_over_without_a_word(cli, tmp_path):
     code, message = cli(ppo, *TINY_RUN, "--phases", 2, "--lr", 0, "--out", tmp_path / "run")
     assert code == 0 and "no phase was better on dev" in message
 
 
-def test_a_phase_ends_when_the_policy_has_gone_too_far(cli, tmp_path):  # noqa: F811
+def test_a_phase_ends_when_the_policy_has_gone_too_far(cli, tmp_path):
     """Not the first one, in which it does not move."""
     argv = [
         *TINY_RUN,

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from fractions import Fraction
 from itertools import combinations
 
@@ -14,6 +15,11 @@ import expert_iteration
 from tiny import arithmetic
 
 SPLITS = ("train", "dev", "test")
+
+
+def steps_of(problem) -> list[tuple[str, str]]:
+    """The steps that the reference solution of a problem writes: [("14+6", "20"), ...]."""
+    return re.findall(r"^(.+)=<<\1=(.+)>>\2$", problem.reference, re.MULTILINE)
 
 
 @pytest.mark.parametrize("dataset, steps", [("arithmetic", (1, 4)), ("arithmetic-hard", (4, 6))])
@@ -31,33 +37,32 @@ def test_the_embedded_task_has_the_promised_sizes_and_no_question_twice(dataset,
         == sum(p.solution is not None for p in problems["train"])
         == 24
     )
-    assert {len(p.steps) for p in everything} == set(range(steps[0], steps[1] + 1))
+    assert {len(steps_of(p)) for p in everything} == set(range(steps[0], steps[1] + 1))
 
 
 def test_every_reference_step_of_the_embedded_task_computes_the_answer():
-    """The steps are evaluated here with Python's own arithmetic, apart from the code that made them."""
-    for p in common.load_problems("arithmetic", "train") + common.load_problems(
-        "arithmetic", "test"
-    ):
-        values = [
-            Fraction(eval(step.replace("/", "*1/"))) for step in p.steps
-        ]  # digits and one operator, from us
+    """The steps are evaluated here by Python, apart from the code that made them."""
+    problems = common.load_problems("arithmetic", "train")
+    for p in problems + common.load_problems("arithmetic", "test"):
+        steps = [left for left, _ in steps_of(p)]
+        # Digits and one operator, which we wrote ourselves.
+        values = [Fraction(eval(step.replace("/", "*1/"))) for step in steps]
+        assert values == [int(written) for _, written in steps_of(p)]
         assert values[-1] == p.answer and all(v.denominator == 1 and 1 <= v <= 49 for v in values)
-        for value, following in zip(values, p.steps[1:], strict=False):
+        for value, following in zip(values, steps[1:], strict=False):
             assert following.startswith(str(value))
-        if p.solution:
-            assert (
-                common.extract_answer(p.solution) == p.answer
-                and common.equations(p.solution) == p.steps
-            )
+        assert p.reference.count("\n") == len(steps)
+        assert common.extract_answer(p.reference) == p.answer
+        assert common.equations(p.reference) == tuple(steps)
+        assert p.solution in (None, p.reference)
 
 
 def test_the_embedded_task_is_the_same_on_every_machine():
     """A changed generator changes every recorded number: then results/ must be made again."""
     first = common.load_problems("arithmetic", "train")[0]
-    assert (
-        first.question
-        == "There are 10 keys in the room of Noah. Noah uses half of the keys. How many keys does Noah have now?"
+    assert first.question == (
+        "There are 10 keys in the room of Noah. Noah uses half of the keys. "
+        "How many keys does Noah have now?"
     )
     assert [int(p.answer) for p in common.load_problems("arithmetic", "test")[:10]] == TEST_ANSWERS
 
@@ -106,7 +111,8 @@ def test_local_files_and_folders(tmp_path):
     assert sizes == {"train": 17, "dev": 1, "test": 2, "all": 20}
     ids = [p.id for split in SPLITS for p in common.load_problems(file, split)]
     assert len(set(ids)) == 20
-    assert common.load_problems(file, "train")[3].steps == ("1+3",)
+    fourth = common.load_problems(file, "train")[3]
+    assert common.equations(fourth.solution) == ("1+3",) and fourth.reference == fourth.solution
     folder = tmp_path / "folder"
     folder.mkdir()
     write_lines(folder / "train.jsonl", rows[:12])
@@ -128,7 +134,10 @@ def test_local_files_and_folders(tmp_path):
 
 
 def test_splits_follow_the_order_of_the_file_and_a_limit_takes_their_first(tmp_path):
-    """A limit comes after the split: dev and test stay what they are. Of a folder with both kinds of files .jsonl wins."""
+    """A limit comes after the split: dev and test stay what they are.
+
+    Of a folder with both kinds of files .jsonl wins.
+    """
     rows = [{"question": f"q{i}", "answer": str(i)} for i in range(40)]
     for dataset in (write_lines(tmp_path / "one.jsonl", rows), "arithmetic"):
         for split in (*SPLITS, "all")[: 4 if dataset != "arithmetic" else 3]:
@@ -155,16 +164,13 @@ def test_a_question_that_is_trained_on_and_measured_is_told_once(tmp_path, capsy
     for split in (*SPLITS, *SPLITS):
         common.load_problems(file, split)
     said = capsys.readouterr().err
-    assert (
-        said.count("\n") == 1
-        and f"{file}: 4 of the questions of test are among the training" in said
-    )
+    assert said.count("\n") == 1 and f"{file}: 4 questions of test are training questions" in said
     file = write_lines(tmp_path / "two.jsonl", rows[:36][::-1] + rows[:33:-1])
     common.load_problems(file, "train")
-    assert "of the questions of test" in capsys.readouterr().err
+    assert "questions of test" in capsys.readouterr().err
     (tmp_path / "train.jsonl").write_text((tmp_path / "one.jsonl").read_text())
     common.load_problems(str(tmp_path), "dev")
-    assert "4 of the questions of dev" in capsys.readouterr().err
+    assert "4 questions of dev" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -182,18 +188,23 @@ def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined
     "content, message",
     [
         ('{"question": "a", "answer": "1"}\n{"question": "b", "ans', "line 2: broken JSON"),
-        ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": "many"}\n{"question": "c", "answer": "1"}', "line 2: the answer 'many' is no number"),
-        ('{"question": "a", "answer": "1"}\n[1]\n{"question": "c", "answer": "1"}', "line 2: not a JSON object"),
-        ('{"question": "a", "answer": "1"}\n{"q": 1}\n{"question": "c", "answer": "1"}', 'line 2: needs "question"'),
-        ('{"question": "a", "answer": "1"}', "at least 3"),
-        ("", "at least 3"),
+        ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": "many"}\n'
+         '{"question": "c", "answer": "1"}', "line 2: the answer 'many' is no number"),
+        ('{"question": "a", "answer": "1"}\n[1]\n{"question": "c", "answer": "1"}',
+         "line 2: not a JSON object"),
+        ('{"question": "a", "answer": "1"}\n{"q": 1}\n{"question": "c", "answer": "1"}',
+         'line 2: needs "question"'),
+        ('{"question": "a", "answer": "1"}', "problems; train, dev and test need 3"),
+        ("", "problems; train, dev and test need 3"),
         ('{"question": "a", "answer": [5]}\n' * 3, 'line 1: needs "question"'),
-        ('{"question": null, "answer": "1"}', "line 1: 'question' is not a text"),
+        ('{"question": null, "answer": "1"}', 'line 1: needs "question"'),
         ('{"question": "", "answer": "1"}', "line 1: 'question' is not a text"),
         ('{"question": "a", "answer": ' + "9" * 5000 + "}", "line 1: broken JSON"),
         ("[" * 100_000, "line 1: broken JSON"),
-        ('{"question": "a", "answer": "3 pens and 4.\\nSo it is 7"}\n' * 3, "line 1: the answer has several lines and none"),
-        ('{"question": "a", "answer": "#### 1. Pens\\n3+4=7\\n#### 7"}\n' * 3, "line 1: the answer has several lines with ####"),
+        ('{"question": "a", "answer": "3 pens and 4.\\nSo it is 7"}\n' * 3,
+         "line 1: the answer has several lines, and none"),
+        ('{"question": "a", "answer": "#### 1. Pens\\n3+4=7\\n#### 7"}\n' * 3,
+         "line 1: the lines with #### do not agree"),
         ("\xff\xfe".encode("latin-1"), "not UTF-8"),
     ],
 )  # fmt: skip
@@ -261,7 +272,7 @@ def test_metrics_of_hand_made_samples():
     p, q = common.Problem("p", "?", Fraction(4)), common.Problem("q", "?", Fraction(9))
     right, other, wrong = "2+2=<<2+2=4>>4\n#### 4", "2*2=<<2*2=4>>4\n#### 4.0", "#### 5"
     samples = [make_sample(p, i, t) for i, t in enumerate([right, wrong, other, right])]
-    samples += [make_sample(q, i, t) for i, t in enumerate(["no", "#### 9", "#### 8", "truncated"])]
+    samples += [make_sample(q, i, t) for i, t in enumerate(["no", "#### 9", "#### 8", "cut"])]
     values = evaluate.metrics_per_problem(
         [make_sample(p, 0, right), make_sample(q, 0, wrong)], samples
     )
@@ -275,8 +286,11 @@ def test_metrics_of_hand_made_samples():
 
 
 def test_the_interval_of_a_paired_difference_by_hand():
-    """10 problems better, 4 worse, 86 the same; Agresti and Min add half a problem to each of the four cases:
-    6/102 +- 1.96 sqrt(15 - 36/102) / 102."""
+    """10 problems better, 4 worse, 86 the same.
+
+    Agresti and Min add half a problem to each of the four cases:
+    6/102 +- 1.96 sqrt(15 - 36/102) / 102.
+    """
     values, others = [1] * 10 + [0] * 4 + [1] * 86, [0] * 10 + [1] * 4 + [1] * 86
     test = evaluate.paired_test(values, others)
     assert test["difference"] == pytest.approx(0.06) and test["ci95"] == pytest.approx(
@@ -289,7 +303,7 @@ def test_the_interval_of_a_paired_difference_by_hand():
 
 
 def test_confidence_intervals_hold_the_truth_95_percent_of_the_time():
-    """2,000 repetitions: the share lies within 0.95 +- 0.02 unless an event of probability 1e-4 happens."""
+    """With 2,000 repetitions the share lies within 0.95 +- 0.02 with probability 0.9999."""
     rng = np.random.default_rng(0)
     for draw, truth in ((lambda: rng.random(200) < 0.9, 0.9), (lambda: rng.beta(2, 3, 200), 0.4)):
         intervals = [evaluate.confidence_interval([float(v) for v in draw()]) for _ in range(2000)]

@@ -1,56 +1,66 @@
-"""Several processes: the same samples as one, the same weights up to the rounding of sums, and nothing lost when they are
-killed. And memory that runs out in training."""
+"""Several processes: the same samples as one, and the same weights up to the rounding of sums.
 
+Nothing is lost when they are killed.
+"""
+
+import importlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_scripts import cli, rows_of, snapshot, without_time  # noqa: F401
+from test_scripts import rows_of, snapshot, without_time
 
 import common
-import sft
+import ppo
+import reward_model
 
-SMALL = [
-    "--model",
-    "tiny",
-    "--device",
-    "cpu",
-    "--limit-eval",
-    "12",
-    "--max-new-tokens",
-    "60",
-    "--gen-batch-size",
-    "48",
-]
-TRAIN = [*SMALL, "--limit-train", "40"]
+SMALL = "--model tiny --device cpu --limit-eval 12 --max-new-tokens 60 --gen-batch-size 48"
+TRAIN = f"{SMALL} --limit-train 40"
+PPO = "--questions 7 --samples 3 --phases 3 --value-warmup 1 --eval-every 1 --batch-size 5"
 RUNS = {
-    "sft": [*SMALL, "--epochs", "2", "--batch-size", "8"],
-    "expert_iteration": [*TRAIN, "--samples", "2", "--rounds", "1", "--epochs", "2", "--pass-k", "2"],
-    "ppo": [*TRAIN, "--questions", "7", "--samples", "3", "--phases", "3", "--value-warmup", "1", "--eval-every", "1",
-            "--batch-size", "5", "--token-budget", "300", "--reward", "dense"],
-    "rcrl": [*TRAIN, "--base", "tiny", "--samples", "3", "--completions", "2", "--epochs", "1", "--ratio", "1"],
-    "reward_model": [*TRAIN, "--samples", "3", "--eval-samples", "3", "--epochs", "1"],
-    "evaluate": [*SMALL, "--samples", "3"],
-}  # fmt: skip
+    "sft": f"{SMALL} --epochs 2 --batch-size 8",
+    "expert_iteration": f"{TRAIN} --samples 2 --rounds 1 --epochs 2 --pass-k 2",
+    "ppo": f"{TRAIN} {PPO} --token-budget 300 --reward dense",
+    "rcrl": f"{TRAIN} --base tiny --samples 3 --completions 2 --epochs 1 --ratio 1",
+    "reward_model": f"{TRAIN} --samples 3 --eval-samples 3 --epochs 1",
+    "evaluate": f"{SMALL} --samples 3",
+}
 
 
 def launch(script: str, n: int, out, *argv) -> subprocess.Popen:
-    """`python script.py` or `torchrun --nproc-per-node n script.py`, in a process group of its own."""
+    """Start `python script.py` or `torchrun --nproc-per-node n script.py`, in a new session."""
     out = out.with_suffix(".json") if script == "evaluate" else out
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
-    )
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node".split()
+    torchrun = [*torchrun, str(n)] if n > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *torchrun, ROOT / f"{script}.py", *RUNS[script], "--out", out, *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-                            start_new_session=True, cwd=out.parent)  # fmt: skip
+    command = [sys.executable, *torchrun, ROOT / f"{script}.py", *RUNS[script].split()]
+    return subprocess.Popen(
+        [*command, "--out", out, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        cwd=out.parent,
+    )
+
+
+def children(pid: int) -> list[int]:
+    """Return the ids of the processes that this one started."""
+    return [
+        int(n) for f in Path(f"/proc/{pid}/task").glob("*/children") for n in f.read_text().split()
+    ]
 
 
 def finished(process: subprocess.Popen) -> str:
@@ -78,7 +88,10 @@ ROUNDED = {
 
 
 def assert_equal_runs(script: str, one, several) -> None:
-    """Runs of one process and of several: the samples to the byte, weights and metrics up to the rounding of sums."""
+    """Compare runs of one process and of several.
+
+    Samples are the same to the byte, weights and metrics up to the rounding of sums.
+    """
     if script == "evaluate":
         for kind in ("greedy", "samples"):
             first, second = (run.with_suffix(f".{kind}.jsonl") for run in (one, several))
@@ -103,8 +116,9 @@ def assert_equal_runs(script: str, one, several) -> None:
 
 
 @pytest.mark.parametrize("script, counts", [
-    several("expert_iteration", 2, always=True), several("sft", 2, 4), several("expert_iteration", 4),
-    several("ppo", 4), several("rcrl", 2, 4), several("reward_model", 2, 4), several("evaluate", 2, 4),
+    several("expert_iteration", 2, always=True), several("sft", 2, 4),
+    several("expert_iteration", 4), several("ppo", 4), several("rcrl", 2, 4),
+    several("reward_model", 2, 4), several("evaluate", 2, 4),
 ])  # fmt: skip
 def test_several_processes_give_the_samples_and_the_weights_of_one(script, counts, tmp_path):
     """PPO with two in the next test."""
@@ -117,8 +131,10 @@ def test_several_processes_give_the_samples_and_the_weights_of_one(script, count
 
 
 def test_killed_processes_resume_to_the_same_weights(tmp_path):
-    """PPO with one process and with two; then both killed at a random moment (seeded), and --resume: as if nothing had
-    happened."""
+    """PPO with one process and with two. Then both are killed at a random moment (seeded).
+
+    After --resume it is as if nothing had happened.
+    """
     every = ["--checkpoint-every", "0", "--phases", "4", "--resume"]
     once, printed = (
         finished(launch("ppo", n, tmp_path / name, *every))
@@ -135,7 +151,10 @@ def test_killed_processes_resume_to_the_same_weights(tmp_path):
             last, changes = now, changes - 1
         time.sleep(0.002)
     assert process.poll() is None, process.communicate()[0]
-    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "broken")])  # torchrun and its workers
+    killed = [process.pid, *children(process.pid)]  # torchrun and its workers
+    assert len(killed) >= 3
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
     finished(launch("ppo", 2, tmp_path / "broken", *every))
     assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(
@@ -175,97 +194,12 @@ def test_what_the_first_process_cannot_read_or_write_all_hear_of(monkeypatch):
     ]
 
 
-# ---- memory
-
-
-def test_a_micro_batch_that_does_not_fit_is_halved_and_the_gradient_stays(
-    nano, monkeypatch, capsys
-):
-    """More than 120 padded tokens at a time do not fit, and the failing backward pass leaves half a gradient behind."""
-    policy = common.Policy(nano, device="cpu")
-    rng = np.random.default_rng(0)
-    examples = [
-        (rng.integers(5, 300, 9).tolist(), rng.integers(5, 300, int(n)).tolist())
-        for n in rng.integers(3, 40, 12)
-    ]
-    weights = list(policy.model.parameters())
-
-    def gradient(budget) -> torch.Tensor:
-        common._halvings.clear()
-        n_tokens = sum(len(r) for _, r in examples)
-
-        def backward(indices):
-            loss = (
-                -common.response_logprobs(policy, [examples[i] for i in indices]).sum() / n_tokens
-            )
-            loss.backward()
-            if (
-                limit
-                and len(indices) * max(len(examples[i][0]) + len(examples[i][1]) for i in indices)
-                > limit
-            ):
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return [loss.item()]
-
-        (loss,) = common.backward_in_parts(
-            [len(p) + len(r) for p, r in examples], budget, backward, weights
-        )
-        found = torch.cat([p.grad.flatten() for p in weights])
-        policy.model.zero_grad(set_to_none=True)
-        return torch.cat([found, torch.tensor([loss])])
-
-    limit = None
-    expected = gradient(10000)
-    limit = 120
-    torch.testing.assert_close(gradient(500), expected, atol=1e-6, rtol=1e-4)
-    said = capsys.readouterr().err
-    assert "going on with 250" in said and "going on with 125" in said
-    assert common._halvings[500] == said.count("warning")
-    limit = 1
-    with pytest.raises(
-        torch.OutOfMemoryError
-    ):  # a single sequence does not fit: there is nothing to halve
-        gradient(500)
-    common._halvings.clear()
-
-
-def test_scoring_goes_on_when_memory_runs_out(capsys):
-    examples, largest = [([0] * 4, [i] * (1 + i % 7)) for i in range(30)], []
-
-    def run(batch):
-        if len(batch) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        largest.append(len(batch))
-        return [response[0] for _, response in batch]
-
-    common._halvings.clear()
-    assert common.in_batches(run, examples, 100) == list(range(30))
-    assert "going on with 50" in capsys.readouterr().err and max(largest) == 3
-    common._halvings.clear()
-
-
-def test_the_loss_is_measured_when_memory_runs_out(tiny, monkeypatch, capsys):
-    prompt, solution = tiny.encode_prompt("Question: ..."), tiny.encode_solution("1+2=<<1+2=3>>3")
-    examples = [(prompt, solution[i:]) for i in range(len(solution))]
-    logprobs, expected = common.response_logprobs, sft.cross_entropy(tiny, examples, 1000)
-
-    def small_memory(policy, examples):
-        if len(examples) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return logprobs(policy, examples)
-
-    monkeypatch.setattr(common, "response_logprobs", small_memory)
-    assert sft.cross_entropy(tiny, examples, 1000) == pytest.approx(expected, rel=1e-5)
-    assert "going on with" in capsys.readouterr().err
-    common._halvings.clear()
-
-
 @pytest.mark.parametrize(
     "name, rank, number",
     [("auto", None, 0), ("cuda", None, 0), ("cuda:1", None, 1), ("auto", "3", 3)],
 )
 def test_a_gpu_is_chosen_by_its_number(name, rank, number, monkeypatch):
-    """`torch.cuda.set_device` refuses a device without one. Imitated, so that it is tested without a GPU, too."""
+    """`torch.cuda.set_device` refuses a device without one. Imitated, to need no GPU."""
     chosen, zero = [], torch.zeros(1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: zero)
@@ -279,33 +213,129 @@ def test_a_gpu_is_chosen_by_its_number(name, rank, number, monkeypatch):
     assert common.torch_device(name) == torch.device("cuda", number) and chosen == [number]
 
 
-def test_training_goes_on_when_memory_runs_out(cli, nano, tmp_path, monkeypatch, capsys):  # noqa: F811
-    argv = [
-        "--model",
-        nano,
-        "--epochs",
-        "1",
-        "--batch-size",
-        "8",
-        "--limit-eval",
-        "4",
-        "--max-new-tokens",
-        "8",
-    ]
-    assert cli(sft, *argv, "--out", tmp_path / "whole")[0] == 0
-    logprobs = common.response_logprobs
+def in_two_processes(work, folder: Path, *args) -> list:
+    """Run work(rank, *args) in two processes. Return what each returns and the calls it made.
 
-    def small_memory(policy, examples, *args):
-        if torch.is_grad_enabled() and len(examples) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return logprobs(policy, examples, *args)
+    The calls are those of torch.distributed, by name.
+    """
+    torch.multiprocessing.spawn(join_two, (work, folder, *args), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
-    monkeypatch.setattr(common, "response_logprobs", small_memory)
-    assert cli(sft, *argv, "--out", tmp_path / "small")[0] == 0
-    common._halvings.clear()
-    rows = [rows_of(tmp_path / name / "metrics.jsonl")[-1] for name in ("whole", "small")]
-    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
-    one, several = (
-        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "small")
-    )
-    assert all(torch.allclose(one[name], several[name], atol=1e-5) for name in one)
+
+def join_two(rank: int, work, folder: Path, *args) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    calls = []
+
+    def spy(name: str, call) -> None:
+        setattr(dist, name, lambda *args, **how: calls.append(name) or call(*args, **how))
+
+    for name in COLLECTIVES:
+        spy(name, getattr(dist, name))
+    torch.save((work(rank, *args), calls), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+COLLECTIVES = ["all_reduce", "all_gather", "broadcast", "all_gather_object", "gather_object"]
+COLLECTIVES += ["broadcast_object_list", "scatter_object_list"]
+
+
+def add_up(rank: int) -> tuple:
+    """Sum gradients: of both processes, of the second, of none, of the first, of a frozen one."""
+    shapes = (2, 3), (4,), (5,), (), (1,)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    parameters[-1].requires_grad_(False)
+    for i, ranks in enumerate([(0, 1), (1,), (), (0,)]):
+        if rank in ranks:
+            n = parameters[i].numel()
+            values = torch.arange(n, dtype=torch.float32).view_as(parameters[i])
+            parameters[i].grad = values + 10 * (rank + 1)
+    sums = common.sum_gradients(iter(parameters), 1.5 + rank, np.float64(-2.0))
+    assert {p.grad.dtype for p in parameters if p.grad is not None} == {torch.float32}
+    return [p.grad for p in parameters], sums
+
+
+def test_gradients_and_sums_of_two_processes_add_up(tmp_path):
+    """A parameter with a gradient in one process gets it in both. One without any gets none."""
+    (first, calls), (second, other_calls) = in_two_processes(add_up, tmp_path)
+    assert calls == other_calls == ["all_reduce"], "one flat tensor"
+    for gradients, sums in (first, second):
+        assert sums == [4.0, -4.0]
+        both, of_second, none, of_first, frozen = gradients
+        assert torch.equal(both, 2 * torch.arange(6.0).view(2, 3) + 30)
+        assert torch.equal(of_second, torch.arange(4.0) + 20)
+        assert torch.equal(of_first, torch.tensor(10.0))
+        assert none is None and frozen is None
+
+
+def test_alone_a_process_keeps_its_gradients(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: pytest.fail("there is nobody to ask"))
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    weights[0].grad = gradient = torch.ones(2)
+    assert common.sum_gradients(iter(weights), 0.5, 2.0) == [0.5, 2.0]
+    assert weights[0].grad is gradient and weights[1].grad is None
+
+
+SCRIPTS = "sft", "expert_iteration", "rcrl", "reward_model"
+
+
+def train(rank: int, nano: str) -> dict:
+    """Make a step on four examples, and one on a single example, with every script.
+
+    Returns losses, norms and the weights.
+    """
+    results = {}
+    for script in SCRIPTS:
+        module, rng = importlib.import_module(script), np.random.default_rng(0)
+        torch.manual_seed(0)
+        if script == "reward_model":
+            policy = reward_model.RewardModel(nano, "cpu", new=True)
+        else:
+            policy = common.Policy(nano, "cpu")
+        optimizer, found = common.adam_w(policy.model.parameters(), 1e-3), []
+        for n in (4, 1):
+            sizes = zip(rng.integers(1, 9, n), rng.integers(2, 20, n), strict=True)
+            ids = rng.integers(5, 300, 100).tolist()
+            batch, more = [(ids[:p], ids[p : p + r]) for p, r in sizes], []
+            if script == "rcrl":
+                more = [[[i % 3 != 1 for i in range(len(response))] for _, response in batch]]
+            if script == "reward_model":
+                batch = [(example, float(i % 2), 0.5 + i) for i, example in enumerate(batch)]
+            found.append(module.train_step(policy, optimizer, batch, *more, 20))
+        results[script] = found, [p.detach() for p in policy.model.parameters()]
+    return results
+
+
+def test_a_step_of_two_processes_is_that_of_one_and_gathers_no_object(nano, tmp_path):
+    """In the second step one process has nothing to do. Its share of the sum is zero."""
+    alone = train(0, nano)
+    for results, calls in in_two_processes(train, tmp_path, nano):
+        assert calls == ["all_reduce"] * 2 * len(SCRIPTS), "one flat tensor a step"
+        for script, (losses, weights) in alone.items():
+            found, after = results[script]
+            assert np.array(found) == pytest.approx(np.array(losses), rel=1e-4), script
+            torch.testing.assert_close(after, weights, atol=1e-5, rtol=1e-3)
+
+
+def count_calls_of_ppo(rank: int, out: Path, flags: str) -> int:
+    sys.argv = ["ppo.py"]
+    ppo.main([*f"{TRAIN} {PPO} {flags} --out".split(), str(out)])
+    return len(rows_of(out / "metrics.jsonl"))
+
+
+def test_ppo_gathers_no_object_in_a_step(tmp_path):
+    """However many steps a phase has, as many objects are gathered. Only the sums are more."""
+    counts = []
+    for name, flags in (("few", "--epochs 1 --batch-size 1000"), ("many", "--epochs 2")):
+        (tmp_path / name).mkdir()
+        out = tmp_path / name / "run"
+        (rows, calls), _ = in_two_processes(count_calls_of_ppo, tmp_path / name, out, flags)
+        assert rows == 4
+        steps = rows_of(out / "metrics.jsonl")[-1]["step"]
+        counts.append((Counter(calls), steps))
+    (few, few_steps), (many, many_steps) = counts
+    assert few_steps == 3 and many_steps == 3 * 2 * 5
+    assert many["all_reduce"] - few["all_reduce"] == many_steps - few_steps
+    del few["all_reduce"], many["all_reduce"]
+    assert few == many and few["all_gather_object"] > 0

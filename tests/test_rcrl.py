@@ -1,4 +1,4 @@
-"""Return-conditioned RL: the labels, the mixture, what is a target, and sampling with a forced label before every line."""
+"""Return-conditioned RL: the labels, the mixture, the targets, and sampling with forced labels."""
 
 import argparse
 import copy
@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import train_step
 from test_generation import ARCHITECTURES, random_policy
 from test_scripts import cli, rows_of, without_time  # noqa: F401
 
 import common
+import engine
 import evaluate
 import expert_iteration
 import ppo
@@ -19,9 +19,10 @@ import rcrl
 import sft
 
 PROBLEMS = common.load_problems("arithmetic", "train", 24)
-RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--samples", "4", "--completions", "2", "--epochs",
-       "2", "--batch-size", "8", "--max-new-tokens", "60", "--gen-batch-size", "32", "--ratio", "1"]  # fmt: skip
-THREE = next(p for p in PROBLEMS if len(p.steps) == 3)
+RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--samples", "4",
+       "--completions", "2", "--epochs", "2", "--batch-size", "8", "--max-new-tokens", "60",
+       "--gen-batch-size", "32", "--ratio", "1"]  # fmt: skip
+THREE = next(p for p in PROBLEMS if p.reference.count("\n") == 3)
 
 
 def sample_of(problem, text, number=0, finished=True) -> common.Sample:
@@ -42,7 +43,7 @@ def labelled() -> common.Policy:
 
 def test_a_line_is_good_if_at_least_half_of_its_completions_are_right():
     sample = sample_of(THREE, THREE.reference)
-    starts = list(rcrl.beginnings([sample, sample]))
+    starts = list(rcrl.prefixes_of([sample, sample]))
     assert [text for _, text in starts] == [
         "".join(THREE.reference.splitlines(keepends=True)[:i]) for i in (1, 2, 3)
     ]
@@ -68,14 +69,16 @@ def test_a_line_is_good_if_at_least_half_of_its_completions_are_right():
 
 def test_beginnings_have_random_numbers_of_their_own():
     """Two beginnings of one problem, completed with the same uniforms, would not be independent."""
-    problems = list(rcrl.beginnings([sample_of(THREE, THREE.reference)]).values())
+    problems = list(rcrl.prefixes_of([sample_of(THREE, THREE.reference)]).values())
     assert len({p.id for p in problems}) == 3 and {p.answer for p in problems} == {THREE.answer}
 
 
 @pytest.mark.parametrize("n_right, n_wrong, ratio, size, expected", [
     (100, 50, 1, None, (50, 50)), (100, 50, 10, None, (100, 10)), (100, 50, 100, None, (100, 1)),
     (20, 50, 1, None, (20, 20)), (100, 0, 1, None, (100, 0)), (10, 50, 100, None, (10, 0)),
-    (10, 50, 0.5, None, (10, 20)), (1, 20, 0.01, None, (1, 20)), (199, 50, 100, None, (199, 1)), (109, 50, 10, None, (109, 10)), (100, 50, 1, 60, (30, 30)), (100, 50, 10, 55, (50, 5)), (100, 50, 100, 50, (50, 0)), (9, 48, 0.1, 5, (1, 4)), (9, 48, 1, 1, (1, 0)),
+    (10, 50, 0.5, None, (10, 20)), (1, 20, 0.01, None, (1, 20)), (199, 50, 100, None, (199, 1)),
+    (109, 50, 10, None, (109, 10)), (100, 50, 1, 60, (30, 30)), (100, 50, 10, 55, (50, 5)),
+    (100, 50, 100, 50, (50, 0)), (9, 48, 0.1, 5, (1, 4)), (9, 48, 1, 1, (1, 0)),
 ])  # fmt: skip
 def test_the_mixture_has_the_ratio_and_is_as_large_as_it_can_be(
     n_right, n_wrong, ratio, size, expected
@@ -114,7 +117,7 @@ def test_lines_are_targets_and_labels_are_not(by):
 
 
 def test_the_new_labels_lie_as_far_apart_as_other_tokens_do(labelled):
-    """Rows at the mean of the others, where transformers puts them, are so alike that training hardly tells them apart."""
+    """Rows at the mean of the others, where transformers puts them, are hard to tell apart."""
     *_, good, bad = rows = labelled.model.get_input_embeddings().weight.detach()
     assert labelled.tokenizer.convert_ids_to_tokens([len(rows) - 2, len(rows) - 1]) == list(
         rcrl.LABELS.values()
@@ -138,45 +141,48 @@ def test_the_control_learns_the_solutions_without_labels(labelled, tmp_path):
             policy.tokenizer.eos_token_id,
         ] and all(targets)
         policy.save(tmp_path / "saved")
-        assert common.Policy(str(tmp_path / "saved"), "cpu").label == []
+        assert common.Policy(str(tmp_path / "saved"), "cpu").label is None
 
 
 def test_labels_get_no_gradient(labelled):
-    """The loss of a batch is the mean over the targets alone: brute force against the log-probabilities."""
+    """The loss of a batch is the mean over the targets alone."""
     lines = [{"label": "bad", "text": "1+1=<<1+1=2>>2\n"}, {"label": "good", "text": "#### 2"}]
     example, targets = rcrl.encode(labelled, THREE, lines)
     with torch.no_grad():
         logprobs = common.response_logprobs(labelled, [example])
     optimizer = torch.optim.SGD(labelled.model.parameters(), lr=0.0)
-    loss, _ = train_step(labelled, optimizer, [example], 0.0, 10_000, [targets])
+    loss, _ = rcrl.train_step(labelled, optimizer, [example], [targets], 10_000)
     assert loss == pytest.approx(-logprobs[torch.tensor(targets)].mean().item(), abs=1e-5)
     assert abs(loss + logprobs.mean().item()) > 1e-2
 
 
-def check_labels(policy, samples, label: list[int]) -> int:
-    """Every line but the first of every sample begins with the label, whose log-probability is 0, and the label stands
-    nowhere else; the other log-probabilities are those of the training pass. -> number of labels seen"""
+def check_labels(policy, samples, label: int) -> int:
+    """Check that every line begins with the label. Return how many labels were seen.
+
+    The log-probability of a label is 0. The others are those of the training pass.
+    """
     seen = 0
     for sample in samples:
-        ids, m = sample.tokens.tolist(), len(label)
-        after_break = [i + 1 for i, t in enumerate(ids) if policy.ends_line[t] and i + m < len(ids)]
-        assert list(sample.prompt[-m:]) == label  # the label of the first line
+        ids = sample.tokens.tolist()
+        after_break = [
+            i + 1 for i, t in enumerate(ids) if policy.breaks_line[t] and i + 1 < len(ids)
+        ]
+        assert sample.prompt[-1] == label  # of the first line
         for i in after_break:
-            assert ids[i : i + m] == label and not sample.logprobs[i : i + m].any()
-        forced = {j for i in after_break for j in range(i, i + m)}
-        free = [j for j in range(len(ids) - m) if j not in forced]
+            assert ids[i] == label and not sample.logprobs[i]
+        free = [i for i in range(len(ids)) if i not in after_break]
         again = common.response_logprobs(policy, [(list(sample.prompt), ids)]).detach()
         np.testing.assert_allclose(sample.logprobs[free], again[free], atol=2e-4)
         seen += len(after_break)
     return seen
 
 
-@pytest.mark.parametrize("gen_batch_size", [3, 16])
+@pytest.mark.parametrize("batch_size", [3, 16])
 @pytest.mark.parametrize("on", ["good", "bad"])
-def test_every_sampled_line_begins_with_the_forced_label(labelled, rows, on):
+def test_every_sampled_line_begins_with_the_forced_label(labelled, batch_size, on):
     labelled.condition(on)
     samples = common.generate(
-        labelled, PROBLEMS[:4], samples=4, max_new_tokens=60, batch_size=rows, seed=3
+        labelled, PROBLEMS[:4], samples=4, max_new_tokens=60, batch_size=batch_size, seed=3
     )
     assert check_labels(labelled, samples, labelled.label) > 8
     assert not any("[" in sample.text for sample in samples)
@@ -184,73 +190,66 @@ def test_every_sampled_line_begins_with_the_forced_label(labelled, rows, on):
     plain = common.generate(
         labelled, PROBLEMS[:4], samples=1, max_new_tokens=40, batch_size=4, seed=3
     )
-    assert not labelled.label and all(
+    assert labelled.label is None and all(
         list(s.prompt) == labelled.encode_prompt(common.prompt_text(s.problem)) for s in plain
     )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_labels_of_several_tokens_are_forced_on_every_path(name, tmp_path_factory, monkeypatch):
-    """A label that is plain text has several tokens. The same samples whatever the rows, on the fast path as on a CPU, with
-    the stride of a GPU, and on the slow path."""
+def test_labels_are_forced_on_every_path(name, tmp_path_factory, monkeypatch):
+    """The samples do not depend on the batch size, the stride of a GPU, or the plain loop."""
     policy = copy.copy(random_policy(name, tmp_path_factory))  # others use it, too
-    policy.labels = {"good": "ab c", "bad": "x", "by": "step"}
     broken = np.zeros(policy.vocabulary, bool)
     broken[::3] = True  # a random model hardly ever breaks a line
-    policy.__dict__["ends_line"] = broken
-    policy.condition("good")
-    del policy.model.config.return_labels
-    policy.label = policy.label if len(policy.label) > 1 else [5, 7, 11]
-    policy.eos_ids = [
-        i for i in range(1, policy.vocabulary, 30) if i not in policy.label
-    ]  # rows end at any time
+    policy.__dict__["breaks_line"] = broken
+    policy.label, policy.label_every_line = 5, True
+    policy.eos_ids = list(range(1, policy.vocabulary, 30))  # sequences end at any time
     how = dict(samples=3, max_new_tokens=24, seed=1)
     found = []
-    loops = common.decode, common.decode_plainly
-    for rows, devices, loop in ((2, set(), 0), (9, set(), 0), (9, {"cpu"}, 0), (4, set(), 1)):
-        monkeypatch.setattr(common, "GRAPH_DEVICES", devices)
-        policy.decode_loop = loops[loop]
-        samples = common.generate(policy, PROBLEMS[:3], batch_size=rows, **how)
+    paths = [(2, set(), True), (9, set(), True), (9, {"cpu"}, True), (4, set(), False)]
+    for batch_size, devices, fast in paths:
+        monkeypatch.setattr(engine.decode, "GRAPH_DEVICES", devices)
+        policy.model.set_attn_implementation("paged_attention" if fast else "sdpa")
+        try:
+            samples = common.generate(policy, PROBLEMS[:3], batch_size=batch_size, **how)
+        finally:
+            policy.model.set_attn_implementation("paged_attention")
         found.append([sample.tokens.tolist() for sample in samples])
     assert found[0] == found[1] == found[2] == found[3]
-    m = len(policy.label)
+    labels = 0
     for sample in samples:
-        ids, i = sample.tokens.tolist(), 0
-        while i < len(ids):
-            if broken[ids[i]]:
-                assert ids[i + 1 : i + 1 + m] == policy.label[: len(ids) - i - 1]
-                i += m
-            i += 1
+        ids = sample.tokens.tolist()
+        assert sample.prompt[-1] == policy.label
+        for token, following, logprob in zip(ids, ids[1:], sample.logprobs[1:], strict=False):
+            if broken[token]:
+                assert following == policy.label and logprob == 0
+                labels += 1
+    assert labels > 20
 
 
-def test_a_model_that_takes_no_new_tokens_has_its_labels_as_text(nano, monkeypatch):
+def test_a_model_that_takes_no_new_tokens_is_refused(nano, monkeypatch):
     policy = common.Policy(nano, "cpu")
 
     def refuse(*_, **__):
         raise NotImplementedError("tied in a way of its own")
 
     monkeypatch.setattr(policy.model, "resize_token_embeddings", refuse)
-    rcrl.teach_labels(policy, "step")
-    assert policy.model.config.return_labels["good"] == "[GOOD] " and len(policy.label) > 1
-    (_, response), targets = rcrl.encode(
-        policy, THREE, [{"label": "good", "text": "1+1=<<1+1=2>>2\n"}]
-    )
-    assert response[: len(policy.label)] == policy.label and targets.count(False) == len(
-        policy.label
-    )
+    words = "--base: this model takes no new tokens for labels .tied in a way of its own"
+    with pytest.raises(common.UserError, match=words):
+        rcrl.teach_labels(policy, "step")
 
 
 # ---- the script
 
 
-def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_path):  # noqa: F811
+def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_path):
     out = tmp_path / "rcrl"
     assert cli(rcrl, *RUN, "--out", out, "--check-labels", "5")[0] == 0
     rows = rows_of(out / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2] and 0 <= rows[0]["label_agreement"] <= 1
     labelled = rows_of(out / "samples" / "labelled.jsonl")
-    assert len(labelled) == rows[0]["train_size"] == rows[0]["right"] + rows[0]["wrong"]
-    assert rows[0]["right"] == rows[0]["wrong"] > 0
+    assert len(labelled) == rows[0]["train_size"] == rows[0]["n_correct"] + rows[0]["n_incorrect"]
+    assert rows[0]["n_correct"] == rows[0]["n_incorrect"] > 0
     assert all(
         line["q"] in (0, 0.5, 1) and line["label"] in rcrl.LABELS
         for row in labelled
@@ -258,7 +257,7 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
     )
     assert all(row["lines"][-1]["q"] == row["correct"] for row in labelled)
     completions = rows_of(out / "samples" / "completions.jsonl")
-    assert len(completions) == 2 * rows[0]["beginnings"]
+    assert len(completions) == 2 * rows[0]["prefixes"]
 
     argv = [
         "--model",
@@ -271,8 +270,8 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
         "60",
     ]
     texts = {}
-    for name, flags in {"default": [], "good": ["--condition", "good"], "bad": ["--condition", "bad"],
-                        "none": ["--condition", "none"]}.items():  # fmt: skip
+    for name in ("default", "good", "bad", "none"):
+        flags = [] if name == "default" else ["--condition", name]
         assert cli(evaluate, *argv, *flags, "--out", tmp_path / f"{name}.json")[0] == 0
         texts[name] = [row["text"] for row in rows_of(tmp_path / f"{name}.samples.jsonl")]
     assert texts["default"] == texts["good"] and len({tuple(t) for t in texts.values()}) > 1
@@ -336,11 +335,8 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
     config = json.loads((tmp_path / "outcome" / "model" / "config.json").read_text())
     assert config["return_labels"]["by"] == "outcome"
 
-    # the file of samples changed since the run began
-    argv[-1].write_text(argv[-1].read_text() * 2)
-    code, message = cli(rcrl, *argv, "--resume")
-    assert code == 2 and "train_samples_fingerprint" in message
-    # a model with labels neither labels nor is trained anew: its completions would not carry the labels on
+    # A model with labels neither labels nor is trained anew.
+    # Its completions would not carry the labels on.
     for flag in ("--model", "--base"):
         code, message = cli(rcrl, *RUN, flag, out / "model", "--out", tmp_path / "again")
         assert (
@@ -351,10 +347,10 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
 
 
 def test_completions_of_other_beginnings_are_not_read_back(tmp_path):
-    """Their problems' ids are numbered, so after a change of the samples the same ids may stand for other beginnings."""
+    """Beginnings are numbered. After a change of the samples a number may stand for another."""
     policy, how = (
         common.Policy("tiny", "cpu"),
-        {"samples": 2, "gen_batch_size": 8, "max_new_tokens": 30, "progress": None},
+        {"samples": 2, "batch_size": 8, "max_new_tokens": 30, "progress": None},
     )
     file = tmp_path / "completions.jsonl"
     for prefix in ("1+1=<<1+1=2>>2\n", "2+2=<<2+2=4>>4\n"):
@@ -368,7 +364,7 @@ def test_completions_of_other_beginnings_are_not_read_back(tmp_path):
 @pytest.mark.parametrize(
     "correct, finished, advice", [(False, True, "--samples"), (True, False, "--max-new-tokens")]
 )
-def test_nothing_to_learn_from_is_said(cli, tmp_path, correct, finished, advice):  # noqa: F811
+def test_nothing_to_learn_from_is_said(cli, tmp_path, correct, finished, advice):
     problem = common.load_problems("arithmetic", "train", 1)[0]
     text = f"#### {problem.answer if correct else 'none'}"
     (tmp_path / "samples.jsonl").write_text(
@@ -383,7 +379,7 @@ def test_nothing_to_learn_from_is_said(cli, tmp_path, correct, finished, advice)
     )
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):
     """Killed while its completions are being written, and at a checkpoint."""
 
     class Killed(Exception):
@@ -434,7 +430,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch): 
 
 def test_a_completion_that_was_cut_is_not_right(tiny, tmp_path, monkeypatch):
     """Even if its answer line is complete."""
-    starts = rcrl.beginnings([sample_of(THREE, THREE.reference)])
+    starts = rcrl.prefixes_of([sample_of(THREE, THREE.reference)])
 
     def drawn(policy, problems, *_, samples, **__):
         return [
@@ -444,14 +440,14 @@ def test_a_completion_that_was_cut_is_not_right(tiny, tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(common, "sample_to_file", drawn)
-    args = argparse.Namespace(temperature=1.0, max_new_tokens=60, batch_size=8, seed=0)
+    args = argparse.Namespace(temperature=1.0, max_new_tokens=60, gen_batch_size=8, seed=0)
     assert all(sample.correct for sample in drawn(tiny, [THREE], samples=4))
     assert rcrl.estimate_q(tiny, starts, 4, tmp_path / "q.jsonl", None, args, 1) == dict.fromkeys(
         starts, 0.75
     )
 
 
-def test_ppo_goes_on_from_a_model_with_labels_without_them(cli, labelled, tmp_path):  # noqa: F811
+def test_ppo_goes_on_from_a_model_with_labels_without_them(cli, labelled, tmp_path):
     labelled.condition("good")
     labelled.save(tmp_path / "labelled")
     argv = [
@@ -470,4 +466,4 @@ def test_ppo_goes_on_from_a_model_with_labels_without_them(cli, labelled, tmp_pa
     before, after = (
         common.Policy(str(tmp_path / name), "cpu") for name in ("labelled", "run/model")
     )
-    assert before.label and not after.label
+    assert before.label is not None and after.label is None

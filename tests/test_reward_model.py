@@ -1,4 +1,4 @@
-"""The outcome reward model: its formulas against brute force, its scores, and what the other scripts do with them."""
+"""The outcome reward model: its formulas against brute force, its scores, and their use."""
 
 import itertools
 import json
@@ -20,8 +20,9 @@ import ppo
 import reward_model
 
 PROBLEMS = common.load_problems("arithmetic", "train", 40)
-RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--samples", "4", "--eval-samples", "4", "--epochs",
-       "2", "--batch-size", "8", "--max-new-tokens", "60", "--gen-batch-size", "32"]  # fmt: skip
+RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--samples", "4",
+       "--eval-samples", "4", "--epochs", "2", "--batch-size", "8", "--max-new-tokens", "60",
+       "--gen-batch-size", "32"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_calibration_by_hand():
     """Bin .8 to .9: two samples at .8 and .85, one right; the last bin holds the score 1.0."""
     scores, labels = np.array([0.05, 0.8, 0.85, 1.0]), np.array([False, True, False, True])
     table = reward_model.reliability(scores, labels)
-    assert [(row["n"], row["right"]) for row in table] == [(1, 0.0), (2, 0.5), (1, 1.0)]
+    assert [(row["n"], row["correct"]) for row in table] == [(1, 0.0), (2, 0.5), (1, 1.0)]
     assert reward_model.calibration_error(table) == pytest.approx(
         (0.05 + 2 * (0.825 - 0.5) + 0.0) / 4
     )
@@ -92,18 +93,16 @@ def test_within_a_question_both_classes_weigh_the_same():
 def test_equal_solutions_are_merged_without_changing_the_loss(orm):
     problem, other = PROBLEMS[:2]
     texts = [right(problem), wrong(problem), wrong(problem), wrong(problem) + "\n"]
-    samples = [sample_of(problem, text, i) for i, text in enumerate(texts)] + [
-        sample_of(other, right(other))
-    ]
+    samples = [sample_of(problem, text, i) for i, text in enumerate(texts)]
+    samples += [sample_of(other, right(other))]
     data, weights = reward_model.training_data(samples)
     assert len(data) == 3 and weights == pytest.approx([2, 2, 1])
 
     def loss(samples, weights):
-        examples = [orm.encode(s) for s in samples]
+        pairs = zip(samples, weights, strict=True)
+        batch = [(orm.encode(s), float(s.correct), weight) for s, weight in pairs]
         optimizer = torch.optim.SGD(orm.model.parameters(), lr=0.0)
-        return reward_model.orm_step(
-            orm, optimizer, examples, [float(s.correct) for s in samples], weights, 0.0, 9999
-        )[0]
+        return reward_model.train_step(orm, optimizer, batch, 9999)[0]
 
     every = [*reward_model.balanced_weights([s.correct for s in samples[:4]]), 1.0]
     assert loss(samples, every) == pytest.approx(loss(data, weights), rel=1e-5)
@@ -132,7 +131,7 @@ def test_best_of_n_by_hand():
 
 
 def test_positions_are_shares_of_the_tokens_read():
-    """A solution of four tokens, whose probability after n tokens is n / 10; one of a single token."""
+    """One solution has four tokens with the probabilities 0.1, 0.2, 0.6, 0.7. One has a token."""
     labels = [common.Problem("a", "?", Fraction(1)), common.Problem("b", "?", Fraction(2))]
     samples = [common.Sample(problem, 0, "#### 1", finished=True) for problem in labels]
     found = reward_model.quality(samples, [np.array([0.1, 0.2, 0.6, 0.7]), np.array([0.55])])[
@@ -152,7 +151,7 @@ def test_the_paired_interval_stays_within_its_range():
 
 
 def test_mcnemar_against_enumeration():
-    """All 2^n ways in which the n problems that differ could have gone: how many are at least this uneven."""
+    """Enumerate all 2^n outcomes of the n problems that differ. Count those as uneven as this."""
     for better, worse in ((5, 1), (3, 3), (0, 4), (0, 0), (7, 2)):
         values = [1.0] * better + [0.0] * worse + [1.0] * 3
         others = [0.0] * better + [1.0] * worse + [1.0] * 3
@@ -170,7 +169,7 @@ def test_mcnemar_against_enumeration():
 
 
 def test_long_solutions_do_not_count_more(orm):
-    """One right solution of 5 tokens and one wrong of 80: each is half of the loss, whatever its length."""
+    """A right solution of 5 tokens and a wrong one of 80 are each half of the loss."""
     problem = PROBLEMS[0]
     short, long = (
         sample_of(problem, f"#### {problem.answer}"),
@@ -179,7 +178,7 @@ def test_long_solutions_do_not_count_more(orm):
     examples = [orm.encode(s) for s in (short, long)]
     optimizer = torch.optim.SGD(orm.model.parameters(), lr=0.0)
     alone = [
-        reward_model.orm_step(orm, optimizer, [example], [y], [1.0], 0.0, 9999)[0]
+        reward_model.train_step(orm, optimizer, [(example, y, 1.0)], 9999)[0]
         for example, y in zip(examples, (1.0, 0.0), strict=True)
     ]
     with torch.no_grad():
@@ -188,81 +187,71 @@ def test_long_solutions_do_not_count_more(orm):
         ]
         means = [torch.nn.functional.softplus(x).mean() for x in odds]
     assert alone == pytest.approx([mean.item() for mean in means], rel=1e-4)
-    both = reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0], [1.0, 1.0], 0.0, 9999)[0]
+    batch = list(zip(examples, (1.0, 0.0), (1.0, 1.0), strict=True))
+    both = reward_model.train_step(orm, optimizer, batch, 9999)[0]
     assert both == pytest.approx(sum(alone) / 2, rel=1e-4)
 
 
-def test_a_family_without_a_token_classifier_has_reward_models(tmp_path):
-    """Gemma 3, beside the embeddings of images: its settings are those of text and vision, and have no width of their own.
-    All that is saved comes back, and the network is trained, with no gradient for a head that is not used."""
-    text = dict(
-        num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, **SMALL
-    )
-    sight = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)  # fmt: skip
-    write_model(
-        lambda v: transformers.Gemma3Config(
-            text_config=text | {"vocab_size": v}, vision_config=sight, mm_tokens_per_image=4,
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "opt"])
+def test_a_family_without_a_token_classifier_is_refused_as_reward_model(family, tmp_path):
+    """Gemma 3 has embeddings of images. Of Qwen 3.5 the saved text part is a family of its own."""
+    sight = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    grouped = dict(num_key_value_heads=2, head_dim=8, **SMALL)
+    linear = dict(
+        linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )  # fmt: skip
+    families = {
+        "gemma3": lambda v: transformers.Gemma3Config(
+            text_config=dict(sliding_window=8, query_pre_attn_scalar=8, vocab_size=v, **grouped),
+            vision_config=dict(image_size=16, patch_size=8, **sight), mm_tokens_per_image=4,
             image_token_index=v - 1, boi_token_index=v - 2, eoi_token_index=v - 3,
         ),
-        tmp_path / "policy",
-    )  # fmt: skip
-    policy = common.Policy(str(tmp_path / "policy"), "cpu")
-    orm = reward_model.RewardModel(str(tmp_path / "policy"), "cpu", new=True)
-    samples = [sample_of(p, right(p)) for p in PROBLEMS[:3]]
-    assert all((p == 0.5).all() for p in orm.scores(samples))
-    examples = [orm.encode(sample) for sample in samples]
-    ids = torch.tensor([examples[0][0]])
-    with torch.no_grad():
-        assert torch.equal(orm.hidden_states(ids), policy.hidden_states(ids)), (
-            "the policy's network"
-        )
-    torch.nn.init.normal_(orm.linear.weight)
-    before, optimizer = orm.scores(samples), common.adam_w(orm.model.parameters(), 1e-3)
-    assert (
-        reward_model.orm_step(orm, optimizer, examples, [1.0, 0.0, 1.0], [1.0] * 3, 1e-3, 999)[1]
-        > 0
-    )
-    assert not np.allclose(before[0], orm.scores(samples)[0], atol=1e-4)
-    orm.save(tmp_path / "orm")
-    assert common.is_reward_model(str(tmp_path / "orm"))
-    again = reward_model.RewardModel(str(tmp_path / "orm"), "cpu")
-    assert all(
-        np.allclose(a, b) for a, b in zip(again.scores(samples), orm.scores(samples), strict=True)
-    )
-    with pytest.raises(common.UserError, match="a reward model, not a language model"):
-        common.Policy(str(tmp_path / "orm"))
-
-
-def test_a_reward_model_begins_with_the_weights_of_the_policy(tmp_path):
-    """Of Qwen 3.5 the saved text part has other names for its weights than the network, which transformers translates only
-    for classes of its own; OPT may have hidden states wider than what its head reads."""
-    narrow = dict(num_key_value_heads=2, head_dim=8, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
-                  linear_value_head_dim=8, **SMALL | {"num_hidden_layers": 4})  # fmt: skip
-    sight = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
-    families = {
-        "qwen": lambda v: transformers.Qwen3_5Config(
-            text_config=narrow | {"vocab_size": v}, vision_config=sight
+        "qwen3_5": lambda v: transformers.Qwen3_5Config(
+            text_config=linear | grouped | {"vocab_size": v, "num_hidden_layers": 4},
+            vision_config=dict(
+                depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32
+            ),
         ),
         "opt": lambda v: transformers.OPTConfig(
             vocab_size=v, ffn_dim=64, word_embed_proj_dim=16, **SMALL
         ),
-    }
-    ids = torch.tensor([[3, 4, 5, 6]])
-    for name, config_of in families.items():
-        write_model(config_of, tmp_path / name)
-        policy = common.Policy(str(tmp_path / name), "cpu")
-        policy.save(tmp_path / f"{name}_saved")
-        orm = reward_model.RewardModel(str(tmp_path / f"{name}_saved"), "cpu", new=True)
-        torch.nn.init.normal_(orm.linear.weight)
-        orm.save(tmp_path / f"{name}_orm")
-        again = reward_model.RewardModel(str(tmp_path / f"{name}_orm"), "cpu")
-        with torch.no_grad():
-            torch.testing.assert_close(
-                orm.hidden_states(ids), policy.hidden_states(ids), atol=1e-4, rtol=1e-4
-            )
-            torch.testing.assert_close(
-                again.model(ids).logits, orm.model(ids).logits, atol=1e-4, rtol=1e-4
-            )
+    }  # fmt: skip
+    write_model(families[family], tmp_path)
+    common.Policy(str(tmp_path), "cpu")
+    with pytest.raises(common.UserError, match=f"no token classifier for the family {family}"):
+        reward_model.RewardModel(str(tmp_path), "cpu", new=True)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gemma3"])
+def test_a_reward_model_is_trained_from_the_weights_of_the_policy(name, tmp_path_factory, tmp_path):
+    """It begins as the network of the policy. All that is trained and saved comes back."""
+    policy = random_policy(name, tmp_path_factory)
+    policy.save(tmp_path / "policy")
+    orm = reward_model.RewardModel(str(tmp_path / "policy"), "cpu", new=True)
+    samples = [sample_of(p, right(p)) for p in PROBLEMS[:3]]
+    examples = [orm.encode(sample) for sample in samples]
+    ids = torch.tensor([examples[0][0]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            orm.hidden_states(ids), policy.hidden_states(ids), atol=1e-4, rtol=1e-4
+        )
+    torch.nn.init.normal_(orm.linear.weight)
+    before, optimizer = orm.scores(samples), common.adam_w(orm.model.parameters(), 1e-3)
+    batch = list(zip(examples, [1.0, 0.0, 1.0], [1.0] * 3, strict=True))
+    assert reward_model.train_step(orm, optimizer, batch, 999)[1] > 0
+    assert not np.allclose(before[0], orm.scores(samples)[0], atol=1e-4)
+    orm.save(tmp_path / "orm")
+    assert common.is_reward_model(transformers.AutoConfig.from_pretrained(tmp_path / "orm"))
+    again = reward_model.RewardModel(str(tmp_path / "orm"), "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.model(ids).logits, orm.model(ids).logits, atol=1e-4, rtol=1e-4
+        )
+    for a, b in zip(again.scores(samples), orm.scores(samples), strict=True):
+        assert np.allclose(a, b)
+    with pytest.raises(common.UserError, match="a reward model, not a language model"):
+        common.Policy(str(tmp_path / "orm"))
 
 
 def test_a_reward_model_without_all_its_weights_is_refused(nano, tmp_path):
@@ -277,7 +266,7 @@ def test_a_reward_model_without_all_its_weights_is_refused(nano, tmp_path):
             file,
             metadata={"format": "pt"},
         )
-        with pytest.raises(common.UserError, match=f"no weights for {lost}"):
+        with pytest.raises(common.UserError, match=f"no weights for .*{lost}"):
             reward_model.RewardModel(str(tmp_path / "orm"), "cpu")
 
 
@@ -319,7 +308,10 @@ def test_a_score_does_not_depend_on_the_batch(orm):
 
 
 def test_ten_thousand_solutions_are_scored_within_bounded_memory(orm, monkeypatch):
-    """No forward pass holds more tokens than the budget, and what is kept is one number a token. Equal texts run once."""
+    """A forward pass holds no more tokens than the budget. Only one number a token is kept.
+
+    Equal texts run once.
+    """
     sizes, forward = [], orm.hidden_states
     monkeypatch.setattr(orm, "hidden_states", lambda ids: sizes.append(ids.numel()) or forward(ids))
     samples = [
@@ -340,13 +332,10 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_split(nano):
         orm = reward_model.RewardModel(nano, "cpu", new=True)
         torch.nn.init.constant_(orm.linear.weight, 0.1)
         examples = [orm.encode(sample_of(p, wrong(p))) for p in PROBLEMS[:6]]
-        optimizer = torch.optim.SGD(
-            orm.model.parameters(), lr=123.0
-        )  # the step is taken with the rate that is given
+        optimizer = torch.optim.SGD(orm.model.parameters(), lr=1.0)
         before = {n: p.detach().clone() for n, p in orm.model.named_parameters()}
-        reward_model.orm_step(
-            orm, optimizer, examples, [1.0, 0.0] * 3, [0.5, 2.0, 1.0] * 2, 1.0, budget
-        )
+        batch = list(zip(examples, [1.0, 0.0] * 3, [0.5, 2.0, 1.0] * 2, strict=True))
+        reward_model.train_step(orm, optimizer, batch, budget)
         gradients.append(
             torch.cat([(before[n] - p.detach()).flatten() for n, p in orm.model.named_parameters()])
         )
@@ -354,7 +343,7 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_split(nano):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
-def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, nano, tmp_path):  # noqa: F811
+def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, nano, tmp_path):
     out = ["--out", tmp_path / "r.json", "--model", nano]
     for argv, words in (
         ([*out, "--orm", nano], "not a reward model"),
@@ -368,39 +357,34 @@ def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, na
 @pytest.mark.parametrize(
     "script", [expert_iteration, ppo, evaluate, reward_model], ids=lambda m: m.__name__
 )
-def test_a_reward_model_with_too_few_positions_is_refused_before_anything_is_sampled(
-    script,
-    cli,  # noqa: F811
-    orm_folder,
-    nano,
-    tmp_path,
-    monkeypatch,
+def test_a_reward_model_with_too_few_positions_ends_in_one_line(
+    script, cli, orm_folder, nano, tmp_path
 ):
-    """A round of expert iteration would be lost: a better reward model cannot take over its samples."""
     narrow = tmp_path / "narrow"
     shutil.copytree(nano if script is reward_model else orm_folder, narrow)
     config = json.loads((narrow / "config.json").read_text())
     (narrow / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 48}))
-    monkeypatch.setattr(common, "generate", lambda *_, **__: pytest.fail("sampled"))
     with_orm = ["--reward", "orm", "--orm", narrow] if script is ppo else ["--orm", narrow]
-    argv = ["--model", nano, *(["--base", narrow] if script is reward_model else with_orm)]
-    argv += ["--base", nano] if script is expert_iteration else []
-    code, message = cli(script, *argv, "--max-new-tokens", 40, "--out", tmp_path / "out.json")
+    argv = ["--model", "tiny", *(["--base", narrow] if script is reward_model else with_orm)]
+    argv += [] if script is evaluate else ["--limit-train", 8]
+    argv += ["--samples", 2, "--limit-eval", 4, "--max-new-tokens", 60]
+    code, message = cli(script, *argv, "--out", tmp_path / "out.json")
     assert code == 2 and "the model has 48 positions" in message and message.count("\n") == 1
-    assert not (tmp_path / "out.json").exists()
+    if script is evaluate:
+        assert not (tmp_path / "out.json").exists()
 
 
 # ---- rewards
 
 
-def test_the_reward_model_keeps_to_the_token_budget(cli, orm_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_the_reward_model_keeps_to_the_token_budget(cli, orm_folder, tmp_path, monkeypatch):
     budgets, split = set(), common.micro_batches
 
     def spied(lengths, budget):
         budgets.add(budget)
         return split(lengths, budget)
 
-    monkeypatch.setattr(common, "token_batches", spied)
+    monkeypatch.setattr(common, "micro_batches", spied)
     argv = [
         "--model",
         "tiny",
@@ -450,9 +434,11 @@ def sampled(policy, problem, text, finished=True, prefix="") -> common.Sample:
 
 
 def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(tiny, orm):
-    """orm: on the last token. orm_dense: on the last token of every line, differences that sum to the same. A solution
-    that was cut has neither. Added to the outcome, both grow by it."""
-    problem = next(p for p in PROBLEMS if len(p.steps) == 3)
+    """orm: on the last token. orm_dense: on the last token of every line, with the same sum.
+
+    A truncated solution has neither. Added to the outcome, both grow by it.
+    """
+    problem = next(p for p in PROBLEMS if right(p).count("\n") == 3)
     samples = [
         sampled(tiny, problem, right(problem)),
         sampled(tiny, problem, wrong(problem), finished=False),
@@ -461,7 +447,7 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
     whole, cut = ppo.task_rewards("orm", tiny, samples, ppo.Judges(orm))
     assert whole[-1] == pytest.approx(scores[-1]) and not whole[:-1].any() and not cut.any()
     dense, cut = ppo.task_rewards("orm_dense", tiny, samples, ppo.Judges(orm))
-    ends = tiny.line_ends(samples[0].tokens)
+    ends = ppo.line_ends(tiny, samples[0].tokens)
     assert set(np.flatnonzero(dense)) == set(ends) and len(ends) == 4 and not cut.any()
     assert dense.sum() == pytest.approx(scores[-1], abs=1e-6)
     assert dense[ends[0]] == pytest.approx(
@@ -475,24 +461,25 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
 
 def test_blank_lines_shift_nothing(tiny, orm):
     """A policy that begins with a line break, or leaves a line empty, is paid nothing for that."""
-    problem = next(p for p in PROBLEMS if len(p.steps) == 3)
+    problem = next(p for p in PROBLEMS if right(p).count("\n") == 3)
     plain, blank = (
         sampled(tiny, problem, text) for text in (right(problem), "\n" + right(problem))
     )
     scores = orm.scores([plain])[0]
     expected = ppo.potential_rewards(tiny, plain, orm, scores)
     reward = ppo.potential_rewards(tiny, blank, orm, scores)
-    assert tiny.ends_line[blank.tokens[0]]
+    assert tiny.breaks_line[blank.tokens[0]]
     np.testing.assert_allclose(reward, np.concatenate([[0], expected]), atol=1e-6)
 
 
 def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others(tiny, orm):
-    """A given first line is not paid again line by line, and a policy with other tokens is paid at its own line ends."""
-    problem = next(p for p in PROBLEMS if len(p.steps) == 3)
+    """A given first line is not paid again. A policy with other tokens is paid at its line ends."""
+    problem = next(p for p in PROBLEMS if right(p).count("\n") == 3)
     first = right(problem).splitlines(keepends=True)[0]
     sample = sampled(tiny, problem, right(problem), prefix=first)
     scores = orm.scores([sample])[0]
-    places, ends = orm.line_ends(orm.encode(sample)[1]), tiny.line_ends(sample.tokens)
+    places = ppo.line_ends(orm, orm.encode(sample)[1])
+    ends = ppo.line_ends(tiny, sample.tokens)
     reward = ppo.potential_rewards(tiny, sample, orm, scores)
     assert len(ends) == 3 and reward.sum() == pytest.approx(scores[-1], abs=1e-6)
     assert reward[ends[0]] == pytest.approx(scores[places[1]], abs=1e-6)
@@ -500,11 +487,11 @@ def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others
     text = right(problem)  # a policy whose tokens are characters
     letters = SimpleNamespace(
         decode=lambda ids: "".join(map(chr, ids)),
-        line_ends=lambda ids: [i for i, c in enumerate(ids) if chr(c) == "\n"] + [len(ids) - 1],
+        breaks_line=np.array([chr(i) == "\n" for i in range(128)]),
     )
     spelled = common.Sample(problem, 0, text, True, np.array([ord(c) for c in text]))
     reward = ppo.potential_rewards(letters, spelled, orm, scores)
-    ends = letters.line_ends(spelled.tokens)
+    ends = ppo.line_ends(letters, spelled.tokens)
     assert len(ends) == 4 and np.flatnonzero(reward).tolist() == ends
     np.testing.assert_allclose(
         reward[ends[:3]], np.diff(scores[places[:3]], prepend=0.0), atol=1e-6
@@ -516,7 +503,7 @@ def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others
 
 
 def test_a_sample_that_was_cut_at_the_last_position_can_still_be_scored(orm):
-    """Its policy has as many positions; for the end-of-text token, which a cut sample gets, there is none left."""
+    """No position is left for the end-of-text token, which a truncated sample gets."""
     problem = PROBLEMS[0]
     room = orm.max_length - len(orm.encode_prompt(common.prompt_text(problem)))
     text = orm.tokenizer.decode(
@@ -525,15 +512,17 @@ def test_a_sample_that_was_cut_at_the_last_position_can_still_be_scored(orm):
     cut = sample_of(problem, text, finished=False)
     assert len(orm.encode_prefix(cut.solution)) == room or len(orm.encode_prefix(text)) == room
     assert [len(p) for p in orm.scores([cut])] == [len(orm.encode(cut)[1])]
-    orm.check_lengths([problem], room)
+    prompt, response = orm.encode(cut)
+    assert len(prompt + response) <= orm.max_length
+    assert orm.check_length((prompt, [5] * room)) == (prompt, [5] * room)
     with pytest.raises(common.UserError, match="positions"):
-        orm.check_lengths([problem], room + 1)
+        orm.check_length((prompt, [5] * (room + 1)))
     with pytest.raises(common.UserError, match="positions"):
         orm.scores([sample_of(problem, text + "7\n8", finished=False)])
 
 
-def test_without_an_auc_the_last_epoch_is_kept(cli, tmp_path, monkeypatch):  # noqa: F811
-    """Where all dev samples are wrong nothing says that the first epoch, the least trained, is the best."""
+def test_without_an_auc_the_last_epoch_is_kept(cli, tmp_path, monkeypatch):
+    """Where all dev samples are wrong nothing says that the first epoch is the best."""
     for name in ("auc", "auc_within"):
         monkeypatch.setattr(reward_model, name, lambda *_: None)
     code, message = cli(reward_model, *RUN, "--out", tmp_path / "run")
@@ -541,7 +530,7 @@ def test_without_an_auc_the_last_epoch_is_kept(cli, tmp_path, monkeypatch):  # n
     assert json.loads((tmp_path / "run" / "quality.json").read_text())["epoch"] == 2
 
 
-def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):  # noqa: F811
+def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
     """Train an ORM on the base's samples, rerank with it, run PPO and expert iteration on it."""
     out, report_file = tmp_path / "orm", tmp_path / "report.json"
     assert cli(reward_model, *RUN, "--out", out)[0] == 0
@@ -590,8 +579,9 @@ def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
     assert report["weighted@6"]["value"] == pytest.approx(np.mean(votes))
     assert cli(evaluate, *argv, "--resume")[0] == 0  # the scores in the files do not disturb it
 
-    tiny_ppo = ["--model", "tiny", "--orm", out / "model", "--questions", "8", "--samples", "3", "--phases", "2", "--gen-batch-size",
-                "16", "--max-new-tokens", "60", "--limit-eval", "8", "--limit-train", "64", "--eval-every", "2"]  # fmt: skip
+    tiny_ppo = ["--model", "tiny", "--orm", out / "model", "--questions", "8", "--samples", "3",
+                "--phases", "2", "--gen-batch-size", "16", "--max-new-tokens", "60",
+                "--limit-eval", "8", "--limit-train", "64", "--eval-every", "2"]  # fmt: skip
     for name in ("orm", "orm_dense"):
         assert cli(ppo, *tiny_ppo, "--reward", name, "--out", tmp_path / f"ppo_{name}")[0] == 0
         row = rows_of(tmp_path / f"ppo_{name}" / "metrics.jsonl")[-1]
@@ -606,8 +596,9 @@ def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
     ]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)  # the first phase samples the same
 
-    argv = ["--model", "tiny", "--limit-train", "32", "--samples", "4", "--epochs", "1", "--rounds", "1", "--pass-k", "0",
-            "--limit-eval", "8", "--max-new-tokens", "60", "--orm", out / "model"]  # fmt: skip
+    argv = ["--model", "tiny", "--limit-train", "32", "--samples", "4", "--epochs", "1",
+            "--rounds", "1", "--pass-k", "0", "--limit-eval", "8", "--max-new-tokens", "60",
+            "--orm", out / "model"]  # fmt: skip
     assert cli(expert_iteration, *argv, "--orm-threshold", "0", "--out", tmp_path / "ei")[0] == 0
     row = rows_of(tmp_path / "ei" / "metrics.jsonl")[1]
     assert (
@@ -633,7 +624,7 @@ def test_only_accepted_solutions_are_kept():
     assert expert_iteration.keep_accepted(everything, {}, 0.4) == [good, bad]  # 0.4 is enough
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
 
@@ -673,16 +664,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch): 
     )
 
 
-def test_samples_that_are_not_of_this_run_are_refused_with_file_and_line(cli, tmp_path):  # noqa: F811
+def test_samples_that_are_not_of_this_run_are_refused_with_file_and_line(cli, tmp_path):
     good = sample_of(PROBLEMS[0], right(PROBLEMS[0])).to_json()
     stranger = sample_of(common.Problem("x/1", "Why?", Fraction(1)), "#### 1").to_json()
-    cases = {
-        "broken JSON": "{",
-        "not a sample": stranger,
-        "not a sample of": "[1]",
-        "no samples": "",
-    }
-    for i, (words, line) in enumerate(cases.items()):
+    cases = [("not a sample of", line) for line in ("{", stranger, "[1]")] + [("no samples", "")]
+    for i, (words, line) in enumerate(cases):
         file = tmp_path / f"{i}.jsonl"
         file.write_text(f"{good}\n{line}\n" if line else "\n")
         code, message = cli(reward_model, *RUN, "--out", tmp_path / "run", "--train-samples", file)
@@ -700,14 +686,14 @@ def test_samples_of_a_file_come_in_the_order_of_the_problems(tmp_path):
     samples = [sample_of(p, f"#### {i}", i) for p in PROBLEMS[:4] for i in range(3)]
     mixed = np.random.default_rng(0).permutation(len(samples))
     file.write_text("".join(samples[i].to_json() + "\n" for i in mixed))
-    read = common.load_samples(file, PROBLEMS)
+    read = common.read_samples(file, PROBLEMS)
     assert [(s.problem, s.number, s.text) for s in read] == [
         (s.problem, s.number, s.text) for s in samples
     ]
 
 
 def test_a_question_that_is_easier_does_not_count_as_ranked_within():
-    """Every right sample lies above the wrong one of its own question, not above those of the easy one."""
+    """Every right sample lies above the wrong one of its own question, not above the easy one."""
     p, q, easy = PROBLEMS[:3]
     samples = [sample_of(x, text(x), i) for x in (p, q) for i, text in enumerate((right, wrong))]
     samples += [sample_of(easy, right(easy))]
@@ -730,35 +716,29 @@ def test_the_quality_of_a_model_is_that_of_its_last_probability():
     assert reverse["auc"] == 1
 
 
-def test_every_solution_is_trained_on_with_its_weight(cli, tmp_path, monkeypatch):  # noqa: F811
-    """Both classes of a question count the same, and a step is taken at the rate of the schedule."""
-    seen, step = [], reward_model.orm_step
+def test_every_solution_is_trained_on_with_its_weight(cli, tmp_path, monkeypatch):
+    """Both classes of a question count the same. A step is taken at the rate of the schedule."""
+    seen, step = [], reward_model.train_step
 
-    def spied(orm, optimizer, examples, labels, weights, lr, *more):
-        found = step(orm, optimizer, examples, labels, weights, lr, *more)
-        seen.append(
-            (
-                list(zip(map(str, examples), weights, strict=True)),
-                lr,
-                optimizer.param_groups[0]["lr"],
-            )
-        )
-        return found
+    def spied(orm, optimizer, batch, token_budget):
+        seen.append(([(str(e), y, w) for e, y, w in batch], optimizer.param_groups[0]["lr"]))
+        return step(orm, optimizer, batch, token_budget)
 
-    monkeypatch.setattr(reward_model, "orm_step", spied)
+    monkeypatch.setattr(reward_model, "train_step", spied)
     argv = [*RUN, "--epochs", 1, "--batch-size", 8, "--limit-train", 16, "--limit-eval", 4]
-    assert cli(reward_model, *argv, "--out", tmp_path / "run")[0] == 0
-    samples = common.load_samples(tmp_path / "run" / "samples" / "train.jsonl", PROBLEMS)
+    assert cli(reward_model, *argv, "--lr", 2e-3, "--out", tmp_path / "run")[0] == 0
+    samples = common.read_samples(tmp_path / "run" / "samples" / "train.jsonl", PROBLEMS)
     data, weights = reward_model.training_data(samples)
     orm = reward_model.RewardModel("tiny", "cpu", new=True)
     expected = [
-        (str(orm.encode(sample)), weight) for sample, weight in zip(data, weights, strict=True)
+        (str(orm.encode(sample)), float(sample.correct), weight)
+        for sample, weight in zip(data, weights, strict=True)
     ]
-    assert (
-        sorted(pair for pairs, *_ in seen for pair in pairs) == sorted(expected)
-        and len(set(weights)) > 2
-    )
-    assert all(given == taken for _, given, taken in seen)
+    assert sorted(triple for batch, _ in seen for triple in batch) == sorted(expected)
+    assert len(set(weights)) > 2
+    assert [lr for _, lr in seen] == [
+        common.cosine_lr(i, len(seen), 2e-3) for i in range(len(seen))
+    ]
 
 
 def test_a_cut_solution_is_worth_nothing_to_either_judge(tiny, orm):

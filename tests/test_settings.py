@@ -1,5 +1,8 @@
-"""That every setting reaches the part that it is for, and that what is logged is what README.md says of the key: each test
-fails if a script forgets one. The formulas, and what passes between the parts of a loop, have tests of their own."""
+"""That every setting reaches its part, and that what is logged is what README.md says of the key.
+
+Each test fails if a script forgets one. The formulas, and what passes between the parts of a loop,
+have tests of their own.
+"""
 
 import argparse
 import json
@@ -38,20 +41,9 @@ def last_row(run) -> dict:
 
 
 @pytest.mark.parametrize("script", [expert_iteration, rcrl, reward_model], **scripts)
-def test_samples_are_drawn_at_the_temperature(script, cli, tmp_path, drawn, measured):  # noqa: F811
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        16,
-        "--samples",
-        3,
-        "--epochs",
-        1,
-        "--temperature",
-        1.3,
-    ]
+def test_samples_are_drawn_at_the_temperature(script, cli, tmp_path, drawn, measured):
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 3, "--epochs", 1]
+    argv += ["--temperature", 1.3]
     argv += {
         expert_iteration: ["--rounds", 1],
         rcrl: ["--completions", 2, "--ratio", 1],
@@ -63,33 +55,15 @@ def test_samples_are_drawn_at_the_temperature(script, cli, tmp_path, drawn, meas
 
 def test_references_and_scores_of_a_pool_are_drawn_like_the_rollouts(
     cli, tmp_path, folders, drawn, measured
-):  # noqa: F811
+):
     pool = tmp_path / "pool.jsonl"
     pool.write_text(
         "".join(json.dumps({"question": f"n{i}", "answer": str(i)}) + "\n" for i in range(12))
     )
-    argv = [
-        *PPO,
-        "--phases",
-        1,
-        "--questions",
-        2,
-        "--limit-train",
-        20,
-        "--temperature",
-        1.3,
-        "--few-shot",
-    ]
-    argv += [
-        "--reward",
-        "genrm",
-        "--hide-solutions",
-        1,
-        "--genrm",
-        folders.genrm,
-        "--orm",
-        folders.orm,
-    ]
+    argv = [*PPO, "--phases", 1, "--questions", 2, "--limit-train", 20, "--temperature", 1.3]
+    argv += ["--few-shot"]
+    argv += ["--reward", "genrm", "--hide-solutions", 1, "--genrm", folders.genrm]
+    argv += ["--orm", folders.orm]
     argv += ["--reference-samples", 1, "--select", "lowest", "--select-samples", 1, "--pool", pool]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     assert [(call.temperature, call.few_shot) for call in drawn] == [(1.3, True)] * 3
@@ -98,31 +72,19 @@ def test_references_and_scores_of_a_pool_are_drawn_like_the_rollouts(
 @pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, reward_model], **scripts)
 def test_every_epoch_has_an_order_of_its_own_and_a_loss_of_its_own(
     script, cli, tmp_path, measured, monkeypatch
-):  # noqa: F811
+):
     seen, seeds, shuffled = [], set(), common.shuffled
 
-    def step(policy, optimizer, examples, *_):
-        seen.append(examples)
+    def step(policy, optimizer, batch, *_):
+        seen.append([entry[0] for entry in batch] if script is reward_model else batch)
         return float(len(seen)), 1.0
 
     monkeypatch.setattr(
         common, "shuffled", lambda n, *seed: seeds.add(seed[0]) or shuffled(n, *seed)
     )
-    monkeypatch.setattr(common, "cross_entropy_step", step)
-    monkeypatch.setattr(reward_model, "orm_step", step)
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        24,
-        "--samples",
-        2,
-        "--epochs",
-        2,
-        "--batch-size",
-        1000,
-    ]
+    monkeypatch.setattr(script, "train_step", step)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 24, "--samples", 2, "--epochs", 2]
+    argv += ["--batch-size", 1000]
     argv += {expert_iteration: ["--rounds", 1], rcrl: ["--labels", "outcome"]}.get(script, [])
     assert cli(script, *argv, "--out", tmp_path / "run")[0] == 0
     first, second = seen
@@ -142,19 +104,41 @@ def test_the_learning_rate_is_a_cosine_and_the_second_moment_is_short():
     assert common.adam_w([torch.nn.Parameter(torch.zeros(1))], 0.1).defaults["betas"] == (0.9, 0.95)
 
 
-def test_each_group_of_weights_is_clipped_by_its_own_gradient():
-    policy, value = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    policy.grad, value.grad = torch.tensor([3.0]), torch.tensor([0.5])
-    optimizer = torch.optim.SGD([{"params": [policy]}, {"params": [value]}], lr=1.0)
-    assert common.clipped_step(optimizer, 0.0) == pytest.approx([3, 0.5])
-    assert (policy.item(), value.item()) == pytest.approx((-1, -0.5), rel=1e-4)
+def test_each_group_of_weights_is_clipped_by_its_own_gradient(cli, tmp_path, measured, monkeypatch):
+    """PPO: a gradient of 3 for the policy and one of 0.5 for the value function."""
+    adam_w, sum_gradients, optimizers, clipped = common.adam_w, common.sum_gradients, [], []
+
+    def norms(optimizer):
+        gradients = ([w.grad for w in group["params"]] for group in optimizer.param_groups)
+        return [torch.nn.utils.get_total_norm(group).item() for group in gradients]
+
+    def watched(*args):
+        optimizers.append(adam_w(*args))
+        optimizers[0].register_step_pre_hook(lambda it, *_: clipped.append(norms(it)))
+        return optimizers[0]
+
+    def scaled(*args):
+        groups = optimizers[0].param_groups
+        for group, norm, wanted in zip(groups, norms(optimizers[0]), (3, 0.5), strict=True):
+            for weight in group["params"]:
+                weight.grad *= wanted / norm
+        return sum_gradients(*args)
+
+    monkeypatch.setattr(common, "adam_w", watched)
+    monkeypatch.setattr(common, "sum_gradients", scaled)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 8, "--samples", 4]
+    argv += ["--phases", 1, "--value-warmup", 0, "--epochs", 2]
+    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
+    assert clipped == [pytest.approx([1, 0.5], rel=1e-4)] * 2
+    row = last_row(tmp_path / "run")
+    assert (row["grad_norm"], row["value_grad_norm"]) == pytest.approx((3, 0.5), rel=1e-4)
 
 
 # ---- the best epoch, round, phase
 
 
 @pytest.mark.parametrize("script", [ppo, rcrl], **scripts)
-def test_of_equally_good_ones_the_first_is_kept(script, cli, tmp_path, monkeypatch):  # noqa: F811
+def test_of_equally_good_ones_the_first_is_kept(script, cli, tmp_path, monkeypatch):
     states = []
 
     def dev_metrics(policy, *_):
@@ -174,8 +158,8 @@ def test_of_equally_good_ones_the_first_is_kept(script, cli, tmp_path, monkeypat
 
 def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_kept(
     cli, start, tmp_path, monkeypatch
-):  # noqa: F811
-    states, begun, step = [], [], reward_model.orm_step
+):
+    states, begun, step = [], [], reward_model.train_step
 
     def spied(orm, *more):
         begun.append(weights_of(orm))
@@ -187,21 +171,10 @@ def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_k
         {"n": 1, "orm": 0.0, "majority": 0.0, "oracle": 0.0},
         {"n": 2, "orm": 0.1, "majority": 0.2, "oracle": 0.3},
     ]
-    monkeypatch.setattr(reward_model, "orm_step", spied)
+    monkeypatch.setattr(reward_model, "train_step", spied)
     monkeypatch.setattr(reward_model, "quality", lambda *_: {"auc": 0.6, "best_of_n": blocks})
-    argv = [
-        "--model",
-        start,
-        *SMALL,
-        "--limit-train",
-        24,
-        "--samples",
-        2,
-        "--eval-samples",
-        2,
-        "--epochs",
-        2,
-    ]
+    argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 2, "--eval-samples", 2]
+    argv += ["--epochs", 2]
     assert cli(reward_model, *argv, "--batch-size", 1000, "--out", tmp_path / "run")[0] == 0
     assert begun[0] == weights_of(reward_model.RewardModel(start, "cpu", new=True))
     assert (
@@ -212,7 +185,7 @@ def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_k
     row = rows_of(tmp_path / "run" / "metrics.jsonl")[0]
     assert [row[f"{key}@2"] for key in ("rerank", "maj", "pass")] == [0.1, 0.2, 0.3]
     groups = common.by_problem(
-        common.load_samples(tmp_path / "run" / "samples" / "train.jsonl", TRAIN[:24])
+        common.read_samples(tmp_path / "run" / "samples" / "train.jsonl", TRAIN[:24])
     )
     assert row["informative"] == pytest.approx(
         np.mean([len({s.correct for s in g}) == 2 for g in groups]), rel=1e-5
@@ -221,7 +194,7 @@ def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_k
 
 def test_the_difference_of_an_evaluation_is_the_metric_less_the_vote(
     cli, tmp_path, nano, monkeypatch
-):  # noqa: F811
+):
     columns = {
         "maj@1": [0.0] * 3,
         "maj@4": [1.0, 0.0, 0.0],
@@ -280,13 +253,14 @@ def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsy
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
-@pytest.mark.parametrize(
-    "script", [sft, expert_iteration, rcrl, ppo, reward_model, evaluate], **scripts
-)
+@pytest.mark.parametrize("script, flags", [
+    (sft, []), (expert_iteration, []), (expert_iteration, ["--sft-data"]), (rcrl, []), (ppo, []),
+    (reward_model, ["--kind", "genrm"]), (evaluate, []),
+])  # fmt: skip
 def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(
-    script, split, cli, tmp_path
-):  # noqa: F811
-    """One question of 30 is too long, and has no written solution; the last three are dev."""
+    script, flags, split, cli, tmp_path, drawn
+):
+    """One question of 30 is too long. It shows before anything is replaced or sampled."""
     rows = [{"question": f"q{i}", "answer": f"1+1=2\n#### {i}"} for i in range(30)]
     if script is not sft or split == "dev":  # which trains on written solutions alone
         rows[{"train": 5, "dev": 29}[split]] = {"question": "How many?" * 600, "answer": "5"}
@@ -298,37 +272,29 @@ def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(
     before = tmp_path / ("run.samples.jsonl" if script is evaluate else "run/model/config.json")
     before.parent.mkdir(parents=True, exist_ok=True)
     before.write_text("{}")
-    argv = [
-        "--model",
-        "tiny",
-        "--dataset",
-        tmp_path / "data",
-        "--samples",
-        2,
-        "--out",
-        out,
-        "--overwrite",
-    ]
-    argv += {evaluate: ["--split", split], reward_model: ["--kind", "genrm"]}.get(script, [])
-    code, message = cli(script, *argv)
+    argv = ["--model", "tiny", "--dataset", tmp_path / "data", "--samples", 2, "--out", out]
+    argv += ["--split", split] if script is evaluate else []
+    code, message = cli(script, *argv, "--overwrite", *flags)
     assert code == 2 and "positions" in message and message.count("\n") == 1
-    assert before.read_text() == "{}"
+    assert not drawn and before.read_text() == "{}"
 
 
-@pytest.mark.parametrize("key", ["model", "base", "orm", "genrm", "pool", "selection"])
-def test_a_run_does_not_go_on_with_another_input(key, tmp_path):
+@pytest.mark.parametrize("key", ["model", "base", "orm", "genrm"])
+def test_a_run_does_not_go_on_with_another_model(key, tmp_path):
     given, policy = tmp_path / "given", common.Policy("tiny", "cpu")
-    is_model = key in ("model", "base", "orm", "genrm")
-    policy.save(given) if is_model else given.write_text("1")
-    named = {key: str(given) if is_model else [str(given)]}
+    policy.save(given)
     args = argparse.Namespace(
-        out=tmp_path / "run", resume=True, overwrite=False, checkpoint_every=100, **named
+        out=tmp_path / "run",
+        resume=True,
+        overwrite=False,
+        checkpoint_every=100,
+        **{key: str(given)},
     )
     begin(args)
     common.Run(args)  # nothing has changed
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.add_(1.0)
-    policy.save(given) if is_model else given.write_text("2")
+    policy.save(given)
     with pytest.raises(common.UserError, match=f"{key}_fingerprint"):
         common.Run(args)
 
@@ -337,63 +303,50 @@ def test_a_run_does_not_go_on_with_another_input(key, tmp_path):
 
 
 def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
-    cli, tmp_path, drawn, measured, monkeypatch  # noqa: F811
-):  # fmt: skip
-    steps, add, estimates, gae, states, save = (
-        [],
-        ppo.add_gradient,
-        [],
-        ppo.gae,
-        [],
-        common.Run.checkpoint,
-    )
+    cli, tmp_path, drawn, measured, monkeypatch
+):
+    asked, losses, estimates, states = [], [], [], []
+    forward, policy_loss, value_loss = common.response_logprobs, ppo.policy_loss, ppo.value_loss
+    gae, save = ppo.gae, common.Run.checkpoint
+    monkeypatch.setattr(common, "response_logprobs", lambda *a: asked.append(a[1]) or forward(*a))
     monkeypatch.setattr(ppo, "gae", lambda *a: estimates.append((a, gae(*a))) or estimates[-1][1])
-    monkeypatch.setattr(
-        ppo, "add_gradient", lambda *a, **how: steps.append((a[2], add(*a, **how))) or steps[-1][1]
-    )
+
+    def spied(function):
+        def loss(*args):
+            losses.append((args, function(*args)))
+            return losses[-1][1]
+
+        return loss
+
+    monkeypatch.setattr(ppo, "policy_loss", spied(policy_loss))
+    monkeypatch.setattr(ppo, "value_loss", spied(value_loss))
     monkeypatch.setattr(
         common.Run, "checkpoint", lambda run, **state: states.append(state) or save(run, **state)
     )
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        64,
-        "--questions",
-        6,
-        "--samples",
-        4,
-        "--phases",
-        2,
-    ]
-    argv += [
-        "--epochs",
-        2,
-        "--batch-size",
-        10,
-        "--eval-every",
-        9,
-        "--lora-rank",
-        3,
-        "--token-budget",
-        100000,
-    ]
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4]
+    argv += ["--phases", 2, "--epochs", 2, "--batch-size", 10, "--eval-every", 9]
+    argv += ["--lora-rank", 3, "--token-budget", 100000, "--lr", 2e-3, "--lr-warmup", 1]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     curriculum = ppo.Curriculum("none", TRAIN, 7)
     for i, row in enumerate(rows_of(tmp_path / "run" / "metrics.jsonl")[1:]):
-        samples, here = (
-            drawn[i].samples,
-            steps[6 * i : 6 * i + 6],
-        )  # two epochs of 10, 10 and 4 samples
-        asked = [group[0].problem for group in common.by_problem(samples)]
-        assert asked == [TRAIN[j] for j in curriculum.draw(i + 1, 6)[0]]
-        assert here[0][0] != here[3][0], "an order for every epoch"
-        columns = zip(*(sums for _, sums in here), strict=True)
-        for key, column in zip(
-            ("policy_loss", "value_loss", "clip_fraction", "approx_kl"), columns, strict=True
-        ):
+        samples = drawn[i].samples
+        chosen = [group[0].problem for group in common.by_problem(samples)]
+        assert chosen == [TRAIN[j] for j in curriculum.draw(i + 1, 6)[0]]
+        # two epochs of 10, 10 and 4 samples, after two passes over all of them
+        minibatches = [set(map(id, examples)) for examples in asked[8 * i : 8 * i + 8][2:]]
+        assert list(map(len, minibatches)) == [10, 10, 4] * 2
+        assert minibatches[0] != minibatches[3], "an order for every epoch"
+        columns = {"policy_loss": [], "value_loss": [], "clip_fraction": [], "approx_kl": []}
+        both = losses[12 * i : 12 * i + 12]
+        for (args, policy), (_, value) in zip(both[::2], both[1::2], strict=True):
+            change = args[0].detach() - args[1]
+            columns["policy_loss"].append(policy.mean().item())
+            columns["value_loss"].append(value.mean().item())
+            columns["clip_fraction"].append(((change.exp() - 1).abs() > 0.2).float().mean().item())
+            columns["approx_kl"].append((change.exp() - 1 - change).mean().item())
+        for key, column in columns.items():
             assert row[key] == pytest.approx(np.mean(column), rel=1e-4, abs=1e-8)
+        assert (row["clip_fraction"] > 0) == (i > 0)  # in phase 1 the policy does not move
         lengths = torch.tensor([len(sample.tokens) for sample in samples])
         real = torch.arange(lengths.max()) < lengths[:, None]
         (_, values, *_), (_, returns) = estimates[i]
@@ -407,20 +360,9 @@ def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_the_policy_trains_after_the_phases_of_the_value_function_alone(
     warmup, cli, tmp_path, measured
-):  # noqa: F811
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        16,
-        "--questions",
-        4,
-        "--samples",
-        4,
-        "--phases",
-        3,
-    ]
+):
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 4, "--samples", 4]
+    argv += ["--phases", 3]
     argv += ["--epochs", 1, "--eval-every", 9, "--value-warmup", warmup, "--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
     rows = rows_of(tmp_path / "run" / "metrics.jsonl")[1:]
@@ -450,19 +392,9 @@ def test_the_value_function_has_the_layers_that_it_is_given_but_no_more_than_hal
             torch.testing.assert_close(critic.values(policy, examples), expected)
 
 
-def test_the_outcome_is_added_to_the_score_of_the_reward_model(cli, tmp_path, folders):  # noqa: F811
-    argv = [
-        *PPO,
-        "--phases",
-        1,
-        "--limit-train",
-        24,
-        "--reward",
-        "orm",
-        "--orm",
-        folders.orm,
-        "--add-outcome",
-    ]
+def test_the_outcome_is_added_to_the_score_of_the_reward_model(cli, tmp_path, folders):
+    argv = [*PPO, "--phases", 1, "--limit-train", 24, "--reward", "orm", "--orm", folders.orm]
+    argv += ["--add-outcome"]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     row = last_row(tmp_path / "run")  # a new reward model says 0.5 of whatever was not cut
     assert (
@@ -471,7 +403,7 @@ def test_the_outcome_is_added_to_the_score_of_the_reward_model(cli, tmp_path, fo
     )
 
 
-def test_dev_is_measured_with_the_worked_examples_of_the_rollouts(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_dev_is_measured_with_the_worked_examples_of_the_rollouts(cli, tmp_path, monkeypatch):
     shown = []
 
     def dev_metrics(policy, problems, args, samples, file, few_shot=False):
@@ -479,24 +411,13 @@ def test_dev_is_measured_with_the_worked_examples_of_the_rollouts(cli, tmp_path,
         return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        8,
-        "--questions",
-        2,
-        "--samples",
-        2,
-        "--phases",
-        1,
-    ]
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 2, "--samples", 2]
+    argv += ["--phases", 1]
     assert cli(ppo, *argv, "--few-shot", "--pass-k", 3, "--out", tmp_path / "run")[0] == 0
     assert shown == [(3, True)] * 2
 
 
-def test_a_sampler_that_disagrees_with_training_shows(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_a_sampler_that_disagrees_with_training_shows(cli, tmp_path, monkeypatch):
     generate = common.generate
 
     def off(*args, **how):
@@ -506,52 +427,41 @@ def test_a_sampler_that_disagrees_with_training_shows(cli, tmp_path, monkeypatch
         return samples
 
     monkeypatch.setattr(common, "generate", off)
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        8,
-        "--questions",
-        2,
-        "--samples",
-        2,
-        "--phases",
-        1,
-    ]
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 2, "--samples", 2]
+    argv += ["--phases", 1]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     assert last_row(tmp_path / "run")["logprob_mismatch"] == pytest.approx(0.5, abs=1e-3)
 
 
-def test_the_largest_distance_of_a_ratio_from_one_is_kept():
-    torch.manual_seed(0)
-    real = torch.arange(4) < torch.tensor([3, 1, 4, 2])[:, None]
-    old, values, advantages, returns = torch.randn(4, 4, 4) * real
-    logprobs = (old + 0.4 * torch.randn(4, 4)).requires_grad_()
-    rollouts = ppo.Rollouts([0, 1, 2, 3], real, old, values, advantages, returns)
+def test_the_largest_distance_of_a_ratio_from_one_is_kept(cli, tmp_path, measured, monkeypatch):
+    """That of the first minibatch, whichever of its micro-batches has it."""
+    forward, policy_loss, deviations = common.response_logprobs, ppo.policy_loss, []
+    noise = torch.Generator().manual_seed(0)
 
-    def forward(rows):
-        return logprobs[rows][real[rows]], values[rows][real[rows]]
+    def other_kernels(*args):
+        logprobs = forward(*args)
+        if logprobs.requires_grad:
+            logprobs = logprobs + 0.4 * torch.randn(logprobs.shape, generator=noise)
+        return logprobs
 
-    ppo.add_gradient(forward, rollouts, [3, 0, 2], 9, 0.2, 0.3, [0, 2], False)
-    expected = ((logprobs - old).exp() - 1).abs()[[3, 2]][real[[3, 2]]].max().item()
-    assert rollouts.distances == [pytest.approx(expected)]
+    def spied(logprobs, old, *more):
+        deviations.append(((logprobs - old).exp() - 1).abs().max().item())
+        return policy_loss(logprobs, old, *more)
+
+    monkeypatch.setattr(common, "response_logprobs", other_kernels)
+    monkeypatch.setattr(ppo, "policy_loss", spied)
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 4, "--samples", 2]
+    argv += ["--phases", 1, "--epochs", 1, "--batch-size", 4, "--token-budget", 1]
+    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
+    assert len(deviations) == 8  # a micro-batch a sample, 4 in each of two minibatches
+    largest = max(deviations[:4])
+    assert largest not in (deviations[0], deviations[3]) and largest < max(deviations)
+    assert last_row(tmp_path / "run")["max_ratio_deviation"] == pytest.approx(largest, rel=1e-5)
 
 
-def test_what_backtracking_gives_away_is_not_trained_on(cli, tmp_path, drawn, measured):  # noqa: F811
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        8,
-        "--questions",
-        4,
-        "--samples",
-        2,
-        "--phases",
-        1,
-    ]
+def test_what_backtracking_gives_away_is_not_trained_on(cli, tmp_path, drawn, measured):
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 4, "--samples", 2]
+    argv += ["--phases", 1]
     assert cli(ppo, *argv, "--curriculum", "backtracking", "--out", tmp_path / "run")[0] == 0
     row = last_row(tmp_path / "run")
     assert row["with_prefix"] == 1 and row["tokens"] == 2 * sum(
@@ -568,7 +478,7 @@ def test_backtracking_goes_back_where_half_of_the_samples_are_right():
 # ---- the rewards and the selection of Shen et al.
 
 
-def test_the_shares_that_are_hidden_are_those_of_the_flags(cli, tmp_path, folders, monkeypatch):  # noqa: F811
+def test_the_shares_that_are_hidden_are_those_of_the_flags(cli, tmp_path, folders, monkeypatch):
     asked = []
 
     def routes(problems, *shares_and_seed):
@@ -576,17 +486,8 @@ def test_the_shares_that_are_hidden_are_those_of_the_flags(cli, tmp_path, folder
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ppo, "routes", routes)
-    argv = [
-        *PPO,
-        "--genrm",
-        folders.genrm,
-        "--seed",
-        5,
-        "--limit-train",
-        8,
-        "--out",
-        tmp_path / "run",
-    ]
+    argv = [*PPO, "--genrm", folders.genrm, "--seed", 5, "--limit-train", 8]
+    argv += ["--out", tmp_path / "run"]
     for flags in (["hybrid", "--hide-answers", 0.25], ["hybrid"], ["genrm"]):
         assert cli(ppo, *argv, "--reward", *flags)[0] == 130
     assert asked == [(0.25, 0, 5), (0.5, 0, 5), (1.0, 0, 5)]
@@ -594,7 +495,7 @@ def test_the_shares_that_are_hidden_are_those_of_the_flags(cli, tmp_path, folder
 
 def test_a_selected_question_keeps_its_route_and_each_route_is_a_domain(
     cli, tmp_path, folders, monkeypatch
-):  # noqa: F811
+):
     begun = []
 
     def curriculum(self, kind, problems, seed, stages=()):
@@ -602,17 +503,8 @@ def test_a_selected_question_keeps_its_route_and_each_route_is_a_domain(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ppo.Curriculum, "__init__", curriculum)
-    argv = [
-        *PPO,
-        "--limit-train",
-        2290,
-        "--reward",
-        "hybrid",
-        "--curriculum",
-        "verifiable_first",
-        "--select",
-        "lowest",
-    ]
+    argv = [*PPO, "--limit-train", 2290, "--reward", "hybrid", "--curriculum", "verifiable_first"]
+    argv += ["--select", "lowest"]
     argv += ["--select-samples", 1, "--select-fraction", 0.5, "--genrm", folders.genrm]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 130
     (problems, stages), everything = begun[0], common.load_problems("arithmetic", "train")
@@ -631,13 +523,20 @@ def test_with_a_generative_reward_model_a_half_has_passed(tiny, tmp_path, monkey
     genrm = SimpleNamespace(scores=lambda *_: [0.5, 0.4, 0.6, 0.7])
     judges = ppo.Judges(genrm=genrm, references={p.id: "x" for p in TRAIN[:2]})
     args = argparse.Namespace(
-        select_samples=2, temperature=1, max_new_tokens=9, batch_size=9, seed=0, few_shot=False, reward="genrm", add_outcome=False
-    )  # fmt: skip
+        select_samples=2,
+        temperature=1,
+        max_new_tokens=9,
+        gen_batch_size=9,
+        seed=0,
+        few_shot=False,
+        reward="genrm",
+        add_outcome=False,
+    )
     scores, passed = ppo.score_pool(tiny, TRAIN[:2], judges, SimpleNamespace(out=tmp_path), args)
     assert scores == pytest.approx([0.45, 0.65]) and passed == [0.5, 1.0]
 
 
-def test_so_many_comparisons_are_made_as_are_asked_for(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_so_many_comparisons_are_made_as_are_asked_for(cli, tmp_path, monkeypatch):
     asked = []
 
     def comparisons(samples, n_pairs, seed):
@@ -645,25 +544,17 @@ def test_so_many_comparisons_are_made_as_are_asked_for(cli, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reward_model, "comparisons", comparisons)
-    argv = [
-        "--kind",
-        "genrm",
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        4,
-        "--samples",
-        2,
-        "--eval-samples",
-        2,
-    ]
+    argv = ["--kind", "genrm", "--model", "tiny", *SMALL, "--limit-train", 4, "--samples", 2]
+    argv += ["--eval-samples", 2]
     assert cli(reward_model, *argv, "--pairs", 2, "--out", tmp_path / "run")[0] == 130
     assert asked == [(2, 7)]
 
 
 class Partial:
-    """Likes what comes first by 0.1 in every other question and what comes second in the others; takes ":" for gold."""
+    """Likes what comes first by 0.1 in every other question and what comes second in the others.
+
+    Takes ":" for gold.
+    """
 
     def verdicts(self, comparisons, token_budget):
         scores = np.array([0.5 if candidate == ":" else 0.1 for _, candidate, _ in comparisons])
@@ -687,20 +578,9 @@ def test_a_judge_that_is_partial_and_likes_nonsense_shows():
 
 def test_the_check_of_the_labels_compares_them_with_the_new_completions(
     cli, start, tmp_path, drawn, measured
-):  # noqa: F811
-    argv = [
-        "--model",
-        start,
-        *SMALL,
-        "--limit-train",
-        16,
-        "--samples",
-        3,
-        "--completions",
-        2,
-        "--epochs",
-        1,
-    ]
+):
+    argv = ["--model", start, *SMALL, "--limit-train", 16, "--samples", 3, "--completions", 2]
+    argv += ["--epochs", 1]
     assert cli(rcrl, *argv, "--ratio", 1, "--check-labels", 3, "--out", tmp_path / "run")[0] == 0
     before, again = {}, {}
     for q, call in zip((before, again), drawn[1:], strict=True):
@@ -720,35 +600,25 @@ def test_the_check_of_the_labels_compares_them_with_the_new_completions(
     )
 
 
-def test_the_mixture_is_as_large_as_the_flags_say(cli, tmp_path, measured):  # noqa: F811
+def test_the_mixture_is_as_large_as_the_flags_say(cli, tmp_path, measured):
     texts, file = ("", LOST), tmp_path / "samples.jsonl"  # each three times
     rows = [
         common.Sample(p, n, texts[n // 3] or p.reference, True) for p in TRAIN[:4] for n in range(6)
     ]
     common.write_samples(file, rows)
-    argv = [
-        "--model",
-        "tiny",
-        *SMALL,
-        "--limit-train",
-        4,
-        "--epochs",
-        1,
-        "--labels",
-        "outcome",
-        "--ratio",
-        1,
-    ]
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 4, "--epochs", 1, "--labels", "outcome"]
+    argv += ["--ratio", 1]
     for n, flags in ((4, []), (12, ["--no-deduplicate"]), (3, ["--train-size", 6])):
         assert cli(rcrl, *argv, "--train-samples", file, *flags, "--out", tmp_path / str(n))[0] == 0
         row = last_row(tmp_path / str(n))
-        assert (row["right"], row["wrong"], row["correct"], row["samples"]) == (n, n, 0.5, 0)
+        assert (row["n_correct"], row["n_incorrect"]) == (n, n)
+        assert (row["correct"], row["samples"]) == (0.5, 0)
 
 
 @pytest.mark.parametrize("script", [rcrl, reward_model], **scripts)
 def test_samples_of_several_files_are_trained_on_and_are_no_rollouts(
     script, cli, tmp_path, measured
-):  # noqa: F811
+):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file, problems in zip(files, (TRAIN[:4], TRAIN[4:8]), strict=True):
         texts = (None, LOST)

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ from tokenizers.processors import TemplateProcessing
 
 import common
 import engine
+import expert_iteration
 import ppo
+import rcrl
 import reward_model
 import sft
 
@@ -53,8 +56,10 @@ def test_a_padded_batch_has_the_logprobs_of_each_sequence_alone(
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_are_those_of_the_plain_computation(tmp_path_factory):
-    """Logits are recomputed in the backward pass: the gradient must not notice."""
+@pytest.mark.parametrize("at_once", [0, 1 << 24])
+def test_gradients_are_those_of_the_plain_computation(at_once, tmp_path_factory, monkeypatch):
+    """Large logits are recomputed in the backward pass. The gradient must not notice."""
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", at_once)
     policy = random_policy("llama", tmp_path_factory)
     policy.model.zero_grad()
     common.response_logprobs(policy, EXAMPLES).sum().backward()
@@ -82,17 +87,20 @@ def test_the_step_does_not_depend_on_the_micro_batches(nano, budget):
         torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-4)
 
 
-def test_token_batches_hold_every_sequence_once_within_the_budget():
+def test_micro_batches_hold_every_sequence_once_within_the_budget():
     rng = np.random.default_rng(0)
     for _ in range(50):
         lengths = rng.integers(1, 100, size=rng.integers(1, 60)).tolist()
-        groups = common.micro_batches(lengths, 128)
+        groups = list(common.micro_batches(lengths, 128))
         assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
         assert all(len(g) == 1 or max(lengths[i] for i in g) * len(g) <= 128 for g in groups)
 
 
 def test_the_end_of_text_token_is_trained_on_even_if_it_is_the_pad_token(nano):
-    """Trap: a mask made by comparing with the pad id removes the end-of-text token, and the model never learns to stop."""
+    """Trap: a mask made by comparing with the pad id removes the end-of-text token.
+
+    Then the model never learns to stop.
+    """
     policy = common.Policy(nano, device="cpu")
     policy.tokenizer.pad_token = policy.tokenizer.eos_token
     solution = policy.encode_solution("1+1=<<1+1=2>>2\n#### 2")
@@ -130,29 +138,61 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(nano):
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
-def test_a_gradient_that_is_not_finite_stops_even_if_the_loss_is(nano):
+STEPS = {  # script: one optimizer step on EXAMPLES
+    sft: lambda model, optimizer: sft.train_step(model, optimizer, EXAMPLES, 20),
+    expert_iteration: lambda *both: expert_iteration.train_step(*both, EXAMPLES, 20),
+    rcrl: lambda *both: rcrl.train_step(
+        *both, EXAMPLES, [[i % 3 > 0 for i in range(len(r))] for _, r in EXAMPLES], 20
+    ),
+    reward_model: lambda *both: reward_model.train_step(
+        *both, [(example, float(i % 2), 0.5 + i) for i, example in enumerate(EXAMPLES)], 20
+    ),
+}
+
+
+@pytest.mark.parametrize("script", STEPS, ids=lambda script: script.__name__)
+def test_a_gradient_that_is_not_finite_stops_even_if_the_loss_is(script, nano):
     """As of a square root at 0: the weights, and the next checkpoint, would be lost."""
-    policy = common.Policy(nano, device="cpu")
+    if script is reward_model:
+        policy = reward_model.RewardModel(nano, "cpu", new=True)
+    else:
+        policy = common.Policy(nano, device="cpu")
     optimizer = common.adam_w(policy.model.parameters(), 1e-3)
     before = [p.clone() for p in policy.model.parameters()]
-    for p in policy.model.parameters():
-        p.grad = torch.zeros_like(p)
-    p.grad.flatten()[0] = float("nan")
-    with pytest.raises(common.UserError, match="not finite"):
-        common.clipped_step(optimizer, 0.5)
+    *_, last = policy.model.parameters()
+    hook = last.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(common.UserError, match="not finite") as error:
+        STEPS[script](policy, optimizer)
+    loss, norm = re.search(r"\((.*), (.*)\)", str(error.value)).groups()
+    assert math.isfinite(float(loss)) and norm == "nan"
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+    hook.remove()
+    optimizer.zero_grad()
+    assert STEPS[script](policy, optimizer)[0] == pytest.approx(float(loss))
+    after = list(policy.model.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_many_response_tokens_are_computed_in_parts(nano, monkeypatch):
-    """No more than 2,048 rows of logits at a time, forward and backward, and nothing changes by it."""
+    """No more than 2,048 rows of logits at a time, forward and backward. The values stay.
+
+    Logits that are not large are made at once, and once.
+    """
     policy, rng = common.Policy(nano, device="cpu"), np.random.default_rng(0)
     examples = [
         (rng.integers(5, 60, 4).tolist(), rng.integers(5, 60, 500).tolist()) for _ in range(9)
     ]
     head, sizes = policy.head, []
     monkeypatch.setattr(policy, "head", lambda hidden: sizes.append(len(hidden)) or head(hidden))
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 4500 * policy.vocabulary)
+    at_once = common.response_logprobs(policy, examples)
+    at_once.mean().backward()
+    assert sizes == [4500]
+    sizes.clear()
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 4500 * policy.vocabulary - 1)
     logprobs = common.response_logprobs(policy, examples)
     expected = torch.cat([naive_logprobs(policy, example, 1.0) for example in examples])
+    torch.testing.assert_close(at_once, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
     weights = list(policy.model.parameters())
     gradients = torch.autograd.grad(logprobs.mean(), weights)
@@ -226,20 +266,35 @@ def test_a_model_that_the_gpu_cannot_train_is_refused_before_it_samples(monkeypa
                 common.check_memory(model)
 
 
-def test_a_full_memory_is_one_line(cli, nano, tmp_path, monkeypatch):  # noqa: F811
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nand much more")
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nand much more"),
+    MemoryError("Tried to allocate 20 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 20 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling 20 GiB"),
+]
 
-    monkeypatch.setattr(common, "clipped_step", full)
-    code, message = cli(
-        sft, "--model", nano, "--limit-eval", 2, "--max-new-tokens", 2, "--out", tmp_path / "run"
-    )
-    assert (
-        code == 2
-        and message.count("\n") == 1
-        and "out of memory" in message
-        and "20 GiB" in message
-    )
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_memory_is_one_line_that_names_the_token_budget(
+    error, cli, nano, tmp_path, monkeypatch
+):  # noqa: F811
+    """Training does not try again. What is no lack of memory stays an error with its traceback."""
+    logprobs, calls = common.response_logprobs, []
+
+    def full(*args):
+        if not torch.is_grad_enabled():
+            return logprobs(*args)
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr(common, "response_logprobs", full)
+    argv = ["--model", nano, "--limit-eval", 2, "--max-new-tokens", 2, "--out", tmp_path / "run"]
+    code, message = cli(sft, *argv)
+    assert code == 2 and message.count("\n") == 1 and len(calls) == 1
+    assert "out of memory" in message and "--token-budget" in message and "20 GiB" in message
+    error = RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli(sft, *argv, "--overwrite")
 
 
 def test_weights_are_float32_whatever_the_checkpoint_holds(nano, tmp_path):
@@ -255,7 +310,7 @@ def test_weights_are_float32_whatever_the_checkpoint_holds(nano, tmp_path):
 
 
 def test_dropout_is_off_in_training(tmp_path_factory):
-    """Trap: with dropout on, the log-probabilities of sampling and training differ from call to call."""
+    """Trap: with dropout on, the log-probabilities differ from call to call."""
     policy = random_policy("gpt2", tmp_path_factory)
     assert policy.model.config.resid_pdrop > 0 and not policy.model.training
     assert torch.equal(
@@ -294,14 +349,23 @@ def test_a_head_that_is_not_linear_is_refused(nano, monkeypatch):
         return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", softcapped)
-    with pytest.raises(common.UserError, match="scale or cap"):
+    with pytest.raises(common.UserError, match="scaled or capped"):
         common.Policy(nano)
 
 
-@pytest.mark.parametrize("family, setting", [("Granite", "logits_scaling"), ("Cohere", "logit_scale"), ("NanoChat", "final_logit_softcapping")])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, setting",
+    [
+        ("Granite", "logits_scaling"),
+        ("Cohere", "logit_scale"),
+        ("NanoChat", "final_logit_softcapping"),
+    ],
+)
 def test_scaled_and_capped_logits_are_the_models_own(family, setting, tmp_path):
-    """Granite divides its logits, Cohere multiplies them, Gemma 2 and nanochat bound them. Without that the policy would
-    train and sample at another temperature than the model that is saved."""
+    """Granite divides its logits, Cohere multiplies them, Gemma 2 and nanochat bound them.
+
+    Without that the policy would train and sample at another temperature than the saved model.
+    """
     config = getattr(transformers, f"{family}Config")
     write_model(
         lambda v: config(vocab_size=v, num_key_value_heads=2, **{setting: 0.3}, **SMALL), tmp_path
@@ -319,7 +383,12 @@ def test_scaled_and_capped_logits_are_the_models_own(family, setting, tmp_path):
     torch.testing.assert_close(
         found, logits.log_softmax(-1)[range(4), response], atol=1e-4, rtol=1e-4
     )
-    assert policy.decode_loop is common.decode
+    problem = common.Problem("p", "Ann has 3 pens.", 3)
+    for sample in common.generate(policy, [problem], samples=3, max_new_tokens=8):
+        example = list(sample.prompt), sample.tokens.tolist()
+        with torch.no_grad():
+            again = common.response_logprobs(policy, [example]).numpy()
+        assert sample.logprobs == pytest.approx(again, abs=1e-4)
     setattr(policy.model if family == "Cohere" else policy.model.config, setting, 1.0)
     with torch.no_grad():
         assert (common.response_logprobs(policy, [(prompt, response)]) - found).abs().max() > 1e-2
@@ -368,7 +437,10 @@ def test_a_fingerprint_changes_with_any_weight(tmp_path):
 
 @pytest.mark.parametrize("name, fused", [("llama", 7), ("qwen3", 13), ("gemma3", 0), ("gpt2", 0)])
 def test_fused_norms_are_the_models_own(name, fused, tmp_path_factory):
-    """Norms that multiply by 1 + weight are another thing; a copy of the model, as PPO's reference, has its own weights."""
+    """Norms that multiply by 1 + weight are another thing.
+
+    A copy of the model, as PPO's reference, has its own weights.
+    """
     model = copy.deepcopy(random_policy(name, tmp_path_factory).model)
     with torch.no_grad():
         for key, weight in model.named_parameters():
@@ -397,7 +469,10 @@ def test_fused_norms_are_the_models_own(name, fused, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["llama.LlamaRMSNorm", "olmo2.Olmo2RMSNorm"])
 def test_a_fused_norm_returns_what_the_models_own_returns(kind):
-    """One promotes a bfloat16 input to the precision of its weight, the other does not; the mean is taken in float32."""
+    """One promotes a bfloat16 input to the precision of its weight, the other does not.
+
+    The mean is taken in float32.
+    """
     module, name = kind.split(".")
     norm = getattr(
         importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name
@@ -413,9 +488,8 @@ def test_a_fused_norm_returns_what_the_models_own_returns(kind):
 
 
 def test_norms_of_another_kind_are_left_alone():
-    class WeightlessRMSNorm(
-        torch.nn.Module
-    ):  # as one of FalconMamba, which is called on other widths
+    # As one of FalconMamba, which is called on other widths.
+    class WeightlessRMSNorm(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.register_buffer("weight", torch.ones(8))

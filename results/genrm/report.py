@@ -70,6 +70,9 @@ for place, (label, name) in enumerate(ROWS.items()):
         print(
             f"maj@1, {label} - {control}: {apart}; by seed {', '.join(f'{pair:+.3f}' for pair in pairs)}"
         )
-    kl = [max(row["ref_kl_k3"] for row in log if "ref_kl_k3" in row) for log in recorded(name).values()]
+    kl = [
+        max(row["ref_kl_k3"] for row in log if "ref_kl_k3" in row)
+        for log in recorded(name).values()
+    ]
     if kl:
         print(f"highest KL of a phase, {label}: {', '.join(f'{k:.3f}' for k in kl)} nats per token")
