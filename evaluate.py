@@ -1,27 +1,31 @@
-"""Evaluation: maj@1, maj@n, pass@k and the diversity of a model's solutions on a split.
+r"""Evaluate a model on a split: maj@1, maj@n, pass@k and the diversity of its solutions.
 
-    1. one greedy solution per problem                      -> maj@1
-    2. n sampled solutions per problem at temperature 0.7   -> everything else, all from the same samples
-         maj@n      the answer that most samples agree on is right (samples without an answer do not vote; of answers
-                    with equally many votes the one that appeared first wins)
-         pass@k     at least one of k samples is right, estimated without bias from n (`common.pass_at_k`)
-         distinct@n number of correct solutions that differ in their sequence of arithmetic operations
-         no_answer, truncated: share of samples without an answer, and of those that hit the length limit
-    3. with --orm, a reward model scores the same samples
-         rerank@n   the best-scored sample is right
-         weighted@n the vote again, every sample weighted with its score
-    4. a 95 % interval over the problems for every number, and for the two of --orm a paired test against maj@n
+    1. Sample one greedy solution per problem. Its correctness is maj@1.
+    2. Sample n solutions per problem at temperature 0.7. All other metrics are from these samples.
+         maj@n       the answer of most samples is correct. Samples without an answer do not vote.
+                     Of answers with equally many votes the first to appear wins.
+         pass@k      at least one of k samples is correct (`common.pass_at_k`, without bias)
+         distinct@n  number of correct solutions that differ in their arithmetic operations
+         no_answer   fraction of samples without an answer
+         truncated   fraction of samples that reached the length limit
+    3. With --orm score the same samples with a reward model.
+         rerank@n    the sample with the best score is correct
+         weighted@n  maj@n with the scores as weights of the votes
+    4. Report the mean of every metric over the problems, with a 95 % interval. rerank@n and
+       weighted@n also get a paired test against maj@n.
 
-"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), section "Metrics"; the paper
-uses n = 96. The tie rule is ours.
+"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024),
+section "Metrics". The paper uses n = 96. The rule for equally many votes is ours.
 
-CPU, under a minute after `python sft.py`:
+CPU, under a minute, after `python sft.py`. The second command scores the samples of the first:
     python evaluate.py --model runs/sft/model
-    python evaluate.py --model runs/sft/model --orm runs/reward_model/model --resume    # scores the same samples
+    python evaluate.py --model runs/sft/model --orm runs/reward_model/model --resume
 One GPU:
-    python evaluate.py --model runs/gsm8k/sft/model --dataset gsm8k --samples 96 --max-new-tokens 512
+    python evaluate.py --model runs/gsm8k/sft/model --dataset gsm8k --samples 96 \
+        --max-new-tokens 512
 """
 
+import argparse
 import math
 import sys
 import time
@@ -31,126 +35,129 @@ import numpy as np
 
 import common
 
+FILES = ".args.json", ".greedy.jsonl", ".samples.jsonl"  # next to the report
+Z = 1.96  # standard errors, half of a 95 % interval
 
-def parse_args(argv: list[str]):
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = common.common_parser(__doc__, model="runs/sft/model", samples=16, temperature=0.7)
     add = parser.add_argument
-    add(
-        "--out",
-        help="JSON file; the samples go beside it (default: runs/evaluate/, named after model and dataset)",
-    )
-    add(
-        "--split",
-        choices=["train", "dev", "test", "all"],
-        default="test",
-        help="all: the whole of a single file",
-    )
-    add("--few-shot", action="store_true", help="two worked examples in the prompt, for a base that never saw the format")  # fmt: skip
-    add(
-        "--lenient",
-        action="store_true",
-        help="without an answer line, take the last number of the text as the answer",
-    )
-    add("--condition", choices=["good", "bad", "none"],
-        help="for a model of rcrl.py, the label that is put before every line (default: good if it has labels)")  # fmt: skip
-    add("--orm",
-        help="folder of a reward model, for rerank@n and weighted@n; with --resume, of the samples that are there")  # fmt: skip
+    about = "JSON file, with the samples next to it (default: runs/evaluate/MODEL-DATASET-SPLIT)"
+    add("--out", help=about)
+    splits = "train", "dev", "test", "all"
+    add("--split", choices=splits, default="test", help="all: the whole of a single file")
+    add("--few-shot", action="store_true", help="show two worked examples, for a base model")
+    add("--lenient", action="store_true", help="read the last number if there is no answer line")
+    about = "label before every line, for a model of rcrl.py (default: good if it has labels)"
+    add("--condition", choices=["good", "bad", "none"], help=about)
+    add("--orm", help="reward model for rerank@n and weighted@n; --resume: of existing samples")
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:
-        parser.error(
-            "--temperature 0: all samples of a problem are the same; the greedy one is maj@1"
-        )
+        parser.error("--temperature 0: all samples of a problem are the same; maj@1 is greedy")
     if args.orm and args.samples == 1:
         parser.error("--orm chooses among the samples of a problem: --samples of at least 2")
     return args
 
 
-def distinct_correct(samples: list[common.Sample]) -> int:
-    """Number of correct solutions with different sequences of arithmetic operations."""
-    return len({common.equations(sample.text) for sample in samples if sample.correct})
-
-
-def confidence_interval(values: list[float], highest: float = 1.0) -> list[float]:
-    """95 % interval of the mean of one value per problem, each between 0 and `highest`; of a single value between them
-    everything. Wilson (1927) for shares of yes and no. Of shares between them, as pass@k is, mean +- 1.96 standard errors
-    after two problems with 0 and two with 1 were added, as Agresti and Coull (1998) do for yes and no: where all problems
-    but a few agree, the plain standard error is too small. Of counts (`highest` above 1), unless all are 0 or 1, the
-    plain one."""
-    mean, n, z = float(np.mean(values)), len(values), 1.96
-    if set(values) <= {0.0, 1.0}:
-        centre, half = (
-            mean + z * z / (2 * n),
-            z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)),
-        )
-        centre, half = centre / (1 + z * z / n), half / (1 + z * z / n)
-    elif n == 1:
-        centre, half = mean, highest
-    else:
-        values = [*values, 0.0, 0.0, 1.0, 1.0] if highest == 1 else values
-        centre, half = (
-            float(np.mean(values)),
-            z * float(np.std(values, ddof=1)) / math.sqrt(len(values)),
-        )
-    return [max(0.0, centre - half), min(highest, centre + half)]
-
-
-def paired_test(values: list[float], others: list[float]) -> dict:
-    """Two yes-or-no metrics of the same problems: the mean difference with its 95 % interval (Agresti and Min 2005), and
-    the probability of a split at least this uneven among the problems on which they differ if neither were better
-    (McNemar's exact test)."""
-    differences = np.array(values) - np.array(others)
-    better, worse, total = (
-        int((differences > 0).sum()),
-        int((differences < 0).sum()),
-        len(differences),
-    )
-    n, fewer = better + worse, min(better, worse)
-    p = min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
-    centre = (better - worse) / (
-        total + 2
-    )  # half a problem added to each of the four cases, or it has no width at 0
-    half = 1.96 * math.sqrt(n + 1 - (better - worse) ** 2 / (total + 2)) / (total + 2)
-    found = {
-        "difference": float(differences.mean()),
-        "ci95": [max(-1.0, centre - half), min(1.0, centre + half)],
-    }
-    return found | {"better": better, "worse": worse, "p": p}
-
-
-def metrics_per_problem(
-    greedy: list[common.Sample], samples: list[common.Sample]
-) -> dict[str, list[float]]:
-    """Metric name -> one value per problem."""
+def metrics_per_problem(greedy: list[common.Sample], samples: list[common.Sample]) -> dict:
+    """Return metric name -> one value per problem."""
+    groups = common.by_problem(samples)
+    answers = [[s.answer for s in group] for group in groups]
+    gold, n = [group[0].problem.answer for group in groups], len(groups[0])
     values = {
         "maj@1": [s.correct for s in greedy],
         "no_answer@1": [s.answer is None for s in greedy],
         "truncated@1": [not s.finished for s in greedy],
     }
-    groups = common.by_problem(samples)
-    n = len(groups[0])
     if n > 1:
-        values[f"maj@{n}"] = [
-            common.vote([s.answer for s in group]) == group[0].problem.answer for group in groups
-        ]
-        if samples[0].score is not None:
-            values[f"rerank@{n}"] = [max(group, key=lambda s: s.score).correct for group in groups]
-            values[f"weighted@{n}"] = [
-                common.vote([s.answer for s in group], [s.score for s in group])
-                == group[0].problem.answer
-                for group in groups
-            ]
+        votes = map(common.vote, answers)
+        values[f"maj@{n}"] = [vote == a for vote, a in zip(votes, gold, strict=True)]
+    if n > 1 and samples[0].score is not None:
+        values[f"rerank@{n}"] = [max(group, key=lambda s: s.score).correct for group in groups]
+        votes = map(common.vote, answers, [[s.score for s in group] for group in groups])
+        values[f"weighted@{n}"] = [vote == a for vote, a in zip(votes, gold, strict=True)]
+    counts = [sum(s.correct for s in group) for group in groups]
     for k in common.powers_of_two(n):
-        values[f"pass@{k}"] = [
-            common.pass_at_k(n, sum(s.correct for s in group), k) for group in groups
-        ]
-    values[f"distinct@{n}"] = [distinct_correct(group) for group in groups]
-    values["no_answer"] = [np.mean([s.answer is None for s in group]) for group in groups]
-    values["truncated"] = [np.mean([not s.finished for s in group]) for group in groups]
+        values[f"pass@{k}"] = [common.pass_at_k(n, count, k) for count in counts]
+    distinct = [{common.equations(s.text) for s in group if s.correct} for group in groups]
+    values[f"distinct@{n}"] = map(len, distinct)
+    values["no_answer"] = [common.mean(s.answer is None for s in group) for group in groups]
+    values["truncated"] = [common.mean(not s.finished for s in group) for group in groups]
     return {name: [float(v) for v in column] for name, column in values.items()}
+
+
+def confidence_interval(values: list[float], highest: float = 1.0) -> list[float]:
+    """Return the 95 % interval of the mean of one value per problem, each in [0, highest].
+
+    Values of 0 and 1: Wilson (1927). Fractions, as of pass@k: mean +- 1.96 standard errors, after
+    adding two problems with 0 and two with 1, as Agresti and Coull (1998) do. Without them the
+    standard error is too small if nearly all problems agree. Counts (`highest` above 1): mean +-
+    1.96 standard errors. A single fraction or count: everything.
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if set(values) <= {0.0, 1.0}:
+        shrink = 1 + Z * Z / n
+        center = (mean + Z * Z / (2 * n)) / shrink
+        half = Z * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n)) / shrink
+    elif n == 1:
+        center, half = mean, highest
+    else:
+        values = [*values, 0.0, 0.0, 1.0, 1.0] if highest == 1 else values
+        center = float(np.mean(values))
+        half = Z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return [max(0.0, center - half), min(highest, center + half)]
+
+
+def paired_test(values: list[float], others: list[float]) -> dict:
+    """Compare two metrics of the same problems. Their values are 0 or 1.
+
+    ci95: interval of the mean difference (Agresti and Min 2005). p: McNemar's exact test. It is the
+    probability that the problems with a difference divide this unevenly if neither is better.
+    """
+    differences = np.array(values) - np.array(others)
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    n, total = better + worse, len(differences) + 2
+    p = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n)
+    # Half a problem is added to each of the four cases. Otherwise 0 differences have no interval.
+    center = (better - worse) / total
+    half = Z * math.sqrt(n + 1 - (better - worse) ** 2 / total) / total
+    interval = [max(-1.0, center - half), min(1.0, center + half)]
+    found = {"difference": float(differences.mean()), "ci95": interval}
+    return found | {"better": better, "worse": worse, "p": p}
+
+
+def files_to_replace(out: Path, settings: dict, args: argparse.Namespace) -> list[Path]:
+    """Return the files that --overwrite deletes. Raises UserError if they must stay."""
+    found = [file for file in (out, *map(out.with_suffix, FILES)) if file.exists()]
+    if found and args.resume:
+        settings_file = out.with_suffix(".args.json")
+        before = common.read_json(settings_file)
+        # A reward model may score the samples of an evaluation without one, or with another one.
+        keys = (before.keys() | settings) - ({"orm", "orm_fingerprint"} if args.orm else set())
+        same = all(before.get(key) == settings.get(key) for key in keys)
+        common.require(same, f"--resume: {out} was started with other settings ({settings_file})")
+        return []
+    advice = "add --resume to go on, --overwrite to replace it, or choose another --out"
+    for file in found:
+        common.require(args.overwrite, f"{file} is there already: {advice}")
+    return found
+
+
+def begin(out: Path, lock: Path, settings: dict, args: argparse.Namespace) -> None:
+    """Lock the files of this evaluation, delete old ones, and write the settings."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    common.lock(lock, out)
+    # Look again: another evaluation may have come and gone while the model was loaded.
+    for file in files_to_replace(out, settings, args):
+        file.unlink()
+    common.write_json(out.with_suffix(".args.json"), settings)
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
+
+    # 0. Load the problems and the models.
     name = args.model.strip("./").replace("/", "-")
     out = Path(args.out or f"runs/evaluate/{name}-{Path(args.dataset).stem}-{args.split}.json")
     ignored = ("resume", "overwrite", "device", "out", "token_budget", "gen_batch_size")
@@ -158,125 +165,65 @@ def main(argv: list[str]) -> None:
     settings["model_fingerprint"] = common.fingerprint(args.model)
     if args.orm:
         settings["orm_fingerprint"] = common.fingerprint(args.orm, "--orm")
-    if out.suffix != ".json" or out.is_dir():
-        raise common.UserError(f"--out {out}: must be the name of a .json file")
+    is_json = out.suffix == ".json" and not out.is_dir()
+    common.require(is_json, f"--out {out}: must be the name of a .json file")
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
-    files = [out.with_suffix(f".{kind}.jsonl") for kind in ("greedy", "samples")]
-    lock = out.with_suffix(
-        ".json.lock"
-    )  # several evaluations may share a folder, but not their files
-    started_file = out.with_suffix(
-        ".args.json"
-    )  # there from the start, so that --resume knows what the samples are of
-
-    def occupied() -> list[Path]:
-        taken = [file for file in (out, started_file, *files) if file.exists()]
-        if taken and args.resume:
-            before, may_change = (
-                common.read_json(started_file),
-                {"orm", "orm_fingerprint"} if args.orm else set(),
-            )
-            if any(
-                before.get(key) != settings.get(key)
-                for key in (before.keys() | settings.keys()) - may_change
-            ):
-                raise common.UserError(
-                    f"--resume: {out} was begun with other settings; they are in {started_file}"
-                )
-        if taken and not (args.resume or args.overwrite):
-            raise common.UserError(
-                f"{taken[0]} is there already: add --resume to go on, --overwrite to replace it, or choose another --out"
-            )
-        return [] if args.resume else taken
-
-    def prepare() -> None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-        common.lock(lock, out)
-        for file in (
-            occupied()
-        ):  # again, because another evaluation may have come and gone while the model was loaded
-            file.unlink()
-        common.write_json(started_file, settings)
-
-    common.on_first(occupied)
-    policy = common.Policy(args.model, args.device, args.dtype)
+    common.on_first(lambda: files_to_replace(out, settings, args))
+    policy, orm = common.Policy(args.model, args.device, args.dtype), None
     if args.condition:
         policy.condition(args.condition)
-    orm = None
     if args.orm:
-        import reward_model
+        import reward_model  # not part of every fork
 
         orm = reward_model.RewardModel(args.orm, args.device, args.dtype)
     common.encode_prompts(policy, problems, args.few_shot)
-    common.on_first(prepare)
+    # Several evaluations may share a folder, but not their files.
+    lock = out.with_suffix(".json.lock")
+    common.on_first(lambda: begin(out, lock, settings, args))
 
-    # 1. and 2. sample; an evaluation that was interrupted goes on with --resume
-    started = time.monotonic()
-    resumed = common.on_first(lambda: any(file.exists() for file in files))
-    timed = common.on_first(lambda: common.read_json(out).get("seconds") if out.exists() else None)
-    how = dict(
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.gen_batch_size,
-        seed=args.seed,
-        few_shot=args.few_shot,
-    )
-    greedy = common.sample_to_file(
-        policy, problems, files[0], samples=1, temperature=0, progress="greedy", **how
-    )
-    samples = common.sample_to_file(
-        policy,
-        problems,
-        files[1],
-        samples=args.samples,
-        temperature=args.temperature,
-        progress="samples",
-        **how,
-    )
-    if args.lenient:
-        for sample in greedy + samples:
+    # 1., 2. Sample one greedy solution and n solutions per problem. --resume reads samples back.
+    started, (_, greedy_file, samples_file) = time.monotonic(), map(out.with_suffix, FILES)
+    resumed = common.on_first(lambda: greedy_file.exists() or samples_file.exists())
+    before = common.on_first(lambda: common.read_json(out) if out.exists() else {})
+    how = dict(max_new_tokens=args.max_new_tokens, batch_size=args.gen_batch_size)
+    how |= dict(seed=args.seed, few_shot=args.few_shot, samples=1, temperature=0)
+    greedy = common.sample_to_file(policy, problems, greedy_file, progress="greedy", **how)
+    how |= dict(samples=args.samples, temperature=args.temperature)
+    samples = common.sample_to_file(policy, problems, samples_file, progress="samples", **how)
+
+    # 3. Read answers leniently and score the samples. The files of samples get both.
+    for file, group in ((greedy_file, greedy), (samples_file, samples)):
+        for sample in group if args.lenient else ():
             sample.grade(lenient=True)
-
-    # 3. scores of the reward model; they, and what was read leniently, then stand in the files of samples, too
-    for file, group in zip(files, (greedy, samples), strict=True) if orm or args.lenient else ():
         if orm:
             orm.grade(group, args.token_budget)
-        common.write_samples(file, group)
+        if orm or args.lenient:
+            common.write_samples(file, group)
 
-    # 4. every metric is a mean over problems
-    columns = metrics_per_problem(greedy, samples)
-    n = args.samples
-    report = {
-        name: {
-            "value": float(np.mean(v)),
-            "ci95": confidence_interval(v, n if name.startswith("distinct") else 1.0),
-        }
-        for name, v in columns.items()
-    }
-    paired = {
-        f"{name} - maj@{n}": paired_test(columns[name], columns[f"maj@{n}"])
-        for name in (f"rerank@{n}", f"weighted@{n}") if name in columns
-    }  # fmt: skip
-    seconds = (
-        timed if resumed else round(time.monotonic() - started, 1)
-    )  # null: interrupted, so nobody measured it
-    common.write_json(
-        out, report | paired | {"n_problems": len(problems), "seconds": seconds} | settings
-    )
-    print(
-        f"{args.model} on {len(problems)} problems of {args.dataset} {args.split}, temperature {args.temperature:g}"
-    )
+    # 4. Average every metric over the problems.
+    columns, n = metrics_per_problem(greedy, samples), args.samples
+    report, paired = {}, {}
+    for name, values in columns.items():
+        interval = confidence_interval(values, n if name.startswith("distinct") else 1.0)
+        report[name] = {"value": float(np.mean(values)), "ci95": interval}
+    for name in (f"rerank@{n}", f"weighted@{n}"):
+        if name in columns:
+            paired[f"{name} - maj@{n}"] = paired_test(columns[name], columns[f"maj@{n}"])
+    # An interrupted evaluation does not know its seconds.
+    seconds = before.get("seconds") if resumed else round(time.monotonic() - started, 1)
+    facts = {"n_problems": len(problems), "seconds": seconds}
+    common.write_json(out, report | paired | facts | settings)
+    split = f"{len(problems)} problems of {args.dataset} {args.split}"
+    print(f"{args.model} on {split}, temperature {args.temperature:g}")
     for name, entry in report.items():
-        print(
-            f"{name:>16}  {entry['value']:6.3f}  [{entry['ci95'][0]:.3f}, {entry['ci95'][1]:.3f}]"
-        )
+        low, high = entry["ci95"]
+        print(f"{name:>16}  {entry['value']:6.3f}  [{low:.3f}, {high:.3f}]")
     for name, test in paired.items():
-        print(
-            f"{name:>24}  {test['difference']:+.3f}  [{test['ci95'][0]:+.3f}, {test['ci95'][1]:+.3f}]  p {test['p']:.2g}"
-        )
+        interval = "[{:+.3f}, {:+.3f}]".format(*test["ci95"])
+        print(f"{name:>24}  {test['difference']:+.3f}  {interval}  p {test['p']:.2g}")
     if common.process_rank() == 0:
         lock.unlink(missing_ok=True)
-        print(f"written to {out}; samples in {files[1]}", file=sys.stderr)
+        print(f"written to {out}; samples in {samples_file}", file=sys.stderr)
 
 
 if __name__ == "__main__":

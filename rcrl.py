@@ -1,41 +1,44 @@
-r"""Return-conditioned RL: label every line of a solution as good or bad, learn what follows either label, ask for good.
+r"""Return-conditioned RL: label every line of a solution good or bad, then ask for good lines.
 
 Objective, for question q and solution s with lines l_1 ... l_n and labels z_i:
 
     minimise   - sum_(q, s)  sum_i  log pi(l_i | q, z_1, l_1, ..., z_(i-1), l_(i-1), z_i)
 
-    z_i = [GOOD] if Q(q, l_1 ... l_i) >= 0.5 else [BAD],      Q: share of M completions of this beginning that are right
+    z_i = [GOOD] if Q(q, l_1 ... l_i) >= 0.5 else [BAD]
+    Q   = fraction of correct solutions among M completions of the prefix l_1 ... l_i
 
-"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), its RCRL, after "Decision
-Transformer" (Chen et al. 2021).
+"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024),
+method RCRL, after "Decision Transformer" (Chen et al. 2021).
 
-    1. sample K solutions per training question from a policy (by default the best of expert iteration), or read samples
-    2. mix right and wrong solutions as --ratio says; complete every beginning of these M times, and label its last line by
-       the share that is right (--labels outcome: one label for the whole solution, whether it is right)
-    3. train from the pretrained base: the lines are targets, the labels context
-    4. after every epoch greedy accuracy on dev, one line at a time, each after a forced [GOOD]; the best becomes model/
+    1. Sample K solutions per training question, by default with the best policy of expert
+       iteration. Or read --train-samples.
+    2. Mix correct and incorrect solutions in the ratio --ratio.
+    3. Complete every prefix of the mixture M times. Label the last line of the prefix by Q.
+       With --labels outcome the whole solution has one label: is it correct?
+    4. Train from the pretrained base. The lines are targets, the labels are context.
+    5. After every epoch measure greedy accuracy on dev, with [GOOD] before every line. The best
+       epoch becomes model/. `evaluate.py` forces [GOOD] as well, or as --condition says.
 
-The saved model knows its labels: `evaluate.py` forces [GOOD] by itself, and [BAD] or nothing with --condition.
+Differences from the paper, and choices where it gives no detail:
+    * M is 8, at --temperature. The default ratio is 10. Truncated solutions are left out.
+    * The ratio counts distinct solutions. Solutions with the same sequence of arithmetic operations
+      are the same. With --no-deduplicate every sample counts, the default of expert_iteration.py.
+    * The last line needs no completion: its Q is 1 or 0. A blank line counts as a line, because in
+      sampling a label follows every line break.
+    * The embeddings of the two labels start as random vectors, spread like the other embeddings.
 
-Where this differs from the paper, and choices where it is silent: M is 8, at --temperature; the ratio is that of distinct
-solutions, and those with the same sequence of arithmetic operations are the same (--no-deduplicate: every sample counts, as
-in expert_iteration.py by default); solutions that were cut are left out; the default ratio is 10. The last line needs no
-completion: its Q is 1 or 0. A blank line is a line: at inference a label follows every line break. The embeddings of the two
-labels begin as random vectors of the spread of the others.
-
-CPU, after `python expert_iteration.py` (README.md has the measured numbers):
+CPU, 5 minutes, after `python expert_iteration.py` (README.md has the measured numbers):
     python rcrl.py
 One GPU:
-    python rcrl.py --model runs/gsm8k/ei/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k --samples 32 --epochs 4 \
-        --lr 2e-5 --batch-size 128 --max-new-tokens 512 --out runs/gsm8k/rcrl
+    python rcrl.py --model runs/gsm8k/ei/model --base HuggingFaceTB/SmolLM2-135M --dataset gsm8k \
+        --samples 32 --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 \
+        --out runs/gsm8k/rcrl
 """
 
 import argparse
-import copy
 import dataclasses
 import itertools
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -45,113 +48,41 @@ from tqdm import tqdm
 import common
 
 LABELS = {"good": "[GOOD]", "bad": "[BAD]"}
+Prefix = tuple[str, str]  # problem id, first lines of a solution
 
 
-def parse_args(argv: list[str]):
-    parser = common.common_parser(
-        __doc__, model="runs/expert_iteration/model", out="runs/rcrl", samples=16, temperature=1.0, lr=1e-3, epochs=4,
-        batch_size=16, limit_train=None, checkpoint_every=300,
-    )  # fmt: skip
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    flags = dict(model="runs/expert_iteration/model", out="runs/rcrl", samples=16, temperature=1.0)
+    flags |= dict(lr=1e-3, epochs=4, batch_size=16, limit_train=None, checkpoint_every=300)
+    parser = common.common_parser(__doc__, **flags)
     add = parser.add_argument
-    add("--base", default="tiny", help="pretrained model that is trained, whatever --model is")
-    add("--train-samples", nargs="+", default=[], metavar="FILE",
-        help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
-    add("--labels", choices=["step", "outcome", "none"], default="step",
-        help="one for every line, or one for the solution, or the control: the same solutions without labels")  # fmt: skip
-    add(
-        "--completions",
-        type=common.number(int, 1),
-        default=8,
-        help="M, per beginning of a solution",
-    )
-    add("--ratio", type=common.number(float, 0.01), default=10.0,
-        help="right solutions for every wrong one, as far as there are enough; 1e9: none (paper: 1 is worst)")  # fmt: skip
-    add("--deduplicate", action=argparse.BooleanOptionalAction, default=True,
-        help="of a question's right solutions with the same sequence of operations take one, and of its wrong ones")  # fmt: skip
-    add("--train-size", type=common.number(int, 1), help="solutions in the mixture at most; to compare ratios, which without "
-        "it change the amount of data, too")  # fmt: skip
-    add("--check-labels", type=common.number(int, 0), default=0,
-        help="complete so many beginnings 64 times more, and log how often that changes the label")  # fmt: skip
+    add("--base", default="tiny", help="pretrained model to train; --model only samples")
+    add("--train-samples", nargs="+", default=[], metavar="FILE", help="use samples of another run")
+    about = "one per line, one per solution, or none: the same solutions as a control"
+    add("--labels", choices=["step", "outcome", "none"], default="step", help=about)
+    add("--completions", type=common.WHOLE, default=8, help="completions per prefix, M")
+    about = "correct solutions per incorrect one; 1e9: no incorrect ones (paper: 1 is worst)"
+    add("--ratio", type=common.number(float, 0.01), default=10.0, help=about)
+    about = "keep one solution per question, outcome and sequence of operations"
+    add("--deduplicate", action=argparse.BooleanOptionalAction, default=True, help=about)
+    add("--train-size", type=common.WHOLE, help="most solutions in the mixture, to compare ratios")
+    about = "complete so many prefixes 64 times more, and log how often that changes the label"
+    add("--check-labels", type=common.number(int, 0), default=0, help=about)
     args = parser.parse_args(argv)
     parser.only_with("--labels step", args.labels == "step", args, "check_labels")
     if args.temperature == 0:
-        parser.error("--temperature 0: all samples and all completions of a beginning are the same")
+        parser.error("--temperature 0: all samples and all completions of a prefix are the same")
     return args
 
 
-# ---- the labels ------------------------------------------------------------------------------------------------------
-
-
 def lines_of(sample: common.Sample) -> list[str]:
-    """The lines of a solution with their line breaks: "14+6=20\\n#### 20" -> ["14+6=20\\n", "#### 20"]."""
+    """Split a solution after its line breaks: "14+6=20\\n#### 20" -> ["14+6=20\\n", "#### 20"]."""
     *lines, last = sample.solution.split("\n")
     return [line + "\n" for line in lines] + [last] * bool(last)
 
 
-def prefixes_of(solutions: list[common.Sample]) -> dict[tuple[str, str], common.Problem]:
-    """All distinct beginnings of the solutions that end with a line, the last line left out: (problem id, text) -> the
-    problem, with its place here added to its id, so that each has random numbers of its own."""
-    found = {}
-    for sample in solutions:
-        for text in itertools.accumulate(lines_of(sample)[:-1]):
-            key = (sample.problem.id, text)
-            found.setdefault(
-                key, dataclasses.replace(sample.problem, id=f"{sample.problem.id}/{len(found)}")
-            )
-    return found
-
-
-def estimate_q(
-    policy: common.Policy, starts: dict[tuple[str, str], common.Problem], completions: int, file: Path, run: common.Run,
-    args, seed: int,
-) -> dict[tuple[str, str], float]:  # fmt: skip
-    """The share of right completions of every beginning, sampled from the policy and written to `file`. One that is cut is
-    not right."""
-    if not starts:
-        return {}
-    drawn = common.sample_to_file(
-        policy, list(starts.values()), file, run, prefixes=[text for _, text in starts], samples=completions,
-        temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-        batch_size=args.gen_batch_size, seed=[args.seed, seed], progress="completions",
-    )  # fmt: skip
-    right = np.array([sample.correct and sample.finished for sample in drawn]).reshape(
-        len(starts), completions
-    )
-    return dict(zip(starts, right.mean(1).tolist(), strict=True))
-
-
-def label_solution(sample: common.Sample, q: dict[tuple[str, str], float], by: str) -> dict:
-    """A solution with the label of every line, as it is written to labelled.jsonl. Except by "step", Q is the outcome."""
-    texts = lines_of(sample)
-    values = [float(sample.correct)] * len(texts)
-    if by == "step":
-        values[:-1] = [q[sample.problem.id, start] for start in itertools.accumulate(texts[:-1])]
-    lines = [
-        {"label": "good" if value >= 0.5 else "bad", "q": value, "text": text}
-        for value, text in zip(values, texts, strict=True)
-    ]
-    return {
-        "problem": sample.problem.id,
-        "question": sample.problem.question,
-        "correct": sample.correct,
-        "lines": lines,
-    }
-
-
-def mix(right: list, wrong: list, ratio: float, size: int | None, seed: int) -> list:
-    """The largest part of both, but no more than `size`, that has `ratio` right ones for every wrong one; at random. Where
-    right ones are too few for another wrong one, all of them."""
-    n_wrong = min(len(wrong), int(len(right) / ratio))
-    n_right = max(1, round(ratio * n_wrong)) if n_wrong and n_wrong == len(wrong) else len(right)
-    if size and n_right + n_wrong > size:
-        n_wrong = min(n_wrong, round(size / (1 + ratio)), size - 1)
-        n_right = min(n_right, size - n_wrong)
-    chosen = [right[i] for i in sorted(common.shuffled(len(right), seed, 0)[:n_right])]
-    return chosen + [wrong[i] for i in sorted(common.shuffled(len(wrong), seed, 1)[:n_wrong])]
-
-
 def usable(samples: list[common.Sample], deduplicate: bool) -> list[common.Sample]:
-    """The finished samples; with `deduplicate` one for each sequence of operations and outcome of a question."""
+    """Return the finished samples. deduplicate: one per question, outcome and operations."""
     found = {}
     for sample in samples:
         if sample.finished and lines_of(sample):
@@ -160,71 +91,132 @@ def usable(samples: list[common.Sample], deduplicate: bool) -> list[common.Sampl
     return list(found.values())
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+def mix(correct: list, incorrect: list, ratio: float, size: int | None, seed: int) -> list:
+    """Choose at random the largest mixture with `ratio` correct solutions per incorrect one.
+
+    size: its most solutions. Correct ones too few for one more incorrect one are all taken.
+    """
+    n_correct, n_incorrect = len(correct), min(len(incorrect), int(len(correct) / ratio))
+    if 0 < n_incorrect == len(incorrect):
+        n_correct = max(1, round(ratio * n_incorrect))
+    if size and n_correct + n_incorrect > size:
+        n_incorrect = min(n_incorrect, round(size / (1 + ratio)), size - 1)
+        n_correct = min(n_correct, size - n_incorrect)
+    mixture = []
+    for stream, (group, n) in enumerate([(correct, n_correct), (incorrect, n_incorrect)]):
+        mixture += [group[i] for i in sorted(common.shuffled(len(group), seed, stream)[:n])]
+    return mixture
+
+
+def prefixes_of(solutions: list[common.Sample]) -> dict[Prefix, common.Problem]:
+    """Return the distinct prefixes that end before the last line, each with its problem."""
+    found = {}
+    for sample in solutions:
+        for text in itertools.accumulate(lines_of(sample)[:-1]):
+            # With an id of its own each prefix has random numbers of its own.
+            name = f"{sample.problem.id}/{len(found)}"
+            problem = dataclasses.replace(sample.problem, id=name)
+            found.setdefault((sample.problem.id, text), problem)
+    return found
+
+
+def estimate_q(policy, prefixes: dict[Prefix, common.Problem], file, run, **how):
+    """Return the fraction of correct completions of every prefix: {prefix: Q}.
+
+    A truncated completion is incorrect. how: see `common.sample_to_file`, which writes `file`.
+    """
+    if not prefixes:
+        return {}
+    how |= dict(prefixes=[text for _, text in prefixes], progress="completions")
+    samples = common.sample_to_file(policy, list(prefixes.values()), file, run, **how)
+    correct = np.array([sample.correct and sample.finished for sample in samples])
+    q = correct.reshape(len(prefixes), -1).mean(1)  # [prefixes]
+    return dict(zip(prefixes, q.tolist(), strict=True))
+
+
+def label_solution(sample: common.Sample, q: dict[Prefix, float], by: str) -> dict:
+    """Label every line of a solution. Return a row of labelled.jsonl.
+
+    The Q of the last line is 1 or 0, the outcome. Unless `by` is "step", it is the Q of all lines.
+    """
+    problem, texts = sample.problem, lines_of(sample)
+    values = [float(sample.correct)] * len(texts)
+    if by == "step":
+        values[:-1] = [q[problem.id, prefix] for prefix in itertools.accumulate(texts[:-1])]
+    labels = ["good" if value >= 0.5 else "bad" for value in values]
+    lines = zip(labels, values, texts, strict=True)
+    row = {"problem": problem.id, "question": problem.question, "correct": sample.correct}
+    return row | {"lines": [{"label": z, "q": value, "text": text} for z, value, text in lines]}
+
+
+def describe(samples: list[common.Sample], rows: list[dict]) -> dict:
+    """Return the outcomes of the samples, and the outcomes and labels of the mixture."""
+    lines = [(row["correct"], line["label"] == "good") for row in rows for line in row["lines"]]
+    return {
+        "correct": common.mean(sample.correct for sample in samples),
+        "sampled_no_answer": common.mean(sample.answer is None for sample in samples),
+        "sampled_truncated": common.mean(not sample.finished for sample in samples),
+        "n_correct": sum(row["correct"] for row in rows),
+        "n_incorrect": sum(not row["correct"] for row in rows),
+        "good_lines": common.mean(good for _, good in lines),
+        "good_if_incorrect": common.mean(good for correct, good in lines if not correct),
+    }
 
 
 def teach_labels(policy: common.Policy, by: str) -> None:
-    """Add a token for each label to the tokenizer and a row for it to the embedding.
+    """Add a token for each label to the tokenizer, and a row for it to the embedding.
 
-    The saved model knows its labels and where they stand. by: "step", "outcome" or "none".
-    Raises UserError if the model takes no new tokens.
+    by: "step", "outcome" or "none". Raises UserError if the model takes no new tokens.
     """
     if by == "none":
         policy.condition("none")
         return
-    names, tokenizer = list(LABELS.values()), copy.deepcopy(policy.tokenizer)
+    model, tokenizer, labels = policy.model, policy.tokenizer, list(LABELS.values())
+    n_known = len(tokenizer)
     try:
-        tokenizer.add_special_tokens({"extra_special_tokens": names})
-        if len(tokenizer) > policy.model.get_input_embeddings().weight.shape[0]:
-            policy.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        # as far apart as other tokens are: new rows that all lie at the mean, as is usual, would stay hard to tell apart
-        rows, n = policy.model.get_input_embeddings().weight.data, len(policy.tokenizer)
-        std, mean = torch.std_mean(rows[:n], dim=0)
-        rows[tokenizer.convert_tokens_to_ids(names)] = mean + std * torch.randn(
-            2, len(mean), device=rows.device
-        )
-        policy.tokenizer, policy.vocabulary = (
-            tokenizer,
-            policy.model.get_output_embeddings().weight.shape[0],
-        )
+        tokenizer.add_special_tokens({"extra_special_tokens": labels})
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        policy.vocabulary = model.get_output_embeddings().weight.shape[0]
     except (NotImplementedError, ValueError, AttributeError) as error:
-        reason = common.first_line(error)
-        raise common.UserError(
-            f"--base: this model takes no new tokens for labels ({reason})"
-        ) from None
+        message = f"this model takes no new tokens for labels ({common.first_line(error)})"
+        raise common.UserError(f"--base: {message}") from None
+    # Usually new rows are put at the mean. The two labels would stay hard to tell apart there.
+    rows = model.get_input_embeddings().weight.data  # [vocabulary, width]
+    std, mean = torch.std_mean(rows[:n_known], dim=0)
+    noise = torch.randn(len(labels), len(mean), device=rows.device)
+    rows[tokenizer.convert_tokens_to_ids(labels)] = mean + std * noise
     policy.labels = LABELS | {"by": by}
     policy.condition("good")
 
 
-def encode(
-    policy: common.Policy, problem: common.Problem, lines: list[dict]
-) -> tuple[common.Example, list[bool]]:
-    """Prompt and response ids, as sampling sees them: label, line, label, line ..., end-of-text token (with --labels outcome
-    only the first label, with none no label); and for each response token whether it is a target. Labels are not."""
-    prompt, response, targets = policy.encode_prompt(common.prompt_text(problem)), [], []
-    if (
-        not policy.label_every_line
-    ):  # one text, which a tokenizer may cut elsewhere than at line breaks
-        lines = [{"label": lines[0]["label"], "text": "".join(line["text"] for line in lines)}]
+def encode(policy: common.Policy, problem: common.Problem, lines: list[dict]):
+    """Encode a labelled solution as it is sampled: label, line, label, line ..., end-of-text.
+
+    With --labels outcome it has only the first label, with none no label. Returns prompt and
+    response ids, and for every response token whether it is a target. Labels are not.
+    """
+    if not policy.label_every_line:
+        # Encode one text: a tokenizer may split it at other positions than line breaks.
+        text = "".join(line["text"] for line in lines)
+        lines = [{"label": lines[0]["label"], "text": text}]
+    response, targets = [], []
     for line in lines:
         label = [] if policy.label is None else policy.encode_prefix(policy.labels[line["label"]])
         ids = policy.encode_prefix(line["text"])
         response += label + ids
         targets += [False] * len(label) + [True] * len(ids)
+    prompt = policy.encode_prompt(common.prompt_text(problem))
     example = policy.check_length((prompt, [*response, policy.tokenizer.eos_token_id]))
     return example, [*targets, True]
 
 
 def train_step(
-    policy: common.Policy,
-    optimizer: torch.optim.Optimizer,
-    batch: list,
-    targets: list,
-    token_budget: int,
+    policy: common.Policy, optimizer: torch.optim.Optimizer, batch, targets, token_budget: int
 ) -> tuple[float, float]:
     """Make one optimizer step on the mean cross-entropy of the targets of a batch.
 
-    targets: for every response token whether it is one. Labels are not.
+    targets: for every example whether each response token is one. Labels are not.
     Returns the loss in nats per token and the norm of the gradient before clipping.
     """
     n_tokens, loss = sum(map(sum, targets)), 0.0
@@ -243,149 +235,109 @@ def train_step(
     return loss, grad_norm
 
 
-# ---- the algorithm ---------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
 
-    # 0. problems
+    # 0. Load the problems, the policy to train and the sampler.
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
-    written = [
-        sample for file in args.train_samples for sample in common.read_samples(Path(file), train)
-    ]
+    written = [s for name in args.train_samples for s in common.read_samples(Path(name), train)]
     run = common.Run(args)
     if run.is_finished:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
-    common.check_memory(policy.model)  # which the sampler leaves before the training
+    # The sampler is deleted before training starts, so its memory does not count.
+    common.check_memory(policy.model)
     sampler = common.Policy(args.model, args.device, args.dtype)
     common.check_base(sampler, policy, args.base)
-    for flag, model in (("--model", sampler), ("--base", policy)):
-        if model.label is not None:
-            raise common.UserError(
-                f"{flag}: is a model of rcrl.py; take one that was trained without labels"
-            )
-    torch.manual_seed(args.seed)  # of the new rows of the embedding
+    advice = "is a model of rcrl.py; take one that was trained without labels"
+    common.require(sampler.label is None, f"--model: {advice}")
+    common.require(policy.label is None, f"--base: {advice}")
+    torch.manual_seed(args.seed)  # for the embeddings of the labels
     teach_labels(policy, args.labels)
     common.encode_prompts(policy, dev)
     common.encode_prompts(sampler, [] if written else train)
     run.begin()
 
-    # 1. sample K solutions per question (read back where a restart finds them on disk)
-    started = run.clock()
+    # 1. Sample K solutions per question, unless samples were read.
+    folder = run.out / "samples"
+    how = dict(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+    how |= dict(batch_size=args.gen_batch_size, samples=args.samples, seed=[args.seed, 0])
     samples = written or common.sample_to_file(
-        sampler, train, run.out / "samples" / "train.jsonl", run, samples=args.samples, temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens, batch_size=args.gen_batch_size, seed=[args.seed, 0], progress="solutions",
-    )  # fmt: skip
+        sampler, train, folder / "train.jsonl", run, progress="solutions", **how
+    )
     solutions = usable(samples, args.deduplicate)
-    if not any(sample.correct for sample in solutions):
-        what = "right" if solutions else "finished"
-        raise common.UserError(
-            f"no sample is {what}: raise --{'samples' if solutions else 'max-new-tokens'}"
-        )
+    common.require(solutions, "no sample is finished: raise --max-new-tokens")
 
-    # 2. mix, and label every line of what is in the mix
-    right, wrong = ([s for s in solutions if s.correct == correct] for correct in (True, False))
-    chosen = mix(right, wrong, args.ratio, args.train_size, args.seed)
-    file = run.out / "samples" / "labelled.jsonl"
-    by_id = {problem.id: problem for problem in train}
-    if not common.on_first(file.exists):
-        starts = prefixes_of(chosen) if args.labels == "step" else {}
-        folder = run.out / "samples"
-        q = estimate_q(
-            sampler, starts, args.completions, folder / "completions.jsonl", run, args, 1
-        )
-        facts = {
-            "correct": common.mean(s.correct for s in samples),
-            "sampled_no_answer": common.mean(s.answer is None for s in samples),
-            "sampled_truncated": common.mean(not s.finished for s in samples), "n_correct": sum(s.correct for s in chosen),
-            "n_incorrect": sum(not s.correct for s in chosen), "prefixes": len(starts),
-            "completions": len(starts) * args.completions,
-        }  # fmt: skip
-        if args.check_labels and starts:
-            some = [
-                list(starts)[i]
-                for i in common.shuffled(len(starts), args.seed, 2)[: args.check_labels]
-            ]
-            again = {key: starts[key] for key in some}
-            again = estimate_q(sampler, again, 64, folder / "completions_64.jsonl", run, args, 2)
-            facts["completions"] += 64 * len(some)
-            facts["label_agreement"] = common.mean(
-                (q[key] >= 0.5) == (again[key] >= 0.5) for key in some
-            )
-            facts["q_difference"] = common.mean(abs(q[key] - again[key]) for key in some)
-        facts["seconds_sampling"] = run.clock() - started
-        lines = [
-            json.dumps(label_solution(s, q, args.labels), ensure_ascii=False) + "\n" for s in chosen
-        ]
-        common.write_json(folder / "labelled.facts.json", facts)
-        with common.atomic_write(file) as out:
-            out.write("".join(lines).encode())
-    facts = common.on_first(lambda: common.read_json(run.out / "samples" / "labelled.facts.json"))
-    rows = common.on_first(
-        lambda: [row for _, row in common.json_lines(file.read_text(encoding="utf-8"), file)]
-    )
-    facts["good_lines"] = common.mean(
-        line["label"] == "good" for row in rows for line in row["lines"]
-    )
-    facts["good_if_incorrect"] = common.mean(  # a wrong solution may begin well
-        line["label"] == "good" for row in rows if not row["correct"] for line in row["lines"]
-    )
+    # 2. Mix correct and incorrect solutions.
+    correct = [s for s in solutions if s.correct]
+    incorrect = [s for s in solutions if not s.correct]
+    common.require(correct, "no sample is correct: raise --samples")
+    mixture = mix(correct, incorrect, args.ratio, args.train_size, args.seed)
+
+    # 3. Label every line of the mixture. A resumed run reads samples and completions back.
+    prefixes = prefixes_of(mixture) if args.labels == "step" else {}
+    how |= {"samples": args.completions, "seed": [args.seed, 1]}
+    q = estimate_q(sampler, prefixes, folder / "completions.jsonl", run, **how)
+    items, order = list(prefixes.items()), common.shuffled(len(prefixes), args.seed, 2)
+    checked = dict(items[i] for i in order[: args.check_labels])
+    how |= {"samples": 64, "seed": [args.seed, 2]}
+    again = estimate_q(sampler, checked, folder / "completions_64.jsonl", run, **how)
     del sampler
+    rows = [label_solution(sample, q, args.labels) for sample in mixture]
+    with common.atomic_write(folder / "labelled.jsonl") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    facts = describe(samples, rows) | {"prefixes": len(q)}
+    facts["completions"] = len(q) * args.completions + len(again) * 64
+    if again:
+        pairs = [(q[prefix], value) for prefix, value in again.items()]
+        facts["label_agreement"] = common.mean((a >= 0.5) == (b >= 0.5) for a, b in pairs)
+        facts["q_difference"] = common.mean(abs(a - b) for a, b in pairs)
+    facts_file = folder / "labelled.facts.json"
+    if not common.on_first(facts_file.exists):
+        common.write_json(facts_file, facts | {"seconds_sampling": run.clock()})
+    facts |= common.on_first(lambda: common.read_json(facts_file))
 
-    # 3. train from the base; as in sft.py, the order of the data depends on the seed and the epoch alone
-    encoded = [encode(policy, by_id[row["problem"]], row["lines"]) for row in rows]
-    examples, targets = [example for example, _ in encoded], [mask for _, mask in encoded]
+    # 4. Train from the base. The order of the data depends on the seed and the epoch alone.
+    labelled = zip(mixture, rows, strict=True)
+    encoded = [encode(policy, sample.problem, row["lines"]) for sample, row in labelled]
+    examples, targets = zip(*encoded, strict=True)
     optimizer = common.adam_w(policy.model.parameters(), args.lr)
     steps_per_epoch = -(-len(examples) // args.batch_size)
     n_steps = args.epochs * steps_per_epoch
-    progress = {"step": 0, "tokens": 0, "best": -1.0, "losses": [], "seconds": 0.0}  # of the epoch
+    progress = {"step": 0, "tokens": 0, "best": -1.0}
+    progress |= {"losses": [], "started": run.clock()}  # of the epoch
     if run.state:
         progress |= run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
         run.state = None  # as large as the model and its optimizer
-    started, first = time.monotonic() - progress["seconds"], progress["step"]
-    for step in tqdm(
-        range(first, n_steps), desc="training", initial=first, total=n_steps, disable=None
-    ):
-        epoch, index = divmod(step, steps_per_epoch)
+    for epoch in range(progress["step"] // steps_per_epoch, args.epochs):
         order = common.shuffled(len(examples), args.seed, epoch)
-        batch = order[index * args.batch_size : (index + 1) * args.batch_size]
-        lr = common.cosine_lr(step, n_steps, args.lr)
-        optimizer.param_groups[0]["lr"] = lr
-        loss, norm = train_step(
-            policy,
-            optimizer,
-            [examples[i] for i in batch],
-            [targets[i] for i in batch],
-            args.token_budget,
-        )
-        progress["losses"].append(loss)
-        progress["tokens"] += sum(sum(targets[i]) for i in batch)
-        progress["step"] = step + 1
+        batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+        batches = batches[progress["step"] % steps_per_epoch :]
+        for indices in tqdm(batches, desc=f"epoch {epoch + 1} of {args.epochs}", disable=None):
+            states = dict(model=policy.model.state_dict(), optimizer=optimizer.state_dict())
+            run.checkpoint(progress=progress, **states)
+            lr = common.cosine_lr(progress["step"], n_steps, args.lr)
+            optimizer.param_groups[0]["lr"] = lr
+            batch, is_target = [examples[i] for i in indices], [targets[i] for i in indices]
+            loss, grad_norm = train_step(policy, optimizer, batch, is_target, args.token_budget)
+            progress["losses"].append(loss)
+            progress["tokens"] += sum(map(sum, is_target))
+            progress["step"] += 1
 
-        # 4. the best epoch by dev accuracy, conditioned on [GOOD], becomes model/
-        if (step + 1) % steps_per_epoch == 0:
-            metrics = common.dev_metrics(
-                policy, dev, args, 0, run.out / "samples" / f"dev_{epoch + 1}.jsonl"
-            )
-            run.log(
-                step=step + 1, samples=0 if written else len(samples), tokens=progress["tokens"], epoch=epoch + 1,
-                train_size=len(examples), **facts, loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr,
-                **metrics, seconds_training=time.monotonic() - started,
-            )  # fmt: skip
-            progress["losses"], started = [], time.monotonic()
-            if metrics["maj@1"] > progress["best"]:
-                progress["best"] = metrics["maj@1"]
-                policy.save(run.out / "model")
-        progress["seconds"] = time.monotonic() - started
-        run.checkpoint(
-            progress=progress, model=policy.model.state_dict(), optimizer=optimizer.state_dict()
-        )
+        # 5. Measure accuracy on dev with [GOOD] before every line. The best epoch becomes model/.
+        metrics = common.dev_metrics(policy, dev, args, 0, folder / f"dev_{epoch + 1}.jsonl")
+        row = dict(step=progress["step"], samples=0 if written else len(samples))
+        row |= dict(tokens=progress["tokens"], epoch=epoch + 1, train_size=len(examples))
+        row |= facts | dict(loss=common.mean(progress["losses"]), grad_norm=grad_norm, lr=lr)
+        run.log(**row, **metrics, seconds_training=run.clock() - progress["started"])
+        progress |= {"losses": [], "started": run.clock()}
+        if metrics["maj@1"] > progress["best"]:
+            progress["best"] = metrics["maj@1"]
+            policy.save(run.out / "model")
     run.finish()
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {run.out / 'model'}")
 

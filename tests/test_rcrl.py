@@ -1,6 +1,5 @@
 """Return-conditioned RL: the labels, the mixture, the targets, and sampling with forced labels."""
 
-import argparse
 import copy
 import json
 
@@ -440,11 +439,9 @@ def test_a_completion_that_was_cut_is_not_right(tiny, tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(common, "sample_to_file", drawn)
-    args = argparse.Namespace(temperature=1.0, max_new_tokens=60, gen_batch_size=8, seed=0)
     assert all(sample.correct for sample in drawn(tiny, [THREE], samples=4))
-    assert rcrl.estimate_q(tiny, starts, 4, tmp_path / "q.jsonl", None, args, 1) == dict.fromkeys(
-        starts, 0.75
-    )
+    q = rcrl.estimate_q(tiny, starts, tmp_path / "q.jsonl", None, samples=4)
+    assert q == dict.fromkeys(starts, 0.75)
 
 
 def test_ppo_goes_on_from_a_model_with_labels_without_them(cli, labelled, tmp_path):
