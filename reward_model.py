@@ -1,44 +1,50 @@
-r"""Outcome reward model (ORM): how likely is the final answer to be right, judged from the solution so far.
+r"""Train a reward model on the samples of a policy: an outcome reward model, or a generative one.
 
-Objective, for question q, solution s = s_1 ... s_T (the last token is the end-of-text token) and label y, 1 if its final
-answer is right and 0 if not:
+An outcome reward model (ORM) predicts after every token how likely the final answer is to be
+correct. It is the policy's network with a scalar head. Objective, for question q, solution
+s = s_1 ... s_T and P_t = P(final answer correct | q, s_<=t):
 
-    minimise   - sum_(q, s, y)  w(q, s) / T  sum_t [ y log P(q, s_<=t) + (1 - y) log(1 - P(q, s_<=t)) ]
+    minimise   - sum_(q, s, y)  w(q, s) / T  sum_t [ y log P_t + (1 - y) log(1 - P_t) ]
 
-(a batch is divided by the sum of its own w, so the balance is exact for large batches, and nearly so at the default of 32)
+The label y is 1 if the final answer is correct and 0 if not. The last token s_T is the end-of-text
+token. A batch is divided by the sum of its own weights w. So the balance of the classes is exact
+for large batches, and nearly exact for the default of 32.
 
-"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024), its ORM, which follows
-"Training Verifiers to Solve Math Word Problems" (Cobbe et al. 2021). P is the policy's network with a scalar head.
+This is the ORM of "Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla
+et al. 2024). It follows "Training Verifiers to Solve Math Word Problems" (Cobbe et al. 2021).
 
-    1. sample K solutions per training question from a student policy (or read samples that were written before), and
-       16 per dev question, from the same policy
-    2. label them by the answer check; w: within a question right and wrong weigh the same
-    3. train the policy's weights and a scalar head, binary cross-entropy on every solution token
-    4. after every epoch: how good it is on the dev questions, none of which it trained on; the best becomes model/
+    0. Load the problems, the student policy and the weights that the reward model starts from.
+    1. Sample K solutions per training question from the student, or read samples from files.
+       Sample 16 per dev question from the same student.
+    2. Label the samples by the answer check. Within a question both classes weigh the same.
+    3. Train all weights by binary cross-entropy on every solution token.
+    4. After every epoch, measure the quality on the dev questions, which are never trained on. The
+       epoch with the best AUC becomes model/.
 
-The last token's P is the score of a solution: `evaluate.py --orm` picks the best of n by it, `ppo.py --reward orm`
-maximises it, `expert_iteration.py --orm` filters by it.
+The score of a solution is P_T. `evaluate.py --orm` picks the best of n by it, `ppo.py --reward orm`
+maximises it, and `expert_iteration.py --orm` filters by it.
 
-Where this differs from the paper: it does not say how the classes are balanced. Here a question with both right and
-wrong samples gives half of its weight to each, so that the model has to tell solutions apart and not only questions.
-A question whose samples are all right or all wrong keeps its weight.
+How this departs from the paper: the paper does not say how the classes are balanced. Here a
+question with correct and incorrect samples gives half of its weight to each class. So the model
+has to tell solutions apart and not only questions. A question with one class keeps its weight.
 
---kind genrm trains a generative reward model instead, of "Exploring Data Scaling Trends and Effects in RLHF" (Shen et al.
-2025): a language model that reads the question, a candidate and a reference and says which is better. Of the same samples
-it learns P(candidate is better) = 0 for a wrong one beside the gold solution, 0.5 for a right one beside it, and 1 for a
-right one beside a wrong one, each in a random order; its score is the mean over both orders. `ppo.py --reward genrm`
-maximises it. Beside gold solutions three kinds of candidates that no policy samples (the question repeated, another
-question's solution, an unfinished one) are added as wrong: without them an empty text scored nearly as high as a right one.
+--kind genrm trains a generative reward model (GenRM) instead. It follows "Exploring Data Scaling
+Trends and Effects in RLHF" (Shen et al. 2025). It is a language model that reads the question, a
+candidate and a reference, and names the better one. P(candidate is better) is trained to be 0 for
+an incorrect sample next to the gold solution, 0.5 for a correct sample next to it, and 1 for a
+correct sample next to an incorrect one. Pairs are shown in random order. The score is the mean over
+both orders, and `ppo.py --reward genrm` maximises it. Three kinds of candidates that no policy
+samples are added as incorrect: the question, another question's solution, and an unfinished one.
+Without them an empty text scored nearly as high as a correct solution.
 
-CPU, after `python sft.py` (README.md has the measured numbers):
+CPU, after `python sft.py`: 6 minutes on two cores, and 22 to 24 minutes on one core for genrm:
     python reward_model.py
     python reward_model.py --kind genrm
 One GPU:
-    python reward_model.py --model runs/gsm8k/sft/model --dataset gsm8k --samples 96 --epochs 2 --lr 1e-5 --batch-size 128 \
-        --max-new-tokens 512 --out runs/gsm8k/orm
+    python reward_model.py --model runs/gsm8k/sft/model --dataset gsm8k --samples 96 --epochs 2 \
+        --lr 1e-5 --batch-size 128 --max-new-tokens 512 --out runs/gsm8k/orm
 """
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -46,53 +52,46 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForTokenClassification
-from transformers.utils import logging as transformers_logging
 
 import common
 
-GENRM_DEFAULTS = {"out": "runs/genrm", "lr": 5e-4, "epochs": 3, "batch_size": 8}
-
 
 def parse_args(argv: list[str]):
-    parser = common.common_parser(
-        __doc__, model="runs/sft/model", out="runs/reward_model", samples=16, temperature=0.7, lr=1e-3, epochs=5,
-        batch_size=32, limit_train=None, checkpoint_every=300,
-    )  # fmt: skip
+    defaults = dict(model="runs/sft/model", out="runs/reward_model", samples=16, temperature=0.7)
+    defaults |= dict(lr=1e-3, epochs=5, batch_size=32, limit_train=None, checkpoint_every=300)
+    parser = common.common_parser(__doc__, **defaults)
     add = parser.add_argument
-    add("--kind", choices=["orm", "genrm"], default="orm", help="outcome reward model, or generative: a language model that "
-        "compares a solution with a reference (then --out runs/genrm --lr 5e-4 --epochs 3 --batch-size 8)")  # fmt: skip
-    add(
-        "--base",
-        help="weights that the reward model starts from (default: those of --model, the student)",
-    )
-    add("--pairs", type=common.number(int, 1), default=4, help="genrm: at most so many comparisons of each of the three "
-        "kinds per question")  # fmt: skip
-    add("--train-samples", nargs="+", default=[], metavar="FILE",
-        help="samples of the training questions that another script wrote, instead of sampling anew")  # fmt: skip
+    kinds = "orm: outcome reward model; genrm: generative reward model, which compares solutions"
+    changed = "defaults: --out runs/genrm --lr 5e-4 --epochs 3 --batch-size 8"
+    add("--kind", choices=["orm", "genrm"], default="orm", help=f"{kinds} ({changed})")
+    add("--base", help="weights that the reward model starts from (default: those of --model)")
+    limit = "genrm: most comparisons per question of each of the three kinds"
+    add("--pairs", type=common.number(int, 1), default=4, help=limit)
+    files = "samples of the training questions from another script, instead of new ones"
+    add("--train-samples", nargs="+", default=[], metavar="FILE", help=files)
     add("--eval-samples", type=common.number(int, 2), default=16, help="samples per dev question")
     if parser.parse_args(argv).kind == "genrm":
-        parser.set_defaults(**GENRM_DEFAULTS)
+        parser.set_defaults(out="runs/genrm", lr=5e-4, epochs=3, batch_size=8)
     args = parser.parse_args(argv)
     parser.only_with("--kind genrm", args.kind == "genrm", args, "pairs")
     if args.temperature == 0:
-        parser.error(
-            "--temperature 0: all samples of a question are the same, and right or wrong together"
-        )
+        parser.error("--temperature 0: all samples of a question are the same")
     return args
 
 
-# ---- the models ------------------------------------------------------------------------------------------------------
+# ---- The models ----------------------------------------------------------------------------------
 
 
 class RewardModel(common.Policy):
-    """An outcome reward model: P(final answer correct | question, solution so far), after every token.
+    """An outcome reward model (ORM): P(correct | question, solution so far), after every token.
 
-    The network of a policy with a scalar head: what transformers calls token classification with
-    one label. So `AutoModelForTokenClassification.from_pretrained` loads a saved folder. Families
-    without such a class are refused. new: start from a language model, with a head of zeros
-    (P = 0.5 everywhere).
+    It is the network of a policy with a scalar head. transformers calls this token classification
+    with one label, so `AutoModelForTokenClassification.from_pretrained` loads a saved folder.
+    Families without this class are refused. new: start from a language model with a head of zeros,
+    so that P = 0.5 everywhere.
     """
 
     def __init__(self, name: str, device="auto", dtype="auto", flag="--orm", new: bool = False):
@@ -100,34 +99,30 @@ class RewardModel(common.Policy):
         super().__init__(name, device, dtype, flag)
 
     def load(self, folder: str):
-        config = AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
         trained = self.new or common.is_reward_model(config)
         common.require(trained, "this is not a reward model; reward_model.py trains one")
-        how = dict(
-            dtype=torch.float32, num_labels=1, use_safetensors=True, output_loading_info=True
-        )
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # no table of warnings about the new head
+        known = type(config) in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+        reason = f"transformers has no token classifier for the family {config.model_type}"
+        common.require(known, f"{reason}, so it cannot be a reward model")
+        how = dict(dtype=torch.float32, num_labels=1, use_safetensors=True)
+        verbosity = transformers.logging.get_verbosity()
+        # Print no table of warnings about the new head.
+        transformers.logging.set_verbosity_error()
         try:
-            model, found = AutoModelForTokenClassification.from_pretrained(folder, **how)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            family = config.model_type
-            reason = f"transformers has no token classifier for the family {family}"
-            raise common.UserError(f"{reason}, so it cannot be a reward model") from None
+            auto = transformers.AutoModelForTokenClassification
+            model, found = auto.from_pretrained(folder, output_loading_info=True, **how)
         finally:
-            transformers_logging.set_verbosity(verbosity)
-        scalar_heads = [m for m in model.named_children() if getattr(m[1], "out_features", 0) == 1]
-        name, self.linear = scalar_heads[0]
-        lost = sorted(
-            k for k in found["missing_keys"] if not (self.new and k.startswith(f"{name}."))
-        )
-        missing = f"it has no weights for {', '.join(lost[:1])} ({len(lost)} are missing)"
-        common.require(not lost, missing)
+            transformers.logging.set_verbosity(verbosity)
+        heads = [m for m in model.named_children() if getattr(m[1], "out_features", 0) == 1]
+        name, self.linear = heads[0]
+        missing = sorted(found["missing_keys"])
         if self.new:
+            missing = [key for key in missing if not key.startswith(f"{name}.")]
             torch.nn.init.zeros_(self.linear.weight)
             torch.nn.init.zeros_(self.linear.bias)
+        first = missing[0] if missing else ""
+        common.require(not missing, f"it has no weights for {first} ({len(missing)} are missing)")
         return model
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -154,9 +149,7 @@ class RewardModel(common.Policy):
         return self.head(hidden.float())[:, 0]
 
     @torch.no_grad()
-    def scores(
-        self, samples: Sequence[common.Sample], token_budget: int = 1024
-    ) -> list[np.ndarray]:
+    def scores(self, samples: list[common.Sample], token_budget: int = 1024) -> list[np.ndarray]:
         """Return the probability after every solution token, one array per sample.
 
         The last one is the score of the sample. Equal texts are run once.
@@ -166,7 +159,7 @@ class RewardModel(common.Policy):
         found = score_all(self.log_odds, examples, token_budget, by_token=True)
         return [found[key] for key in keys]
 
-    def grade(self, samples: Sequence[common.Sample], token_budget: int = 1024) -> None:
+    def grade(self, samples: list[common.Sample], token_budget: int = 1024) -> None:
         """Set the score of every sample: the probability after its last token."""
         for sample, probabilities in zip(samples, self.scores(samples, token_budget), strict=True):
             sample.score = float(probabilities[-1])
@@ -185,7 +178,7 @@ def score_all(log_odds: Callable, examples: dict, token_budget: int, by_token: b
 
 
 class GenerativeRewardModel(common.Policy):
-    """A generative reward model (GenRM, Shen et al. 2025): it says which of two solutions is better.
+    """A generative reward model (GenRM, Shen et al. 2025): it names the better of two solutions.
 
     The score of a candidate next to a reference is the probability of the verdict for the
     candidate, averaged over both orders. 0.5 means "as good as the reference". A saved folder is
@@ -199,11 +192,10 @@ class GenerativeRewardModel(common.Policy):
         super().__init__(name, device, dtype, flag)
         self.condition("none")
         self.model.config.compares_solutions = True
-        ids = [self.encode_prompt(f"Better answer:\n{verdict}") for verdict in self.VERDICTS]
-        distinct = ids[0][:-1] == ids[1][:-1] and ids[0][-1] != ids[1][-1]
-        advice = "its tokenizer has no tokens for the verdicts A and B"
-        common.require(distinct, f"{flag} {name}: {advice}")
-        self.verdict_ids = [ids[0][-1], ids[1][-1]]
+        a, b = (self.encode_prompt(f"Better answer:\n{verdict}") for verdict in self.VERDICTS)
+        distinct, reason = a[:-1] == b[:-1] and a[-1] != b[-1], "has no tokens for the verdicts"
+        common.require(distinct, f"{flag} {name}: its tokenizer {reason} A and B")
+        self.verdict_ids = [a[-1], b[-1]]
 
     def load(self, folder: str):
         model = super().load(folder)
@@ -246,237 +238,230 @@ class GenerativeRewardModel(common.Policy):
         both = [[first_is_better[p.question, a, b] for p, a, b in pair] for pair in orders]
         return np.array([[as_a, 1 - as_b] for as_a, as_b in both]).reshape(-1, 2)
 
-    def scores(
-        self, samples: Sequence[common.Sample], references: dict[str, str], token_budget: int = 1024
-    ) -> list[float]:
-        """Return the score of every sample. references: a solution by problem id."""
+    def scores(self, samples: list[common.Sample], references: dict, token_budget: int = 1024):
+        """Return the score of every sample, as a list. references: a solution by problem id."""
         comparisons = [(s.problem, s.solution, references[s.problem.id]) for s in samples]
         # Rounded, so that a solution next to itself scores exactly 0.5.
         return self.verdicts(comparisons, token_budget).mean(1).round(6).tolist()
 
 
-# ---- the data --------------------------------------------------------------------------------------------------------
+# ---- The data ------------------------------------------------------------------------------------
 
 
 def balanced_weights(labels: list[bool]) -> list[float]:
-    """The weights of one question's samples, whose sum is their number: half of it for each class, if there are both.
-    [right, wrong, wrong, wrong] -> [2, 2/3, 2/3, 2/3]."""
-    n, n_right = len(labels), sum(labels)
-    return [n / (2 * (n_right if y else n - n_right)) if 0 < n_right < n else 1.0 for y in labels]
+    """Return the weights of one question's samples. If there are both classes, each gets half.
+
+    The sum is the number of samples: [True, False, False, False] -> [2, 2/3, 2/3, 2/3].
+    """
+    n, n_correct = len(labels), sum(labels)
+    if n_correct in (0, n):
+        return [1.0] * n
+    return [n / (2 * (n_correct if label else n - n_correct)) for label in labels]
 
 
 def training_data(samples: list[common.Sample]) -> tuple[list[common.Sample], list[float]]:
-    """The distinct solutions of every question and their weights, those of equal ones added up: a sharp policy repeats
-    itself a lot, and their weights add up to the same."""
-    distinct: dict[tuple, list] = {}
+    """Return the distinct solutions of every question, and their weights.
+
+    Equal solutions become one with the sum of their weights, because a policy repeats itself. The
+    loss stays the same. Of two equal texts one may be truncated and incorrect.
+    """
+    merged: dict[tuple, list] = {}
     for group in common.by_problem(samples):
-        for sample, weight in zip(group, balanced_weights([s.correct for s in group]), strict=True):
-            # of two equal texts one may be cut, and wrong
+        weights = balanced_weights([sample.correct for sample in group])
+        for sample, weight in zip(group, weights, strict=True):
             key = sample.problem.id, sample.solution, sample.correct
-            entry = distinct.setdefault(key, [sample, 0.0])
-            entry[1] += weight
-    return [sample for sample, _ in distinct.values()], [weight for _, weight in distinct.values()]
+            merged.setdefault(key, [sample, 0.0])[1] += weight
+    return [sample for sample, _ in merged.values()], [weight for _, weight in merged.values()]
 
 
-def comparisons(
-    samples: list[common.Sample], n_pairs: int, seed: int
-) -> tuple[list[tuple], list[float]]:
-    """What a generative reward model learns from: (problem, A, B) and P(A is better). At most `n_pairs` of a kind and
-    question: wrong and gold 0, right and gold 0.5, right and wrong 1; or the other way round with 1 less that. One of each
-    kind that no policy samples, but one that is optimised against the model finds, all 0: the question instead of a
-    solution, the gold solution of another question, and the beginning of this one's, of any length and often a short one."""
-    asked, targets, rng, previous = [], [], np.random.default_rng([seed, 2]), ""
+def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> tuple[list, list[float]]:
+    """Return the data of a GenRM: (problem, A, B), and the target for P(A is better).
+
+    A question gives at most `n_pairs` pairs of each kind: incorrect and gold (target 0), correct
+    and gold (0.5), correct and incorrect (1). Its artificial candidates are paired with gold as
+    well (0). Half of all pairs are swapped and have 1 minus the target.
+    """
+    rng = np.random.default_rng([seed, 2])
+    data, targets, previous_gold = [], [], ""
     for group in common.by_problem(samples):
-        problem, reference = group[0].problem, group[0].problem.reference
-        right, wrong = (
-            list(dict.fromkeys(s.solution for s in group if s.correct == kind))
-            for kind in (True, False)
-        )
-        right, wrong = ([texts[i] for i in rng.permutation(len(texts))] for texts in (right, wrong))
-        pairs = [(w, reference, 0.0) for w in wrong[:n_pairs] if reference]
-        pairs += [(r, reference, 0.5) for r in right[:n_pairs] if reference]
-        if reference:
-            end = max(1, reference.find(common.MARKER))
-            beginning = reference[
-                : int(end ** rng.random() - 0.5)
-            ]  # as often 1 to 4 characters as 10 to 40, or none
-            others = [
-                t
-                for t in (problem.question, previous)
-                if t and common.extract_answer(t) != problem.answer
-            ]
-            pairs += [(text, reference, 0.0) for text in (*others, beginning)]
-            previous = reference
-        n_mixed, turn = min(n_pairs, len(right) * len(wrong)), math.lcm(len(right), len(wrong))
-        pairs += [
-            (right[i % len(right)], wrong[(i + i // turn) % len(wrong)], 1.0)
-            for i in range(n_mixed)
-        ]  # each pair once
-        for candidate, other, target in pairs:
-            turned = rng.random() < 0.5
-            asked.append((problem, other, candidate) if turned else (problem, candidate, other))
-            targets.append(1 - target if turned else target)
-    return asked, targets
+        problem, gold = group[0].problem, group[0].problem.reference
+        correct, incorrect = (shuffled_solutions(group, kind, rng) for kind in (True, False))
+        pairs = []
+        if gold:
+            artificial = artificial_candidates(problem, previous_gold, rng)
+            pairs += [(text, gold, 0.0) for text in incorrect[:n_pairs]]
+            pairs += [(text, gold, 0.5) for text in correct[:n_pairs]]
+            pairs += [(text, gold, 0.0) for text in artificial]
+            previous_gold = gold
+        # Each pair occurs once. After `turn` pairs, shift the incorrect ones by one.
+        turn = math.lcm(len(correct), len(incorrect))
+        for i in range(min(n_pairs, len(correct) * len(incorrect))):
+            shifted = (i + i // turn) % len(incorrect)
+            pairs.append((correct[i % len(correct)], incorrect[shifted], 1.0))
+        for a, b, target in pairs:
+            swapped = rng.random() < 0.5
+            data.append((problem, b, a) if swapped else (problem, a, b))
+            targets.append(1 - target if swapped else target)
+    return data, targets
 
 
-# ---- the formulas ----------------------------------------------------------------------------------------------------
+def shuffled_solutions(group: list[common.Sample], correct: bool, rng) -> list[str]:
+    texts = list(dict.fromkeys(s.solution for s in group if s.correct == correct))
+    return [texts[i] for i in rng.permutation(len(texts))]
+
+
+def artificial_candidates(problem: common.Problem, previous_gold: str, rng) -> list[str]:
+    """Return incorrect texts that a policy finds only when it is optimised against a GenRM.
+
+    They are the question, the gold solution of another question, and the beginning of this one's,
+    which has 1 to 4 characters as often as 10 to 40, or none.
+    """
+    texts = [text for text in (problem.question, previous_gold) if text]
+    texts = [text for text in texts if common.extract_answer(text) != problem.answer]
+    longest = max(1, problem.reference.find(common.MARKER))
+    return [*texts, problem.reference[: int(longest ** rng.random() - 0.5)]]
+
+
+# ---- The quality on questions that were not trained on -------------------------------------------
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """P(a right one scores above a wrong one), ties counted half: the area under the ROC curve (Mann and Whitney 1947).
-    None where there is only one class."""
-    values, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = (count.cumsum() - (count - 1) / 2)[place]  # the mean rank of equal scores, from 1
-    n_right = int(np.sum(labels))
-    pairs = n_right * (len(labels) - n_right)
-    return float((rank[labels].sum() - n_right * (n_right + 1) / 2) / pairs) if pairs else None
+    """Return P(a correct sample scores above an incorrect one), where ties count half.
+
+    The area under the ROC curve (Mann and Whitney 1947), or None if there is only one class.
+    """
+    _, index, count = np.unique(scores, return_inverse=True, return_counts=True)
+    # Ranks begin at 1. Equal scores have the mean of their ranks.
+    ranks = (count.cumsum() - (count - 1) / 2)[index]
+    n_correct = int(np.sum(labels))
+    pairs = n_correct * (len(labels) - n_correct)
+    return float((ranks[labels].sum() - n_correct * (n_correct + 1) / 2) / pairs) if pairs else None
 
 
-def auc_within(
-    samples: list[common.Sample], scores: np.ndarray, labels: np.ndarray
-) -> float | None:
-    """The AUC over the pairs of one question, mean over the questions that have both kinds: what reranking needs."""
-    groups = np.split(
-        np.arange(len(samples)), np.cumsum([len(g) for g in common.by_problem(samples)])[:-1]
-    )
-    return common.mean([auc(scores[g], labels[g]) for g in groups if 0 < labels[g].sum() < len(g)])
+def auc_within(samples: list[common.Sample], scores: np.ndarray, labels: np.ndarray):
+    """Return the mean AUC within a question, or None. Reranking needs this one."""
+    ids = np.array([sample.problem.id for sample in samples])
+    groups = [ids == i for i in dict.fromkeys(ids.tolist())]
+    values = [auc(scores[group], labels[group]) for group in groups]
+    return common.mean(value for value in values if value is not None)
 
 
 def reliability(scores: np.ndarray, labels: np.ndarray, bins: int = 10) -> list[dict]:
-    """Bins of equal width over the scores: how many fall in, their mean score, and the share that is right."""
-    where = np.minimum((scores * bins).astype(int), bins - 1)
-    return [
-        {"from": b / bins, "n": int(inside.sum()), "score": float(scores[inside].mean()), "correct": float(labels[inside].mean())}
-        for b in range(bins) if (inside := where == b).any()
-    ]  # fmt: skip
+    """Return size, mean score and fraction correct of every bin of scores that is not empty."""
+    indices, table = np.minimum((scores * bins).astype(int), bins - 1), []
+    for b in np.unique(indices).tolist():
+        inside = indices == b
+        score, correct = float(scores[inside].mean()), float(labels[inside].mean())
+        row = {"from": b / bins, "n": int(inside.sum()), "score": score, "correct": correct}
+        table.append(row)
+    return table
 
 
 def calibration_error(table: list[dict]) -> float:
-    """Expected calibration error (Naeini et al. 2015): |mean score - share right| of a bin, averaged over the samples."""
-    return sum(row["n"] * abs(row["score"] - row["correct"]) for row in table) / sum(
-        row["n"] for row in table
-    )
+    """Return |score - fraction correct| of a bin, averaged over samples (Naeini et al. 2015)."""
+    gaps = sum(row["n"] * abs(row["score"] - row["correct"]) for row in table)
+    return gaps / sum(row["n"] for row in table)
 
 
 def best_of_n(samples: list[common.Sample], scores: list[float]) -> list[dict]:
-    """For n = 1, 2, 4 ...: the share of questions solved by the best-scored of n samples, by their majority, and by any
-    of them (the oracle). Averaged over the disjoint groups of n that a question's samples make."""
-    place, rows = itertools.count(), []
-    numbered = [
-        [(sample, scores[next(place)]) for sample in group] for group in common.by_problem(samples)
-    ]
-    for n in common.powers_of_two(len(numbered[0])):
-        blocks = [group[i : i + n] for group in numbered for i in range(0, len(group) - n + 1, n)]
-        rows.append({
-            "n": n,
-            "orm": common.mean(max(block, key=lambda pair: pair[1])[0].correct for block in blocks),
-            "majority": common.mean(
-                common.vote([s.answer for s, _ in block]) == block[0][0].problem.answer for block in blocks
-            ),
-            "oracle": common.mean(any(s.correct for s, _ in block) for block in blocks),
-        })  # fmt: skip
-    return rows
+    """Return, for n = 1, 2, 4 ..., how often the choice among n samples is correct.
+
+    orm: choose the best score. majority: choose the most frequent answer. oracle: choose a correct
+    one. Each is a mean over the disjoint blocks of n samples. All questions have equally many.
+    """
+    size, table = len(common.by_problem(samples)[0]), []
+    for n in common.powers_of_two(size):
+        solved = {"orm": [], "majority": [], "oracle": []}
+        for start in range(0, len(samples), size):
+            for first in range(start, start + size - n + 1, n):
+                block = samples[first : first + n]
+                best = block[np.argmax(scores[first : first + n])]
+                vote = common.vote([sample.answer for sample in block])
+                solved["orm"].append(best.correct)
+                solved["majority"].append(vote == best.problem.answer)
+                solved["oracle"].append(any(sample.correct for sample in block))
+        table.append({"n": n} | {key: common.mean(values) for key, values in solved.items()})
+    return table
 
 
 def quality(samples: list[common.Sample], probabilities: list[np.ndarray]) -> dict:
-    """What the ORM is worth on the samples of questions that it was not trained on; see README.md for the keys."""
+    """Return how good an ORM is. README.md explains the keys.
+
+    probabilities: P after every token, one array per sample.
+    """
     labels = np.array([sample.correct for sample in samples])
     scores = np.array([p[-1] for p in probabilities], np.float64)
-    table = reliability(scores, labels)
-    at = {
-        place: np.array([p[max(0, math.ceil(place * len(p)) - 1)] for p in probabilities])
-        for place in (0.0, 0.25, 0.5, 0.75, 1.0)  # 0: after the first token
-    }
+    table, by_position = reliability(scores, labels), []
+    # Position 0 is after the first token, 1 after the last one.
+    for position in (0.0, 0.25, 0.5, 0.75, 1.0):
+        early = np.array([p[max(0, math.ceil(position * len(p)) - 1)] for p in probabilities])
+        accuracy = common.mean((early >= 0.5) == labels)
+        by_position.append({"position": position, "accuracy": accuracy, "auc": auc(early, labels)})
     return {
         "base_rate": float(labels.mean()),
         "accuracy": common.mean((scores >= 0.5) == labels),
         "auc": auc(scores, labels),
         "auc_within": auc_within(samples, scores, labels),
         "calibration_error": calibration_error(table),
-        "by_position": [
-            {
-                "position": place,
-                "accuracy": common.mean((p >= 0.5) == labels),
-                "auc": auc(p, labels),
-            }
-            for place, p in at.items()
-        ],
+        "by_position": by_position,
         "reliability": table,
         "best_of_n": best_of_n(samples, scores.tolist()),
     }
 
 
-NONSENSE = {
-    "empty": "",
-    "colon": ":",
-    "thinking": "Thought process:",
-    "question": None,
-}  # None: the question repeated
+def with_references(samples: list[common.Sample]) -> tuple[list[common.Sample], dict[str, str]]:
+    """Return the samples to measure a GenRM on, and a reference by problem id.
+
+    The reference is the gold solution, or else the first correct sample. That sample is not scored
+    next to itself. A question without one is left out. Raises UserError if no sample is left.
+    """
+    kept, references = [], {}
+    for group in common.by_problem(samples):
+        problem = group[0].problem
+        correct = [sample.solution for sample in group if sample.correct]
+        if problem.reference or correct:
+            reference = references[problem.id] = problem.reference or correct[0]
+            kept += [s for s in group if problem.reference or s.solution != reference]
+    common.require(kept, "no dev question has a gold solution or a correct sample to compare with")
+    return kept, references
 
 
-def comparable(samples: list[common.Sample]) -> tuple[list[common.Sample], dict[str, str]]:
-    """The samples that a generative reward model is tried on, and the reference of each question by its id: the gold solution
-    or, where there is none, the question's first right sample; that text is not scored beside itself, and a question without
-    a right sample is left out. UserError if nothing is left."""
-    references = {
-        group[0].problem.id: group[0].problem.reference for group in common.by_problem(samples)
-    }
-    for sample in samples:
-        if references[sample.problem.id] is None and sample.correct:
-            references[sample.problem.id] = sample.solution
-    samples = [
-        sample
-        for sample in samples
-        if (reference := references[sample.problem.id])
-        and (sample.problem.reference or sample.solution != reference)
-    ]
-    if not samples:
-        raise common.UserError(
-            "no dev question has a gold solution or a right sample to compare with"
-        )
-    return samples, references
+NONSENSE = {"empty": "", "colon": ":", "thinking": "Thought process:", "question": "{question}"}
 
 
-def genrm_quality(
-    samples: list[common.Sample], genrm: GenerativeRewardModel, token_budget: int
-) -> dict:
-    """What a generative reward model is worth on the samples of questions that it was not trained on."""
-    samples, references = comparable(samples)
-    problems = {sample.problem.id: sample.problem for sample in samples}
+def genrm_quality(samples: list[common.Sample], genrm: GenerativeRewardModel, token_budget: int):
+    """Return how good a GenRM is, as a dictionary. README.md explains the keys."""
+    samples, references = with_references(samples)
     candidates = [(s.problem, s.solution, references[s.problem.id]) for s in samples]
-    asked = genrm.verdicts(candidates, token_budget)
-    scores, labels = asked.mean(1).round(6), np.array([sample.correct for sample in samples])
-    nonsense = {
-        name: genrm.verdicts(
-            [(p, p.question if text is None else text, references[i]) for i, p in problems.items()],
-            token_budget,
-        ).mean(1)
-        for name, text in NONSENSE.items()
-    }
-    mean = common.mean
+    verdicts = genrm.verdicts(candidates, token_budget)  # [samples, 2]
+    scores, bias = verdicts.mean(1).round(6), verdicts[:, 0] - verdicts[:, 1]
+    labels = np.array([sample.correct for sample in samples])
+    nonsense, problems = [], {s.problem.id: s.problem for s in samples}.values()
+    for name, text in NONSENSE.items():
+        candidates = [(p, text.format(question=p.question), references[p.id]) for p in problems]
+        found = genrm.verdicts(candidates, token_budget).mean(1)
+        row = {"candidate": name, "score": common.mean(found), "highest": float(found.max())}
+        nonsense.append(row)
     return {
         "base_rate": float(labels.mean()),
         "auc": auc(scores, labels),
         "auc_within": auc_within(samples, scores, labels),
-        "score_if_correct": mean(scores[labels]),
-        "score_if_incorrect": mean(scores[~labels]),
-        "false_positive_rate": mean(scores[~labels] >= 0.5),
-        "beats_gold_rate": mean(scores > 0.5),
-        "order_bias": mean(asked[:, 0] - asked[:, 1]),
-        "order_gap": mean(np.abs(asked[:, 0] - asked[:, 1])),
-        "nonsense_worst": max(mean(s) for s in nonsense.values()),
-        "nonsense": [
-            {"candidate": n, "score": mean(s), "highest": float(s.max())}
-            for n, s in nonsense.items()
-        ],
+        "score_if_correct": common.mean(scores[labels]),
+        "score_if_incorrect": common.mean(scores[~labels]),
+        "false_positive_rate": common.mean(scores[~labels] >= 0.5),
+        "beats_gold_rate": common.mean(scores > 0.5),
+        "order_bias": common.mean(bias),
+        "order_gap": common.mean(np.abs(bias)),
+        "nonsense_worst": max(row["score"] for row in nonsense),
+        "nonsense": nonsense,
     }
 
 
+# ---- The training --------------------------------------------------------------------------------
+
+
 def train_step(
-    orm: RewardModel | GenerativeRewardModel,
-    optimizer: torch.optim.Optimizer,
-    batch: list,
-    token_budget: int,
+    reward_model: RewardModel | GenerativeRewardModel, optimizer, batch: list, token_budget: int
 ) -> tuple[float, float]:
     """Make one optimizer step on the binary cross-entropy of a batch.
 
@@ -486,15 +471,15 @@ def train_step(
     total_weight, loss = sum(weight for _, _, weight in batch), 0.0
     for indices in common.micro_batches([len(p) + len(r) for (p, r), _, _ in batch], token_budget):
         examples, labels, weights = zip(*(batch[i] for i in indices), strict=True)
+        log_odds = reward_model.log_odds(examples)  # [response tokens]
         lengths = torch.tensor([len(response) for _, response in examples])
-        y = torch.tensor(labels).repeat_interleave(lengths).to(orm.device)
+        y = torch.tensor(labels).repeat_interleave(lengths)
         w = (torch.tensor(weights) / lengths).repeat_interleave(lengths) / total_weight
-        micro_loss = torch.nn.functional.binary_cross_entropy_with_logits(
-            orm.log_odds(examples), y, w.to(orm.device), reduction="sum"
-        )
+        y, w = y.to(log_odds), w.to(log_odds)
+        micro_loss = F.binary_cross_entropy_with_logits(log_odds, y, w, reduction="sum")
         micro_loss.backward()
         loss += micro_loss.item()
-    parameters = list(orm.model.parameters())
+    parameters = list(reward_model.model.parameters())
     (loss,) = common.sum_gradients(parameters, loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     common.require_finite(loss, grad_norm)
@@ -503,18 +488,13 @@ def train_step(
     return loss, grad_norm
 
 
-# ---- the algorithm ---------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
 
-    # 0. problems
+    # 0. Load the problems, the student and the weights that the reward model starts from.
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
-    written = [
-        sample for file in args.train_samples for sample in common.read_samples(Path(file), train)
-    ]
+    given = [s for file in args.train_samples for s in common.read_samples(Path(file), train)]
     args.base = args.base or args.model
     run = common.Run(args)
     if run.is_finished:
@@ -522,116 +502,101 @@ def main(argv: list[str]) -> None:
         return
     generative = args.kind == "genrm"
     kind = GenerativeRewardModel if generative else RewardModel
-    orm = kind(args.base, args.device, args.dtype, flag="--base", new=True)
-    common.check_memory(orm.model)  # which the student leaves before the training
+    reward_model = kind(args.base, args.device, args.dtype, flag="--base", new=True)
+    # Fail now rather than after the sampling. The student is deleted before the training.
+    common.check_memory(reward_model.model)
     student = common.Policy(args.model, args.device, args.dtype)
-    common.encode_prompts(student, dev if written else train + dev)
+    common.encode_prompts(student, dev if given else train + dev)
     run.begin()
 
-    # 1. samples of the student (read back where a restart finds them on disk)
-    how = dict(
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.gen_batch_size,
-    )
-    samples = written or common.sample_to_file(
-        student, train, run.out / "samples" / "train.jsonl", run, samples=args.samples, seed=[args.seed, 0],
-        progress="train questions", **how,
-    )  # fmt: skip
-    dev_samples = common.sample_to_file(
-        student, dev, run.out / "samples" / "dev.jsonl", run, samples=args.eval_samples, seed=[args.seed, 1],
-        progress="dev questions", **how,
-    )  # fmt: skip
+    # 1. Sample from the student. After a restart, read the samples that are on disk.
+    how = dict(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+    how |= dict(batch_size=args.gen_batch_size, run=run)
+    how_train = dict(samples=args.samples, seed=[args.seed, 0], progress="train questions")
+    how_dev = dict(samples=args.eval_samples, seed=[args.seed, 1], progress="dev questions")
+    train_file, dev_file = run.out / "samples" / "train.jsonl", run.out / "samples" / "dev.jsonl"
+    samples = given or common.sample_to_file(student, train, train_file, **how_train, **how)
+    dev_samples = common.sample_to_file(student, dev, dev_file, **how_dev, **how)
     del student
 
-    # 2. labels and weights
+    # 2. Label the samples and weigh them.
     if generative:
-        data, labels = comparisons(samples, args.pairs, args.seed)
-        examples, weights = [orm.encode(*asked) for asked in data], [1.0] * len(data)
+        pairs, labels = comparisons(samples, args.pairs, args.seed)
+        examples, weights = [reward_model.encode(*pair) for pair in pairs], [1.0] * len(pairs)
     else:
-        data, weights = training_data(samples)
-        examples, labels = (
-            [orm.encode(sample) for sample in data],
-            [float(sample.correct) for sample in data],
-        )
-    informative = common.mean(
-        0 < sum(s.correct for s in group) < len(group) for group in common.by_problem(samples)
-    )
-    right = common.mean(sample.correct for sample in samples)
-    print(f"{len(samples)} samples, {right:.1%} right; {informative:.1%} of the questions have both kinds; "
-          f"{len(data)} {'comparisons' if generative else 'distinct solutions'} to train on")  # fmt: skip
-    if right in (0, 1):
-        raise common.UserError(
-            "the samples are all right or all wrong: there is nothing to tell apart"
-        )
-    if not examples:
-        raise common.UserError(
-            "no question has a solution to compare with, or right and wrong samples; raise --samples"
-        )
-
+        solutions, weights = training_data(samples)
+        examples = [reward_model.encode(sample) for sample in solutions]
+        labels = [float(sample.correct) for sample in solutions]
+    data = list(zip(examples, labels, weights, strict=True))
+    groups = common.by_problem(samples)
+    informative = common.mean(len({sample.correct for sample in group}) == 2 for group in groups)
+    about_data = {"train_size": len(data), "informative": informative}
+    about_data["sampled_no_answer"] = common.mean(sample.answer is None for sample in samples)
+    about_data["sampled_truncated"] = common.mean(not sample.finished for sample in samples)
+    correct = common.mean(sample.correct for sample in samples)
+    print(f"{len(samples)} samples, {correct:.1%} correct; {len(data)} examples to train on")
+    common.require(0 < correct < 1, "all samples are correct, or all incorrect: nothing to learn")
+    common.require(data, "no question has a pair of solutions to compare; raise --samples")
     if generative:
-        comparable(dev_samples)  # nothing to compare with must show now, not after an epoch
+        # Fail now rather than after an epoch if no dev sample has a reference.
+        with_references(dev_samples)
 
-    # 3. train; as in sft.py, the order of the data depends on the seed and the epoch alone
-    optimizer = common.adam_w(orm.model.parameters(), args.lr)
-    steps_per_epoch = -(-len(examples) // args.batch_size)
+    # 3. Train. The order of the data depends on the seed and the epoch alone, as in sft.py.
+    optimizer = common.adam_w(reward_model.model.parameters(), args.lr)
+    steps_per_epoch = math.ceil(len(data) / args.batch_size)
     n_steps = args.epochs * steps_per_epoch
     progress = {"step": 0, "tokens": 0, "best": -1.0, "losses": []}
     if run.state:
         progress = run.state["progress"]
-        orm.model.load_state_dict(run.state["model"])
+        reward_model.model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
-        run.state = None  # as large as the model and its optimizer
+        # Free it, because it is as large as the model and its optimizer.
+        run.state = None
+    bar = tqdm(desc="training", initial=progress["step"], total=n_steps, disable=None)
+    for epoch in range(progress["step"] // steps_per_epoch, args.epochs):
+        order = common.shuffled(len(data), args.seed, epoch)
+        # After a restart, skip the steps of this epoch that were made.
+        skipped = progress["step"] - epoch * steps_per_epoch
+        for first in range(skipped * args.batch_size, len(data), args.batch_size):
+            # A checkpoint holds the state before a step.
+            state = dict(model=reward_model.model.state_dict(), optimizer=optimizer.state_dict())
+            run.checkpoint(progress=progress, **state)
+            batch = [data[i] for i in order[first : first + args.batch_size]]
+            lr = common.cosine_lr(progress["step"], n_steps, args.lr)
+            optimizer.param_groups[0]["lr"] = lr
+            loss, grad_norm = train_step(reward_model, optimizer, batch, args.token_budget)
+            progress["losses"].append(loss)
+            progress["tokens"] += sum(len(response) for (_, response), _, _ in batch)
+            progress["step"] += 1
+            bar.update()
 
-    first = progress["step"]
-    for step in tqdm(
-        range(first, n_steps), desc="training", initial=first, total=n_steps, disable=None
-    ):
-        epoch, index = divmod(step, steps_per_epoch)
-        order = common.shuffled(len(examples), args.seed, epoch)
-        batch = order[index * args.batch_size : (index + 1) * args.batch_size]
-        lr = common.cosine_lr(step, n_steps, args.lr)
-        optimizer.param_groups[0]["lr"] = lr
-        triples = [(examples[i], labels[i], weights[i]) for i in batch]
-        loss, norm = train_step(orm, optimizer, triples, args.token_budget)
-        progress["losses"].append(loss)
-        progress["tokens"] += sum(len(examples[i][1]) for i in batch)
-        progress["step"] = step + 1
-
-        # 4. after every epoch, and the best by dev AUC becomes model/
-        if (step + 1) % steps_per_epoch == 0:
-            if generative:
-                report, ranked = genrm_quality(dev_samples, orm, args.token_budget), {}
-            else:
-                report = quality(dev_samples, orm.scores(dev_samples, args.token_budget))
-                last = report["best_of_n"][-1]
-                names = {"orm": "rerank", "majority": "maj", "oracle": "pass"}
-                ranked = {f"{names[key]}@{last['n']}": last[key] for key in names}
-            run.log(
-                step=step + 1, samples=0 if written else len(samples), tokens=progress["tokens"], epoch=epoch + 1,
-                loss=float(np.mean(progress["losses"])), grad_norm=norm, lr=lr, train_size=len(data), informative=informative,
-                sampled_no_answer=common.mean(s.answer is None for s in samples),
-                sampled_truncated=common.mean(not s.finished for s in samples),
-                **{key: value for key, value in report.items() if not isinstance(value, list)},
-                **ranked,
-            )  # fmt: skip
-            progress["losses"] = []
-            if (
-                report["auc"] is None or report["auc"] > progress["best"]
-            ):  # None: nothing says that it is not better
-                progress["best"] = -1.0 if report["auc"] is None else report["auc"]
-                common.write_json(run.out / "quality.json", report | {"epoch": epoch + 1})
-                orm.save(run.out / "model")
-        run.checkpoint(
-            progress=progress, model=orm.model.state_dict(), optimizer=optimizer.state_dict()
-        )
+        # 4. Measure the quality on dev. The epoch with the best AUC becomes model/.
+        if generative:
+            report = genrm_quality(dev_samples, reward_model, args.token_budget)
+        else:
+            report = quality(dev_samples, reward_model.scores(dev_samples, args.token_budget))
+        metrics = {key: value for key, value in report.items() if not isinstance(value, list)}
+        for row in report.get("best_of_n", [])[-1:]:
+            n = row["n"]
+            metrics |= {f"rerank@{n}": row["orm"], f"maj@{n}": row["majority"]}
+            metrics |= {f"pass@{n}": row["oracle"]}
+        counts = dict(step=progress["step"], samples=0 if given else len(samples))
+        counts |= dict(tokens=progress["tokens"], epoch=epoch + 1)
+        loss = float(np.mean(progress["losses"]))
+        run.log(**counts, loss=loss, grad_norm=grad_norm, lr=lr, **about_data, **metrics)
+        progress["losses"] = []
+        # Without an AUC no epoch is known to be the best. Then keep the last one.
+        if report["auc"] is None or report["auc"] > progress["best"]:
+            progress["best"] = report["auc"]
+            common.write_json(run.out / "quality.json", report | {"epoch": epoch + 1})
+            reward_model.save(run.out / "model")
+    bar.close()
     run.finish()
-    if progress["best"] < 0:
-        common.warn(
-            "the dev samples are all right or all wrong, so there is no AUC, and the last epoch was kept"
-        )
-    best = f"best AUC on dev {progress['best']:.3f}; " if progress["best"] >= 0 else ""
-    print(f"{best}model in {run.out / 'model'}, details in {run.out / 'quality.json'}")
+    if progress["best"] is None:
+        common.warn("all dev samples are of one class, so there is no AUC: kept the last epoch")
+    else:
+        print(f"best AUC on dev {progress['best']:.3f}")
+    print(f"model in {run.out / 'model'}, details in {run.out / 'quality.json'}")
 
 
 if __name__ == "__main__":

@@ -682,7 +682,7 @@ def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_
         samples,
     ]
     code, message = cli(reward_model, *argv, "--max-new-tokens", 20, "--out", tmp_path / "run")
-    assert code == 2 and "no dev question has a gold solution or a right sample" in message
+    assert code == 2 and "no dev question has a gold solution or a correct sample" in message
 
 
 def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_path):
