@@ -277,21 +277,27 @@ def test_routes_hide_the_shares_asked_for_and_the_same_ones_again():
         *PROBLEMS[:30],
         *[common.Problem(f"bare{i}", "q", PROBLEMS[0].answer) for i in range(10)],
     ]
-    route = ppo.routes(problems, 0.5, 0.25, 0)
-    assert route == ppo.routes(problems, 0.5, 0.25, 0) != ppo.routes(problems, 0.5, 0.25, 1)
-    assert route.count("verifier") == 20 and route.count("best") >= 5
-    assert all(r != "gold" for r, p in zip(route, problems, strict=True) if p.reference is None)
-    assert set(ppo.routes(problems, 0, 1, 0)) == {"verifier"}
+    route = ppo.reward_sources(problems, 0.5, 0.25, 0)
     assert (
-        ppo.routes(PROBLEMS, 1, 0, 0) == ["gold"] * 40
-        and ppo.routes(PROBLEMS, 1, 1, 0) == ["best"] * 40
+        route
+        == ppo.reward_sources(problems, 0.5, 0.25, 0)
+        != ppo.reward_sources(problems, 0.5, 0.25, 1)
+    )
+    assert route.count("verifier") == 20 and route.count("genrm_sampled") >= 5
+    assert all(
+        r != "genrm_gold" for r, p in zip(route, problems, strict=True) if p.reference is None
+    )
+    assert set(ppo.reward_sources(problems, 0, 1, 0)) == {"verifier"}
+    assert (
+        ppo.reward_sources(PROBLEMS, 1, 0, 0) == ["genrm_gold"] * 40
+        and ppo.reward_sources(PROBLEMS, 1, 1, 0) == ["genrm_sampled"] * 40
     )
 
 
 def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, genrm):
     checked, hidden = PROBLEMS[:2]
-    judges = ppo.Judges(
-        genrm=genrm, references={hidden.id: hidden.reference.strip()}, golden={hidden.id}
+    judges = ppo.RewardModels(
+        genrm=genrm, references={hidden.id: hidden.reference.strip()}, with_gold={hidden.id}
     )
     texts = [
         (checked, checked.reference),
@@ -333,7 +339,7 @@ def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, gen
 def test_who_judges_a_question_does_not_say_when_it_comes():
     """The order of a pass is independent of the routes: no half of it is all of one kind."""
     problems = [common.Problem(f"p{i}", "?", 1, "#### 1", "#### 1") for i in range(400)]
-    judged = np.array(ppo.routes(problems, 0.5, 0.0, seed=0)) == "verifier"
+    judged = np.array(ppo.reward_sources(problems, 0.5, 0.0, seed=0)) == "verifier"
     for turn in range(20):
         half = judged[common.shuffled(400, 0, turn)[:200]].mean()
         assert 0.35 < half < 0.65, turn  # 0.5 +- 6 standard errors
@@ -379,7 +385,7 @@ def test_each_selection_keeps_what_it_says():
 
 
 def test_verifiable_questions_come_first_and_the_others_join_in_turn():
-    route = ["verifier", "gold", "verifier", "gold", "verifier", "best", "best", "best"]
+    route = ["verifier", "genrm_gold"] * 2 + ["verifier"] + ["genrm_sampled"] * 3
     stages = ppo.verifiable_first(route, 10, [0.4, 0.2])
     assert stages == [(1, [0, 2, 4]), (3, [0, 1, 2, 3, 4]), (5, list(range(8)))]
     curriculum = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)
@@ -753,9 +759,10 @@ def test_questions_with_a_gold_solution_join_before_those_without(
         folders.orm,
     ]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 130
-    route = ppo.routes(PROBLEMS[:24], 0.5, 0.5, 0)
+    route = ppo.reward_sources(PROBLEMS[:24], 0.5, 0.5, 0)
     verifier, gold, best = (
-        {i for i, r in enumerate(route) if r == kind} for kind in ("verifier", "gold", "best")
+        {i for i, r in enumerate(route) if r == kind}
+        for kind in ("verifier", "genrm_gold", "genrm_sampled")
     )
     assert [(begin, set(asked)) for begin, asked in stages] == [
         (1, verifier), (3, verifier | gold), (7, verifier | gold | best)

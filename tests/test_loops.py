@@ -555,7 +555,10 @@ def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny,
         reward="sparse",
         add_outcome=False,
     )
-    for judges in (ppo.Judges(), ppo.Judges(orm=reward_model.RewardModel("tiny", "cpu", new=True))):
+    for judges in (
+        ppo.RewardModels(),
+        ppo.RewardModels(orm=reward_model.RewardModel("tiny", "cpu", new=True)),
+    ):
         args.reward = "orm" if judges.orm else "sparse"
         scores, passed = ppo.score_pool(tiny, problems, judges, run, args)
         (run.out / "samples" / "pool.jsonl").unlink()

@@ -134,14 +134,14 @@ def test_the_sparse_reward_is_on_the_last_token_and_a_cut_solution_has_none(tiny
     )
     assert right.tokens[-1] == tiny.tokenizer.eos_token_id and cut.correct
     for sample, total in ((right, 1.0), (wrong, 0.0), (cut, 0.0)):
-        (reward,) = ppo.task_rewards("sparse", tiny, [sample], ppo.Judges())
+        (reward,) = ppo.task_rewards("sparse", tiny, [sample], ppo.RewardModels())
         assert len(reward) == len(sample.tokens) and reward[-1] == total and not reward[:-1].any()
 
 
 def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of_its_line(tiny):
     text = "2+3=<<2+3=5>>5\n7+3=<<7+3=10>>10\n2+3=<<2+3=5>>5\n9+9=<<9+9=18>>18\n#### 30"
     sample = sampled(tiny, REFERENCE, text)
-    (reward,) = ppo.task_rewards("dense", tiny, [sample], ppo.Judges())
+    (reward,) = ppo.task_rewards("dense", tiny, [sample], ppo.RewardModels())
     credit = {place: float(r) for place, r in enumerate(reward) if r}
     lines = [i for i, token in enumerate(sample.tokens) if tiny.breaks_line[token]]
     assert credit == {
@@ -151,19 +151,21 @@ def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of
     }
     prefix = "2+3=<<2+3=5>>5\n"
     assert not ppo.task_rewards(
-        "dense", tiny, [sampled(tiny, REFERENCE, text, finished=False)], ppo.Judges()
+        "dense", tiny, [sampled(tiny, REFERENCE, text, finished=False)], ppo.RewardModels()
     )[0].any()
     (reward,) = ppo.task_rewards(
-        "dense", tiny, [sampled(tiny, REFERENCE, text, prefix=prefix)], ppo.Judges()
+        "dense", tiny, [sampled(tiny, REFERENCE, text, prefix=prefix)], ppo.RewardModels()
     )
     assert reward.sum() == pytest.approx(1 + 1 / 3), "what was given away earns nothing"
     run_on = sampled(tiny, REFERENCE, "2+3=<<2+3=5>>5\n#### 5\n\nQuestion: 5*2=<<5*2=10>>10?")
-    (reward,) = ppo.task_rewards("dense", tiny, [run_on], ppo.Judges())
+    (reward,) = ppo.task_rewards("dense", tiny, [run_on], ppo.RewardModels())
     assert reward.sum() == pytest.approx(1 / 3), (
         "nor does the next question, made up after the answer"
     )
     whole = sampled(tiny, REFERENCE, REFERENCE.reference)
-    assert ppo.task_rewards("dense", tiny, [whole], ppo.Judges())[0].sum() == pytest.approx(2.0)
+    assert ppo.task_rewards("dense", tiny, [whole], ppo.RewardModels())[0].sum() == pytest.approx(
+        2.0
+    )
 
 
 # ---- value function and adapters

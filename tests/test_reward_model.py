@@ -444,9 +444,9 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
         sampled(tiny, problem, wrong(problem), finished=False),
     ]
     (scores, _) = orm.scores(samples)
-    whole, cut = ppo.task_rewards("orm", tiny, samples, ppo.Judges(orm))
+    whole, cut = ppo.task_rewards("orm", tiny, samples, ppo.RewardModels(orm))
     assert whole[-1] == pytest.approx(scores[-1]) and not whole[:-1].any() and not cut.any()
-    dense, cut = ppo.task_rewards("orm_dense", tiny, samples, ppo.Judges(orm))
+    dense, cut = ppo.task_rewards("orm_dense", tiny, samples, ppo.RewardModels(orm))
     ends = ppo.line_ends(tiny, samples[0].tokens)
     assert set(np.flatnonzero(dense)) == set(ends) and len(ends) == 4 and not cut.any()
     assert dense.sum() == pytest.approx(scores[-1], abs=1e-6)
@@ -455,7 +455,7 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
     )  # the same tokenizer, the same places
     assert dense[ends[1]] == pytest.approx(scores[ends[1]] - scores[ends[0]], abs=1e-6)
     for kind, plain in (("orm", whole), ("orm_dense", dense)):
-        added = ppo.task_rewards(kind, tiny, samples, ppo.Judges(orm), True)[0]
+        added = ppo.task_rewards(kind, tiny, samples, ppo.RewardModels(orm), True)[0]
         assert added[-1] == pytest.approx(plain[-1] + 1) and (added[:-1] == plain[:-1]).all()
 
 
@@ -749,6 +749,6 @@ def test_a_cut_solution_is_worth_nothing_to_either_judge(tiny, orm):
         sampled(tiny, problem, right(problem) + "\n", finished=False),
     ]
     assert samples[1].correct
-    assert ppo.Judges().scores("sparse", samples) == [1, 0]
-    first, cut = ppo.Judges(orm).scores("orm", samples)
+    assert ppo.RewardModels().scores("sparse", samples) == [1, 0]
+    first, cut = ppo.RewardModels(orm).scores("orm", samples)
     assert first == pytest.approx(orm.scores(samples[:1])[0][-1]) and first > 0 and cut == 0

@@ -545,13 +545,13 @@ def test_where_every_sample_was_cut_the_length_is_to_blame(cli, tmp_path):
 )
 def test_no_flag_reads_false_as_true(script, monkeypatch):
     """Trap: bool("false") is True."""
-    types, add = [], argparse.ArgumentParser.add_argument
+    types, add = [], argparse._ActionsContainer.add_argument
 
     def spied(parser, *names, **options):
         types.append(options.get("type"))
         return add(parser, *names, **options)
 
-    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", spied)
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", spied)  # groups as well
     script.parse_args([])
     assert len(types) > 15 and bool not in types
 

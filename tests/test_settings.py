@@ -485,7 +485,7 @@ def test_the_shares_that_are_hidden_are_those_of_the_flags(cli, tmp_path, folder
         asked.append(shares_and_seed)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppo, "routes", routes)
+    monkeypatch.setattr(ppo, "reward_sources", routes)
     argv = [*PPO, "--genrm", folders.genrm, "--seed", 5, "--limit-train", 8]
     argv += ["--out", tmp_path / "run"]
     for flags in (["hybrid", "--hide-answers", 0.25], ["hybrid"], ["genrm"]):
@@ -508,7 +508,9 @@ def test_a_selected_question_keeps_its_route_and_each_route_is_a_domain(
     argv += ["--select-samples", 1, "--select-fraction", 0.5, "--genrm", folders.genrm]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 130
     (problems, stages), everything = begun[0], common.load_problems("arithmetic", "train")
-    route = dict(zip((p.id for p in everything), ppo.routes(everything, 0.5, 0, 0), strict=True))
+    route = dict(
+        zip((p.id for p in everything), ppo.reward_sources(everything, 0.5, 0, 0), strict=True)
+    )
     assert {problems[i].id for i in stages[0][1]} == {
         p.id for p in problems if route[p.id] == "verifier"
     }
@@ -521,7 +523,7 @@ def test_with_a_generative_reward_model_a_half_has_passed(tiny, tmp_path, monkey
     samples = [common.Sample(p, k, LOST, True) for p in TRAIN[:2] for k in range(2)]
     monkeypatch.setattr(common, "sample_to_file", lambda *_, **__: samples)
     genrm = SimpleNamespace(scores=lambda *_: [0.5, 0.4, 0.6, 0.7])
-    judges = ppo.Judges(genrm=genrm, references={p.id: "x" for p in TRAIN[:2]})
+    judges = ppo.RewardModels(genrm=genrm, references={p.id: "x" for p in TRAIN[:2]})
     args = argparse.Namespace(
         select_samples=2,
         temperature=1,
