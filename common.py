@@ -2,8 +2,7 @@
 
     problems -> prompt ids -> generate -> samples -> answer check -> token sequences -> loss
 
-Nothing here knows which algorithm calls it. To fork a script, copy it together with this file and
-tiny/. Copy engine/ as well for faster sampling.
+To fork a script, copy it together with this file and tiny/. Copy engine/ for faster sampling.
 """
 
 import argparse
@@ -95,7 +94,7 @@ def start_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "LOCAL_RANK" not in os.environ:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # One share of the samples may take hours longer than another.
+    # Processes may wait hours for the slowest one.
     dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
     # If torchrun is killed, end as well. Otherwise a second run would write to the same folder.
     if sys.platform == "linux":
@@ -146,21 +145,21 @@ GENERATED = "arithmetic", "arithmetic-hard"
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A word problem. Its `id` is unique within the dataset and keys its random numbers."""
+    """A word problem. Its `id` is unique within the dataset and seeds its samples."""
 
     id: str
     question: str
     answer: Fraction
     solution: str | None = None  # written solution that ends in "#### answer", if there is one
-    reference: str | None = None  # the same, or one that no policy may see
+    reference: str | None = None  # for rewards and metrics only; equals `solution` if there is one
 
 
 def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Problem]:
     """Load the first `limit` problems of a split: "train", "dev", "test" or "all".
 
     dataset: see --dataset. A folder has train and test files. The last tenth of a single file is
-    its test split, and "all" is the whole file. dev holds the last 256 training problems, or the
-    last tenth of fewer than 2,560. Raises UserError, with file and line, for malformed data.
+    its test split, and "all" is the whole file. dev is the last 256 training problems. With fewer
+    than 2,560 it is their last tenth. Raises UserError, with file and line, for malformed data.
     """
     part, path = "test" if split == "test" else "train", Path(dataset)
     if dataset in GENERATED:
@@ -274,7 +273,7 @@ def _read_problem(row: dict, name: str, where: str) -> Problem:
 
 # ---- 2. Answers ----------------------------------------------------------------------------------
 
-# Signs with spaces between, then digits. No pattern here can backtrack far.
+# Signs with spaces between, then digits. All patterns here run in linear time.
 _SIGNED = re.compile(r"((?:[-+\u2212\u2010-\u2015]\s*){0,2})([0-9.,/]+)")
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?|[0-9]+/0*[1-9][0-9]*")
 # Currency signs, brackets, stars and LaTeX commands may stand before a number or after its sign.
@@ -324,7 +323,7 @@ def _numbers(line: str) -> Iterator[Fraction | None]:
         digits = digits.rstrip(".,")
         if not any(c.isdigit() for c in digits):
             continue
-        # "- 5" and "18-20" may be differences. A long dash may be no minus.
+        # "- 5" and "18-20" may be differences. A long dash may not be a minus.
         unclear = len(signs) > 1 or (signs and (before.isalnum() or signs not in "+-\u2212"))
         if unclear or len(digits) > 64 or not _NUMBER.fullmatch(digits):
             yield None
@@ -339,7 +338,7 @@ _PLAIN = str.maketrans("x\u00d7\u00f7\u2212", "**/-", " $,")
 def equations(text: str) -> tuple[str, ...]:
     """Return the arithmetic operations of a solution: "14+6=<<14+6=20>>20" -> ("14+6",).
 
-    Two solutions are the same if their operations are. Without calculator annotations, take the
+    Solutions with the same operations count as the same. Without calculator annotations, take the
     expression before each "=".
     """
     text = first_solution(text)
@@ -347,7 +346,7 @@ def equations(text: str) -> tuple[str, ...]:
     if not found:
         sides = text.split("=")[:-1]
         found = [side[len(side.rstrip("0123456789.,+-*/x\u00d7\u00f7()$% ")) :] for side in sides]
-        # A "." or "x" at the beginning ended the words before.
+        # A leading "." or "x" belongs to the words before.
         found = [left.translate(_PLAIN).lstrip("*.") for left in found]
     found = [re.sub(r"(?<![\d.])\.(?=\d)", "0.", left) for left in found]  # ".5" is "0.5"
     return tuple(e for e in found if any(c in "+-*/" for c in e[1:]) and any(map(str.isdigit, e)))
@@ -355,7 +354,7 @@ def equations(text: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass
 class Sample:
-    """A sampled solution, its answer, and whether the answer is correct.
+    """A sampled solution, its `answer` (None if there is none) and whether that is `correct`.
 
     It is `finished` if it ended by itself, and truncated otherwise. `tokens`, `logprobs` and
     `prompt` are filled by `generate` and empty in samples that were read from a file.
@@ -377,7 +376,7 @@ class Sample:
     def grade(self, lenient: bool = False) -> None:
         """Read the answer and check it.
 
-        If a sample was truncated, its last number may have been on its way to a longer one.
+        Truncation may have cut digits of the last number, so that number does not count.
         """
         text, answer_line = self.text, self.text.partition(MARKER)[2]
         if not self.finished:
@@ -414,7 +413,8 @@ def vote(answers: Sequence[Fraction | None], weights: Sequence[float] | None = N
     None does not vote. Of equal answers the first to appear wins.
     """
     votes: dict[Fraction, float] = {}
-    for answer, weight in zip(answers, weights or [1] * len(answers), strict=True):
+    weights = [1] * len(answers) if weights is None else weights
+    for answer, weight in zip(answers, weights, strict=True):
         if answer is not None:
             votes[answer] = votes.get(answer, 0) + weight
     return max(votes, key=votes.get) if votes else None
@@ -481,7 +481,8 @@ class Policy:
     GPU the arithmetic is bfloat16 under autocast. Dropout stays off, because with it the
     log-probabilities of sampling and training would differ.
 
-    eos_ids: the tokens that end a sample. vocabulary: the number of logits. max_length: positions.
+    eos_ids: the tokens that end a sample. vocabulary: the number of logits. max_length: the
+    longest sequence that the model accepts.
     A model of rcrl.py has `labels`; `label` is the token that is forced now, or None.
     Raises UserError if `name` is neither a folder nor a loadable hub name.
     """
@@ -518,7 +519,7 @@ class Policy:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Check that `hidden_states` and `head` give the model's logits. Set lengths and stops."""
+        """Check that `hidden_states` and `head` give the model's logits. Set sizes and eos_ids."""
         ids = torch.tensor([[0, 1], [0, 2]], device=self.device)
         logits = self.model(ids, use_cache=False).logits
         causal = (logits[0, 0] - logits[1, 0]).abs().max() < 1e-3
@@ -536,7 +537,7 @@ class Policy:
             stops = self.model.generation_config.eos_token_id
             stops = {*(stops if isinstance(stops, list) else [stops]), eos} - {None}
             self.eos_ids = sorted(stop for stop in stops if stop < self.vocabulary)
-            # The saved folder stops at the same tokens and has no sampling settings of others.
+            # A saved model keeps these tokens and drops the sampling settings that it came with.
             self.model.generation_config = transformers.GenerationConfig(
                 eos_token_id=self.eos_ids,
                 bos_token_id=self.tokenizer.bos_token_id,
@@ -590,7 +591,7 @@ class Policy:
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
     def encode_prefix(self, text: str) -> list[int]:
-        """Encode the beginning of a solution, apart from its prompt, as it is sampled."""
+        """Encode a part of a solution, separately from its prompt and without special tokens."""
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def encode_solution(self, text: str) -> list[int]:
@@ -666,7 +667,7 @@ def model_folder(name: str, flag: str = "--model") -> str:
 
 
 def check_base(policy: Policy, base: Policy, name: str) -> None:
-    """Raise UserError if --base was left at tiny but --model cannot have been made from it."""
+    """If --base is the default tiny, raise UserError unless --model has the same shape."""
     one, other = (each.model.config.get_text_config() for each in (policy, base))
     keys = "model_type", "hidden_size", "num_hidden_layers"
     same_shape = all(getattr(one, key) == getattr(other, key) for key in keys)
@@ -697,7 +698,7 @@ def torch_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
-            # cuDNN's attention is planned again for every shape, and each batch has its own.
+            # cuDNN's attention is slow here: it plans again for every new shape.
             torch.backends.cuda.enable_cudnn_sdp(False)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({first_line(error)})") from None
@@ -705,6 +706,7 @@ def torch_device(name: str) -> torch.device:
 
 
 # ---- 4. Generation -------------------------------------------------------------------------------
+# generate -> engine.generate_tokens or decode_plainly -> pick_tokens -> sample_softmax
 
 
 @torch.no_grad()  # not inference_mode: under it autocast would cast the weights in every step
@@ -757,8 +759,8 @@ def generate(
         size = min(batch_size, policy.max_batch_size, sum(map(len, left.values())))
         try:
             with policy.autocast():
-                for i, k, ids, *more in decode(policy.model, size, pending=left, **request):
-                    logprobs, finished = more
+                outputs = decode(policy.model, size, pending=left, **request)
+                for i, k, ids, logprobs, finished in outputs:
                     text, given = prefixes[i] + policy.decode(ids), (prompts[i], prefixes[i])
                     done[i][k] = Sample(problems[i], k, text, finished, ids, logprobs, *given)
                     bar.update()
@@ -771,7 +773,7 @@ def generate(
             advice = f"going on with {size // 2} (see --gen-batch-size)"
             warn(f"out of memory while sampling {size} sequences: {advice}", all_ranks=True)
         except KeyboardInterrupt:
-            interrupted = True  # the other processes must hear of it before this one leaves
+            interrupted = True  # tell the other processes first
             break
     bar.close()
     if any_process(interrupted):
@@ -792,6 +794,40 @@ def encode_prompts(
         longest < n, f"the longest prompt is {longest} tokens long; the model has {n} positions"
     )
     return prompts
+
+
+def pick_tokens(policy: Policy, temperature: float, hidden: torch.Tensor, uniforms: torch.Tensor):
+    """Sample after each hidden state [rows, width]: tokens [rows], log-probabilities [rows].
+
+    Works on so few rows at a time that on a CPU their logits stay in its cache.
+    """
+    at_once = max(1, (1 << 28 if policy.device.type == "cuda" else 1 << 22) // policy.vocabulary)
+    n_parts = -(-len(hidden) // at_once)
+    parts = zip(hidden.chunk(n_parts), uniforms.chunk(n_parts), strict=True)
+    picked = [sample_softmax(policy.head(h), u, temperature) for h, u in parts]
+    return tuple(torch.cat(tensors) for tensors in zip(*picked, strict=True))
+
+
+def sample_softmax(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float):
+    """Sample from softmax(logits / temperature) by inverting its cumulative distribution.
+
+    logits [rows, vocabulary], uniforms [rows] in [0, 1) -> tokens [rows] and their
+    log-probabilities [rows]. Temperature 0 takes the most likely token and returns its
+    log-probability at temperature 1. A token of probability 0 is never sampled.
+    """
+    weights = (logits.float() / (temperature or 1)).softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        ends = weights.cumsum(-1)
+        total = ends[:, -1:]
+        # Rounding must not lead beyond the last token that has a probability.
+        below_total = torch.nextafter(total, torch.zeros_like(total))
+        target = torch.minimum(uniforms[:, None] * total, below_total)
+        # The clamp is for NaN, which the decoding loop refuses.
+        tokens = torch.searchsorted(ends, target, right=True).clamp_(max=logits.shape[-1] - 1)
+    tiny = torch.finfo(weights.dtype).tiny
+    return tokens[:, 0], weights.gather(-1, tokens).clamp_min_(tiny).log()[:, 0]
 
 
 def decode_plainly(model, batch_size: int, *, prompts, pending, **request) -> Iterator[tuple]:
@@ -878,41 +914,9 @@ def decode_batch(
         hidden = forward(previous[:, None], mask)
 
 
-def pick_tokens(policy: Policy, temperature: float, hidden: torch.Tensor, uniforms: torch.Tensor):
-    """Sample a token after each hidden state [rows, width]: tokens [rows], log-probabilities [rows].
-
-    Works on so few rows at a time that on a CPU their logits stay in its cache.
-    """
-    at_once = max(1, (1 << 28 if policy.device.type == "cuda" else 1 << 22) // policy.vocabulary)
-    n_parts = -(-len(hidden) // at_once)
-    parts = zip(hidden.chunk(n_parts), uniforms.chunk(n_parts), strict=True)
-    picked = [sample_softmax(policy.head(h), u, temperature) for h, u in parts]
-    return tuple(torch.cat(tensors) for tensors in zip(*picked, strict=True))
-
-
-def sample_softmax(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float):
-    """Sample from softmax(logits / temperature) by inverting its cumulative distribution.
-
-    logits [rows, vocabulary], uniforms [rows] in [0, 1) -> tokens [rows] and their
-    log-probabilities [rows]. Temperature 0 takes the most likely token and returns its
-    log-probability at temperature 1. A token of probability 0 is never sampled.
-    """
-    weights = (logits.float() / (temperature or 1)).softmax(-1)
-    if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
-    else:
-        ends = weights.cumsum(-1)
-        total = ends[:, -1:]
-        below_total = torch.nextafter(total, torch.zeros_like(total))
-        target = torch.minimum(uniforms[:, None] * total, below_total)
-        tokens = torch.searchsorted(ends, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    tiny = torch.finfo(weights.dtype).tiny
-    return tokens[:, 0], weights.gather(-1, tokens).clamp_min_(tiny).log()[:, 0]
-
-
 # ---- 5. Training ---------------------------------------------------------------------------------
 
-LOGITS_AT_ONCE = 1 << 24  # larger logits are made again in the backward pass
+LOGITS_AT_ONCE = 1 << 24  # above this many, compute them again in the backward pass
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -921,9 +925,8 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[in
     Sequences of similar length share a micro-batch, which has at most `token_budget` tokens with
     its padding. A longer sequence is a micro-batch of its own.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[
-        process_rank() :: process_count()
-    ]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order = order[process_rank() :: process_count()]
     while order:
         size = max(1, token_budget // max(1, lengths[order[0]]))
         yield order[:size]
@@ -976,7 +979,8 @@ def by_example(flat: torch.Tensor, examples: Sequence[Example]) -> list[np.ndarr
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], *sums: float) -> list[float]:
     """Add up the gradients of all processes, and the numbers in `sums`, as one flat tensor.
 
-    A parameter without a gradient in any process stays without one: the optimizer would move it.
+    If no process has a gradient for a parameter, it stays None. With zeros the moments of AdamW
+    would still move the parameter.
     """
     if process_count() == 1:
         return list(sums)
@@ -1011,7 +1015,7 @@ def check_memory(model: torch.nn.Module) -> None:
 
 
 def adam_w(parameters: Iterable, lr: float) -> torch.optim.AdamW:
-    """Return the optimizer of all scripts. On a GPU it is fused, to save a copy of the weights."""
+    """Return the optimizer of all scripts. On a GPU it is fused: no copy of the weights."""
     parameters = list(parameters)
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
     how = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=first.is_cuda or None)
@@ -1027,7 +1031,6 @@ def cosine_lr(step: int, n_steps: int, lr: float) -> float:
     return lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-@functools.lru_cache(1)  # every step of an epoch asks for the same order
 def shuffled(n: int, *seed: int) -> list[int]:
     """Return a permutation of range(n) that depends on the seed alone."""
     return np.random.default_rng(seed).permutation(n).tolist()
@@ -1038,7 +1041,7 @@ def shuffled(n: int, *seed: int) -> list[int]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
-    """Open a file that gets its name when it is complete and on the disk. Only rank 0 writes."""
+    """Open a temporary file and rename it to `path` when it is complete. Only rank 0 writes."""
     if process_rank() > 0:
         yield io.BytesIO()
         return
@@ -1092,8 +1095,8 @@ class Run:
     """The folder --out: args.json, metrics.jsonl, samples/, model/ and checkpoint/state.pt.
 
     A run that was killed and is started again with --resume goes on from its last checkpoint and
-    ends with the same weights and metrics. `state` holds that checkpoint, or None. may_grow: a
-    setting that may be larger after --resume, because what was done does not depend on it.
+    ends with the same weights and metrics. `state` holds that checkpoint, or None. may_grow: the
+    name of a setting that --resume may increase.
     """
 
     def __init__(self, args: argparse.Namespace, may_grow: str | None = None):
@@ -1140,7 +1143,7 @@ class Run:
         """Raise UserError if the run was started with other settings."""
         before, now = read_json(self.settings_file), self.settings
         changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-        changed -= {"token_budget", "gen_batch_size"}  # they fit the machine, and change rounding
+        changed -= {"token_budget", "gen_batch_size"}  # they only change rounding
         if may_grow and now[may_grow] >= before.get(may_grow, math.inf):
             changed -= {may_grow}
         names = ", ".join(sorted(changed))
@@ -1221,11 +1224,11 @@ def sample_to_file(policy: Policy, problems, path: Path, run: Run | None = None,
     """Call `generate` for a group of problems at a time and append the samples to a file.
 
     Groups that are complete in the file are read back, so an interruption loses one group at most.
-    With the same batch size the samples are the same to the last bit. Token ids are not kept: a
+    With the same batch size the samples are identical, bit for bit. Token ids are not kept: a
     round with K = 96 would fill gigabytes. The clock of `run` counts what was read back.
     """
     n, prefixes = how["samples"], how.pop("prefixes", None) or [""] * len(problems)
-    # So long that the emptying of the batch at the end of a group is rare.
+    # Large groups, because the batch runs half empty at the end of each.
     size = max(1, 32 * how["batch_size"] * process_count() // n)
     exists = on_first(path.exists)
     samples = on_first(lambda: read_samples(path, problems, n, prefixes)) if exists else []
@@ -1288,7 +1291,7 @@ def read_samples(path: Path, problems, n: int | None = None, prefixes=None) -> l
 def dev_metrics(
     policy: Policy, problems, args: argparse.Namespace, samples: int, file: Path, few_shot=False
 ) -> dict:
-    """Measure maj@1, and pass@k if `samples` are asked for. Write the greedy solutions to a file."""
+    """Measure maj@1 (greedy accuracy), and pass@k if `samples` > 0. Write the greedy samples."""
     how = dict(max_new_tokens=args.max_new_tokens, batch_size=args.gen_batch_size)
     how |= dict(seed=args.seed, few_shot=few_shot)
     greedy = generate(policy, problems, temperature=0, progress="dev", **how)
@@ -1323,7 +1326,7 @@ class OneLineParser(argparse.ArgumentParser):
         return args
 
     def only_with(self, condition: str, holds: bool, args, *flags: str) -> None:
-        """Refuse a flag that does nothing unless the condition holds. A resumed run goes on."""
+        """Refuse a flag that does nothing unless the condition holds. Not checked with --resume."""
         for flag in flags:
             if not holds and not args.resume and getattr(args, flag) != self.get_default(flag):
                 self.error(f"--{flag.replace('_', '-')} does nothing without {condition}")
@@ -1354,7 +1357,7 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
-WHOLE, POSITIVE = number(int, 1), number(float, 0)
+WHOLE, NOT_NEGATIVE = number(int, 1), number(float, 0)
 FLAGS = {
     "model": dict(help="folder or hub name of the model; tiny: the one in this repository"),
     "dataset": dict(help=f"{', '.join([*GENERATED, *HUB])}, or a file or folder of problems"),
@@ -1365,16 +1368,16 @@ FLAGS = {
         choices=["auto", "float32", "bfloat16"], help="arithmetic; auto: bfloat16 on GPU"
     ),
     "max_new_tokens": dict(type=WHOLE, help="most tokens of a solution (GSM8K: 256 to 512)"),
-    "temperature": dict(type=POSITIVE, help="sampling temperature; 0: greedy"),
+    "temperature": dict(type=NOT_NEGATIVE, help="sampling temperature; 0: greedy"),
     "samples": dict(type=WHOLE, help="samples per problem, K (paper: 96; PPO: 4)"),
     "gen_batch_size": dict(type=WHOLE, help="batch slots in sampling (default: 256; GPU: 1024)"),
-    "lr": dict(type=POSITIVE, help="peak learning rate (paper: 2e-5; PPO: 1e-6)"),
+    "lr": dict(type=NOT_NEGATIVE, help="peak learning rate (paper: 2e-5; PPO: 1e-6)"),
     "epochs": dict(type=WHOLE, help="passes over the data, in PPO over a phase (paper: 4)"),
     "batch_size": dict(type=WHOLE, help="solutions per optimizer step (paper: 128; PPO: 256)"),
     "token_budget": dict(type=WHOLE, help="tokens per micro-batch (default: 1024; GPU: 32768)"),
     "limit_train": dict(type=WHOLE, help="use only the first so many training problems"),
     "limit_eval": dict(type=WHOLE, help="use only the first so many dev or test problems"),
-    "checkpoint_every": dict(type=POSITIVE, help="seconds between checkpoints"),
+    "checkpoint_every": dict(type=NOT_NEGATIVE, help="seconds between checkpoints"),
     "resume": dict(action="store_true", help="go on with the run in --out"),
     "overwrite": dict(action="store_true", help="replace the run in --out"),
 }

@@ -1,18 +1,18 @@
 r"""Supervised fine-tuning on written solutions, the starting point of every other method.
 
 This is the SFT baseline of "Teaching Large Language Models to Reason with Reinforcement Learning"
-(Havrilla et al. 2024): all weights, 4 epochs (2 in the light variant), a cosine schedule. The
-objective for a question q and a solution s = s_1 ... s_T, with the end-of-text token as s_T:
+(Havrilla et al. 2024): all weights, 4 epochs (2 in the paper's light variant), a cosine schedule.
+The objective for a question q and a solution s = s_1 ... s_T, with the end-of-text token as s_T:
 
     minimise   - sum_t log pi(s_t | q, s_<t)   /   number of solution tokens in the batch
 
     0. Load the problems that have a written solution. Hold out dev.
     1. In every epoch, shuffle the solutions and make one optimizer step per batch.
-    2. After every epoch, measure greedy accuracy on dev. Keep the best epoch as model/. Of equally
-       good epochs (no answer may be correct yet), keep the one with fewer missing answers.
+    2. After every epoch, measure greedy accuracy on dev (maj@1). Keep the best epoch as model/. If
+       two epochs are equally good, keep the one with fewer missing answers.
 
-Differences from the paper: The loss leaves out the question, and dev chooses the epoch. On both
-points the paper is silent. There is no weight decay and no dropout.
+Choices where the paper is silent: the loss leaves out the question, dev chooses the epoch, and
+there is no weight decay and no dropout.
 
 CPU, 15 seconds, maj@1 on the test split from .44 to .75 (README.md has the table):
     python sft.py
@@ -32,7 +32,7 @@ import common
 def parse_args(argv: list[str]):
     defaults = dict(model="tiny", out="runs/sft", lr=2e-4, epochs=4, batch_size=8, temperature=0.7)
     parser = common.common_parser(__doc__, **defaults, limit_train=None, checkpoint_every=300)
-    samples_help = "samples per dev problem for pass@k, at --temperature, after an epoch; 0: none"
+    samples_help = "samples per dev problem for pass@k, at --temperature; 0: none"
     parser.add_argument("--samples", type=common.number(int, 0), default=0, help=samples_help)
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.model, args.device, args.dtype)
-    # A model of rcrl.py is trained on without its labels.
+    # If --model comes from rcrl.py, continue without its return labels.
     policy.condition("none")
     examples = [policy.encode_example(p, p.solution) for p in train]
     dev_examples = [policy.encode_example(p, p.solution) for p in dev if p.solution]
