@@ -91,7 +91,7 @@ def parse_args(argv: list[str]):
     defaults = dict(model="runs/sft/model", out="runs/ppo", samples=4, temperature=0.7, lr=2e-4)
     defaults |= dict(epochs=2, batch_size=128, limit_train=None, checkpoint_every=120)
     parser = common.common_parser(__doc__, **defaults)
-    whole, positive, count = common.WHOLE, common.POSITIVE, common.number(int, 0)
+    whole, not_negative, count = common.WHOLE, common.NOT_NEGATIVE, common.number(int, 0)
     fraction, group = common.number(float, 0, 1), parser.add_argument_group
 
     add = group("problem and model").add_argument
@@ -108,14 +108,14 @@ def parse_args(argv: list[str]):
 
     add = group("PPO").add_argument
     add("--phases", type=whole, default=20, help="rounds of sampling and training")
-    add("--kl-coef", type=positive, default=0.05, help="weight of the KL penalty (paper: 0.05)")
+    add("--kl-coef", type=not_negative, default=0.05, help="weight of the KL penalty (paper: 0.05)")
     text = "end a phase when `approx_kl` of a minibatch (nats per token) exceeds this; 0: never"
-    add("--kl-limit", type=positive, default=0, help=text)
-    add("--clip-range", type=positive, default=0.2, help="how far the ratio may leave 1")
-    add("--value-clip-range", type=positive, default=0.2, help="how far values move in a phase")
+    add("--kl-limit", type=not_negative, default=0, help=text)
+    add("--clip-range", type=not_negative, default=0.2, help="how far the ratio may leave 1")
+    add("--value-clip-range", type=not_negative, default=0.2, help="how far values move in a phase")
     add("--gae-lambda", type=fraction, default=1.0, help="usual: 0.95; see results/README.md")
     add("--lr-warmup", type=whole, default=20, help="steps of rising policy learning rate")
-    add("--value-lr", type=positive, default=1e-3, help="learning rate of the value function")
+    add("--value-lr", type=not_negative, default=1e-3, help="learning rate of the value function")
     add("--value-layers", type=whole, default=4, help="its layers; at most half of the model's")
     add("--value-warmup", type=count, default=1, help="phases in which it alone is trained")
     add("--no-detach-value", action="store_true", help="its loss trains the policy too")
