@@ -93,13 +93,13 @@ def start_processes() -> None:
     """Join the process group if torchrun started several processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "LOCAL_RANK" not in os.environ:
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Processes may wait hours for the slowest one.
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
     # If torchrun is killed, end as well. Otherwise a second run would write to the same folder.
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Processes may wait hours for the slowest one.
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
         sys.stderr.isatty = lambda: False  # no progress bars
@@ -175,6 +175,7 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
         require(path.is_file(), f"--dataset {dataset}: no such file or folder, and none of {known}")
         problems = _file_problems(path)
         if split == "all":
+            require(problems, f"--dataset {dataset}: the file holds no problems")
             return problems[:limit]
         require(len(problems) >= 3, f"{path}: {len(problems)} problems; train, dev and test need 3")
         problems = _divide(dataset, problems, max(1, len(problems) // 10), "test")[split == "test"]
@@ -279,7 +280,7 @@ _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?|[0-9]+/
 # Currency signs, brackets, stars and LaTeX commands may stand before a number or after its sign.
 _DECORATION = re.compile(r"(?<![0-9.,/])(?:\\[a-z]{1,16}|[$\u20ac\u00a3\u00a5*(\[{\\])+")
 # "1 001", "2^2", "18 / 2", "- / 5": it is not clear which number is meant.
-_UNCLEAR = re.compile(r"[0-9](?:[^0-9.,/][0-9]|[^0-9.,]/)|(?<![0-9])/[^a-zA-Z]?[0-9]")
+_UNCLEAR = re.compile(r"[0-9](?:[^0-9.,/][0-9]|[^0-9.,]/)|(?<![0-9])/[^a-zA-Z]?[0-9]|frac[0-9]")
 
 
 _fraction = functools.lru_cache(1024)(Fraction)
@@ -754,7 +755,7 @@ def generate(
     if policy.model.config._attn_implementation == "paged_attention":
         decode = engine.generate_tokens
     else:
-        warn("sampling uses the plain loop: there is no engine/, or it does not know this model")
+        warn("sampling uses the plain loop (slower): no engine/, or it does not know the model")
     while left := {i: [k for k, s in enumerate(done[i]) if not s] for i in mine if None in done[i]}:
         size = min(batch_size, policy.max_batch_size, sum(map(len, left.values())))
         try:
@@ -1144,7 +1145,8 @@ class Run:
         before, now = read_json(self.settings_file), self.settings
         changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
         changed -= {"token_budget", "gen_batch_size"}  # they only change rounding
-        if may_grow and now[may_grow] >= before.get(may_grow, math.inf):
+        old = before.get(may_grow)
+        if isinstance(old, int) and now[may_grow] >= old:
             changed -= {may_grow}
         names = ", ".join(sorted(changed))
         require(not changed, f"--resume: {self.out} was started with other settings ({names})")
@@ -1272,10 +1274,11 @@ def read_samples(path: Path, problems, n: int | None = None, prefixes=None) -> l
         try:
             row = json.loads(line)
             i, k = index[row["problem"]], int(row["sample"])
-            fits = row["question"] == problems[i].question
+            fits = row["question"] == problems[i].question and isinstance(row["text"], str)
             fits &= row["reference"] == str(problems[i].answer) or n is None
-            sample = Sample(problems[i], k, str(row["text"]), bool(row["finished"]))
-        except (ValueError, KeyError, TypeError):
+            text = row["text"].encode(errors="replace").decode()  # no half of a surrogate pair
+            sample = Sample(problems[i], k, text, bool(row["finished"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             fits = False
         if n and not (fits and i * n + k == len(samples) and k < n):
             break

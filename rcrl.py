@@ -207,7 +207,7 @@ def encode(policy: common.Policy, problem: common.Problem, lines: list[dict]):
         response += label + ids
         targets += [False] * len(label) + [True] * len(ids)
     prompt = policy.encode_prompt(common.prompt_text(problem))
-    example = policy.check_length((prompt, [*response, policy.tokenizer.eos_token_id]))
+    example = prompt, [*response, policy.tokenizer.eos_token_id]
     return example, [*targets, True]
 
 
@@ -302,7 +302,13 @@ def main(argv: list[str]) -> None:
     # 4. Train from the base. The order of the data depends on the seed and the epoch alone.
     labelled = zip(mixture, rows, strict=True)
     encoded = [encode(policy, sample.problem, row["lines"]) for sample, row in labelled]
-    examples, targets = zip(*encoded, strict=True)
+    # Labels lengthen a solution, so one that filled the last position does not fit any more.
+    fitting = [pair for pair in encoded if sum(map(len, pair[0])) <= policy.max_length]
+    common.require(fitting, "no labelled solution fits the positions of the model")
+    if len(fitting) < len(encoded):
+        n_long = len(encoded) - len(fitting)
+        common.warn(f"{n_long} of {len(encoded)} labelled solutions are too long and left out")
+    examples, targets = zip(*fitting, strict=True)
     optimizer = common.adam_w(policy.model.parameters(), args.lr)
     steps_per_epoch = -(-len(examples) // args.batch_size)
     n_steps = args.epochs * steps_per_epoch

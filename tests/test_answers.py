@@ -181,3 +181,7 @@ def test_every_answer_of_gsm8k_and_svamp_reads_as_itself(data_folder, monkeypatc
         ("gsm8k", "train"): 7217, ("gsm8k", "dev"): 256, ("gsm8k", "test"): 1319,
         ("svamp", "train"): 630, ("svamp", "dev"): 70, ("svamp", "test"): 300,
     }  # fmt: skip
+
+
+def test_a_latex_fraction_without_braces_is_no_answer():
+    assert common.extract_answer("#### \\frac12") is None

@@ -464,3 +464,22 @@ def test_ppo_goes_on_from_a_model_with_labels_without_them(cli, labelled, tmp_pa
         common.Policy(str(tmp_path / name), "cpu") for name in ("labelled", "run/model")
     )
     assert before.label is not None and after.label is None
+
+
+def test_a_labelled_solution_that_is_too_long_is_left_out(cli, tmp_path, capsys):  # noqa: F811
+    """It filled the last position when it was sampled, and its labels lengthen it."""
+    policy = common.Policy("tiny", "cpu")
+    policy.model.config.max_position_embeddings = 50
+    policy.save(tmp_path / "short")
+    problems = [p for p in common.load_problems("arithmetic", "train") if len(p.question) < 90][:60]
+    rows = [json.dumps({"question": p.question, "answer": p.reference}) for p in problems]
+    (tmp_path / "short.jsonl").write_text("\n".join(rows))
+    argv = ["--model", tmp_path / "short", "--base", tmp_path / "short", "--samples", 8]
+    argv += ["--dataset", tmp_path / "short.jsonl", "--limit-eval", 1, "--epochs", 1]
+    argv += ["--max-new-tokens", 60, "--out", tmp_path / "run", "--completions", 2]
+    common.warn.cache_clear()
+    code, message = cli(rcrl, *argv)
+    assert code == 0, message
+    row = rows_of(tmp_path / "run" / "metrics.jsonl")[-1]
+    n_long = row["n_correct"] + row["n_incorrect"] - row["train_size"]
+    assert n_long > 0 and f"{n_long} of" in message + capsys.readouterr().err
