@@ -324,6 +324,7 @@ def count_calls_of_ppo(rank: int, out: Path, flags: str) -> int:
     return len(rows_of(out / "metrics.jsonl"))
 
 
+@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="set LONG_TESTS=1 to run it")
 def test_ppo_gathers_no_object_in_a_step(tmp_path):
     """However many steps a phase has, as many objects are gathered. Only the sums are more."""
     counts = []
