@@ -6,6 +6,8 @@ kernel.py   the attention that reads them, with PyTorch or as one GPU kernel
 graphs.py   CUDA graphs, packed weights, fused norms
 """
 
+import transformers
+
 from .decode import Output, Request, generate_tokens
 from .graphs import fuse_norms
 
@@ -23,4 +25,7 @@ def supports(config) -> bool:
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     plain = kinds <= {"full_attention", "sliding_attention"}
-    return config.model_type in FAMILIES and plain
+    # Gemma 4 shares its keys between layers, which works from transformers 5.24 on.
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    known = config.model_type in FAMILIES
+    return known and plain and (config.model_type != "gemma4_text" or version >= (5, 24))
