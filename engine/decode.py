@@ -51,10 +51,10 @@ class Request(NamedTuple):
     is_complete: Callable[[np.ndarray], bool] | None = None
     stop: Callable[[], bool] = lambda: False
 
-    def uniforms(self, prompt: int, number: int) -> np.ndarray:
-        """Return the random numbers of a sample: [longest limit], in [0, 1)."""
+    def uniforms(self, prompt: int, number: int, length: int) -> np.ndarray:
+        """Return the random numbers of a sample: [length], in [0, 1)."""
         generator = np.random.default_rng([*self.seeds[prompt], number])
-        return generator.random(max(self.limits), np.float32)
+        return generator.random(length, np.float32)
 
 
 def generate_tokens(model, batch_size: int, **request) -> Iterator[Output]:
@@ -97,7 +97,8 @@ class Decoder:
         self.graphs = Graphs(self.device, batch_size)
 
         # A row may run on until the host looks.
-        width = max(request.limits) + self.stride - 1
+        self.longest = max(request.limits)
+        width = self.longest + self.stride - 1
         shape = batch_size, width
         self.uniforms = torch.zeros(shape, device=self.device)
         self.tokens = torch.zeros(shape, device=self.device, dtype=torch.long)
@@ -155,7 +156,7 @@ class Decoder:
         if taken:
             jobs, prompts = [self.jobs[row] for row in taken], self.request.prompts
             index = torch.tensor(taken, device=self.device)
-            uniforms = np.stack([self.request.uniforms(*job) for job in jobs])
+            uniforms = np.stack([self.request.uniforms(*job, self.longest) for job in jobs])
             self.uniforms[index, : uniforms.shape[1]] = torch.from_numpy(uniforms).to(self.device)
             last = torch.tensor([[len(prompts[i]) - 1, prompts[i][-1]] for i, _ in jobs])
             self.starts[index], self.inputs[index] = last.T.to(self.device)
