@@ -1032,6 +1032,7 @@ def cosine_lr(step: int, n_steps: int, lr: float) -> float:
     return lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+@functools.lru_cache(1)  # the curricula of PPO ask for the same order question by question
 def shuffled(n: int, *seed: int) -> list[int]:
     """Return a permutation of range(n) that depends on the seed alone."""
     return np.random.default_rng(seed).permutation(n).tolist()
