@@ -244,6 +244,19 @@ class GenerativeRewardModel(common.Policy):
         # Rounded, so that a solution next to itself scores exactly 0.5.
         return self.verdicts(comparisons, token_budget).mean(1).round(6).tolist()
 
+    def grade(self, samples: list[common.Sample], token_budget: int = 1024) -> None:
+        """Set the score of every sample, next to the reference of its problem.
+
+        Raises UserError if a problem has no reference.
+        """
+        references = {sample.problem.id: sample.problem.reference for sample in samples}
+        n, missing = len(references), sum(not text for text in references.values())
+        reason = f"{missing} of {n} questions have no reference solution to compare samples with"
+        common.require(not missing, reason)
+        scores = self.scores(samples, references, token_budget)
+        for sample, score in zip(samples, scores, strict=True):
+            sample.score = score
+
 
 # ---- The data ------------------------------------------------------------------------------------
 

@@ -119,6 +119,27 @@ def test_the_score_is_the_mean_over_both_orders_and_of_equal_texts_one_half(genr
     ) == pytest.approx(scores, abs=1e-5)
 
 
+def test_grading_compares_every_sample_with_the_reference_of_its_problem(genrm):
+    samples = [
+        sample_of(p, text, k)
+        for p in PROBLEMS[:2]
+        for k, text in enumerate((wrong(p), p.reference, p.reference + "\n"))
+    ]
+    genrm.grade(samples, token_budget=300)
+    pairs = [(s.problem, s.solution, s.problem.reference) for s in samples]
+    expected = genrm.verdicts(pairs).mean(1)
+    assert [sample.score for sample in samples] == pytest.approx(expected, abs=1e-5)
+    assert all((sample.score == 0.5) == sample.correct for sample in samples)
+
+
+def test_grading_without_a_reference_names_how_many_questions_have_none(genrm):
+    bare = [dataclasses.replace(p, solution=None, reference=None) for p in PROBLEMS[:2]]
+    samples = [sample_of(p, "1", k) for p in [*bare, *PROBLEMS[2:5]] for k in range(3)]
+    with pytest.raises(common.UserError, match="^2 of 5 questions have no reference") as error:
+        genrm.grade(samples)
+    assert "\n" not in str(error.value) and not any(sample.score for sample in samples)
+
+
 def test_a_reference_that_is_sampled_takes_the_room_of_a_sample(genrm):
     """Beside a gold solution one sample has to fit, where there is none two."""
     assert len(genrm.encode_prefix("7" * 50)) == 50
