@@ -35,6 +35,7 @@ import transformers
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 try:
     import engine
@@ -353,6 +354,13 @@ def equations(text: str) -> tuple[str, ...]:
     return tuple(e for e in found if any(c in "+-*/" for c in e[1:]) and any(map(str.isdigit, e)))
 
 
+def computed_values(text: str) -> list[Fraction]:
+    """Return the results of the calculator annotations: "14+6=<<14+6=20>>20" -> [20]."""
+    results = re.findall(r"<<[^<>]*=([^<>=]*)>>", text)
+    values = [extract_answer(f"{MARKER} {result}") for result in results]
+    return [value for value in values if value is not None]
+
+
 @dataclasses.dataclass
 class Sample:
     """A sampled solution, its `answer` (None if there is none) and whether that is `correct`.
@@ -385,6 +393,11 @@ class Sample:
             text = "" if within_answer else text.rstrip("0123456789.,/")
         self.answer = extract_answer(text, lenient)
         self.correct = self.answer == self.problem.answer
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the sample earns a reward: a truncated one does not."""
+        return self.correct and self.finished
 
     @property
     def solution(self) -> str:
@@ -619,6 +632,10 @@ class Policy:
         tokens = self.tokenizer.batch_decode([[i] for i in range(self.vocabulary)])
         return np.array(["\n" in token for token in tokens])
 
+    def line_ends(self, ids: Sequence[int]) -> list[int]:
+        """Return the index of every token that ends a line, the last token included."""
+        return sorted({*np.flatnonzero(self.breaks_line[ids]).tolist(), len(ids) - 1})
+
     def is_complete(self, ids: Sequence[int]) -> bool:
         """Return whether an answer line, or the line "Question: ...", has ended."""
         lines = "\n" + self.decode(ids).rpartition("\n")[0]
@@ -640,6 +657,78 @@ class Policy:
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """Return the layers of a decoder. Raises UserError if it has no plain stack of layers."""
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    found = next((stack for stack in stacks if len(stack) == depth), None)
+    require(found is not None, f"a {type(model).__name__} has no plain stack of layers")
+    return found
+
+
+class Lora(torch.nn.Module):
+    """Low-rank adapters on every linear map of the layers: W x + B A x (Hu et al. 2021).
+
+    B is 0 at first. The adapters are hooks, so the names and the checkpoint of the model stay.
+    Experts whose weights are one tensor get no adapters, and routers get none.
+    """
+
+    def __init__(self, policy: Policy, rank: int):
+        super().__init__()
+        policy.model.requires_grad_(False)
+        self.policy, self.is_on = [policy], True
+        modules = decoder_layers(policy.model).modules()
+        self.targets = [m for m in modules if type(m) in (torch.nn.Linear, Conv1D)]
+        require(self.targets, "--lora-rank: this model has no plain linear layers for adapters")
+        self.down, self.up = torch.nn.ParameterList(), torch.nn.ParameterList()
+        for i, module in enumerate(self.targets):
+            # The Conv1D of GPT-2 keeps its weight as [in, out].
+            transposed, weight = isinstance(module, Conv1D), module.weight
+            n_out, n_in = weight.T.shape if transposed else weight.shape
+            down = torch.randn(rank, n_in, device=weight.device) / n_in**0.5
+            self.down.append(torch.nn.Parameter(down))
+            self.up.append(torch.nn.Parameter(torch.zeros(n_out, rank, device=weight.device)))
+            module.register_forward_hook(functools.partial(self._add, i))
+
+    def _add(self, i: int, module, inputs, output: torch.Tensor) -> torch.Tensor:
+        # Sums in bfloat16 would round most of a small change off. With the adapters off the output
+        # is float32 as well, so the KL is 0 at first even in bfloat16.
+        if not self.is_on:
+            return output.float()
+        change = F.linear(F.linear(inputs[0], self.down[i]), self.up[i])
+        return output.float() + change.float()
+
+    @contextlib.contextmanager
+    def off(self):
+        """Switch to the initial model."""
+        self.is_on = False
+        try:
+            yield
+        finally:
+            self.is_on = True
+
+    @contextlib.contextmanager
+    def merged(self):
+        """Add the adapters to the weights and compute in float32, as the model is saved.
+
+        bfloat16 would round: the neighbours of 0.1 are 0.0005 away. The old weights are on the CPU.
+        """
+        (policy,) = self.policy
+        dtype = "bfloat16" if policy.bfloat16 else "float32"
+        kept = [module.weight.data.to("cpu", copy=True) for module in self.targets]
+        policy.set_dtype("float32")
+        try:
+            for module, down, up in zip(self.targets, self.down, self.up, strict=True):
+                change = up.data @ down.data
+                module.weight.data += change.T if isinstance(module, Conv1D) else change
+            with self.off():
+                yield
+        finally:
+            for module, weight in zip(self.targets, kept, strict=True):
+                module.weight.data.copy_(weight)
+            policy.set_dtype(dtype)
 
 
 def is_reward_model(config) -> bool:
@@ -781,6 +870,12 @@ def generate(
         raise KeyboardInterrupt
     groups = dict(gather([(i, done[i]) for i in mine]))
     return [sample for i in range(len(problems)) for sample in groups[i]]
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """Return the settings of `generate` that are flags of every script."""
+    settings = dict(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+    return settings | dict(batch_size=args.gen_batch_size)
 
 
 def encode_prompts(
@@ -1105,21 +1200,20 @@ class Run:
         self.out, self.checkpoint_every = Path(args.out), args.checkpoint_every
         self.state_file = self.out / "checkpoint" / "state.pt"
         self.metrics_file, self.settings_file = self.out / "metrics.jsonl", self.out / "args.json"
-        ignored = ("out", "resume", "overwrite", "device", "checkpoint_every")
+        ignored = ("out", "resume", "device", "checkpoint_every")
         self.settings = {key: value for key, value in vars(args).items() if key not in ignored}
         self.settings["script"] = Path(sys.argv[0]).name
-        self.replaced, goes_on = on_first(lambda: self._look(args, may_grow))
+        goes_on = on_first(lambda: self._look(args, may_grow))
         self.state, self.interrupted = self._read_checkpoint() if goes_on else None, False
         self.kept = self.state["run"] if self.state else {"lines": 0, "seconds": 0.0}
         self.is_finished = bool(self.state and self.state.get("finished"))
 
-    def _look(self, args: argparse.Namespace, may_grow: str | None) -> tuple[list[str], bool]:
-        """Return what to replace in the folder, and whether to go on from its checkpoint."""
+    def _look(self, args: argparse.Namespace, may_grow: str | None) -> bool:
+        """Return whether to go on from the checkpoint in the folder."""
         if self.out.is_dir():
             lock(self.out)
-        models = {key: self.settings.get(key) for key in ("model", "base", "orm", "genrm")}
-        for key, name in models.items():
-            if name:
+        for key in ("model", "base", "orm", "genrm"):
+            if name := self.settings.get(key):
                 self.settings[f"{key}_fingerprint"] = fingerprint(name, f"--{key}")
         folders = ("checkpoint", "samples", "model", "model.old")
         found = [name for name in folders if any((self.out / name).glob("*"))]
@@ -1127,19 +1221,10 @@ class Run:
             found.append("metrics.jsonl")
         if found and args.resume:
             self._check_settings(may_grow)
-            return [], self.state_file.exists()
-        advice = "add --resume to continue it, --overwrite to replace it, or choose another --out"
-        require(args.overwrite or not found, f"{self.out} already holds a run: {advice}")
-        if found:
-            found += [n for n in ("quality.json", "selection.json") if (self.out / n).exists()]
-            lost = {(self.out / name).resolve() for name in found}
-            read = [self.settings.get(key) or [] for key in ("train_samples", "dataset", "pool")]
-            read = [[names] if isinstance(names, str) else names for names in read]
-            for name in filter(None, [*models.values(), *itertools.chain(*read)]):
-                path, advice = Path(name).resolve(), "which this run reads; choose another --out"
-                is_safe = not lost & {path, *path.parents}
-                require(is_safe, f"--overwrite would delete {name}, {advice}")
-        return found, False
+            return self.state_file.exists()
+        advice = "add --resume to continue it, delete it, or choose another --out"
+        require(not found, f"{self.out} already holds a run: {advice}")
+        return False
 
     def _check_settings(self, may_grow: str | None) -> None:
         """Raise UserError if the run was started with other settings."""
@@ -1167,8 +1252,6 @@ class Run:
         signal.signal(signal.SIGINT, self._interrupt)
 
     def _prepare(self) -> None:
-        for path in [self.out / name for name in self.replaced]:
-            path.unlink() if path.is_file() else shutil.rmtree(path)
         for name in ("checkpoint", "samples"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
         lock(self.out)
@@ -1260,31 +1343,39 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> None:
         file.write("".join(sample.to_json() + "\n" for sample in samples).encode())
 
 
-def read_samples(path: Path, problems, n: int | None = None, prefixes=None) -> list[Sample]:
+def read_samples(path: Path, problems=None, n: int | None = None, prefixes=None) -> list[Sample]:
     """Read a file of samples, in the order of the problems.
 
-    Without `n`, raise UserError if a line is broken or belongs to none of the problems. With `n`
-    samples per problem, stop at the first line that is broken or out of order.
+    Without `problems`, take the problems from the file. Without `n`, raise UserError if a line is
+    broken or belongs to none of the problems. With `n` samples per problem, stop at the first line
+    that is broken or out of order.
     """
     require(path.is_file(), f"{path}: no such file of samples")
-    index, samples = {p.id: i for i, p in enumerate(problems)}, []
+    index, samples = {p.id: i for i, p in enumerate(problems or ())}, []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for line_number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            i, k = index[row["problem"]], int(row["sample"])
-            fits = row["question"] == problems[i].question and isinstance(row["text"], str)
-            fits &= row["reference"] == str(problems[i].answer) or n is None
+            if problems is None:
+                i = index.setdefault(row["problem"], len(index))
+                problem = Problem(row["problem"], row["question"], Fraction(row["reference"]))
+            else:
+                i = index[row["problem"]]
+                problem = problems[i]
+            k, score = int(row["sample"]), row.get("score")
+            fits = row["question"] == problem.question and isinstance(row["text"], str)
+            fits &= row["reference"] == str(problem.answer) or n is None
             text = row["text"].encode(errors="replace").decode()  # no half of a surrogate pair
-            sample = Sample(problems[i], k, text, bool(row["finished"]))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            sample = Sample(problem, k, text, bool(row["finished"]))
+            sample.score = None if score is None or n else float(score)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             fits = False
         if n and not (fits and i * n + k == len(samples) and k < n):
             break
-        where = f"{path} line {line_number}"
-        require(fits, f"{where}: not a sample of one of the {len(problems)} problems of this run")
+        of = "" if problems is None else f" of one of the {len(problems)} problems of this run"
+        require(fits, f"{path} line {line_number}: not a sample{of}")
         if n and prefixes and not sample.text.startswith(prefixes[i]):
             break
         samples.append((i, k, sample))
@@ -1320,14 +1411,17 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, *argv):
         args = super().parse_args(*argv)
-        if args.overwrite and args.resume:
-            self.error("--resume goes on with what --overwrite replaces; give one of them")
         automatic = args.device == "auto" and torch.cuda.is_available()
         on_gpu = automatic or args.device.startswith("cuda")
         args.gen_batch_size = args.gen_batch_size or (1024 if on_gpu else 256)
         # On a CPU small micro-batches pad less and stay in its cache.
         args.token_budget = args.token_budget or (32768 if on_gpu else 1024)
         return args
+
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """Return the group of flags with this title. Add it if it is new."""
+        found = [group for group in self._action_groups if group.title == title]
+        return found[0] if found else self.add_argument_group(title)
 
     def only_with(self, condition: str, holds: bool, args, *flags: str) -> None:
         """Refuse a flag that does nothing unless the condition holds. Not checked with --resume."""
@@ -1383,11 +1477,9 @@ FLAGS = {
     "limit_eval": dict(type=WHOLE, help="use only the first so many dev or test problems"),
     "checkpoint_every": dict(type=NOT_NEGATIVE, help="seconds between checkpoints"),
     "resume": dict(action="store_true", help="go on with the run in --out"),
-    "overwrite": dict(action="store_true", help="replace the run in --out"),
 }
 EVERYWHERE = dict(dataset="arithmetic", seed=0, device="auto", dtype="auto", max_new_tokens=128)
-EVERYWHERE |= dict(gen_batch_size=None, token_budget=None, limit_eval=None)
-EVERYWHERE |= dict(resume=False, overwrite=False)
+EVERYWHERE |= dict(gen_batch_size=None, token_budget=None, limit_eval=None, resume=False)
 
 
 def common_parser(doc: str, **defaults) -> OneLineParser:

@@ -8,14 +8,16 @@ r"""Evaluate a model on a split: maj@1, maj@n, pass@k and the diversity of its s
          distinct@n  number of correct solutions that differ in their arithmetic operations
          no_answer   fraction of samples without an answer
          truncated   fraction of samples that reached the length limit
-    3. With --orm score the same samples with a reward model.
-         rerank@n    the sample with the best score is correct
-         weighted@n  maj@n with the scores as weights of the votes
+    3. Score the same samples with a reward model: --orm, or --genrm next to the gold solution.
+         score       mean score of the samples
+         rerank@n    (--orm) the sample with the best score is correct
+         weighted@n  (--orm) maj@n with the scores as weights of the votes
     4. Report the mean of every metric over the problems, with a 95 % interval. rerank@n and
        weighted@n also get a paired test against maj@n.
 
-"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024),
-section "Metrics". The paper uses n = 96. The rule for equally many votes is ours.
+Every sample is a line of a JSON file next to the report. `ppo.py --scores` and `--references` read
+it. The metrics are from "Teaching Large Language Models to Reason with Reinforcement Learning"
+(Havrilla et al. 2024), where n = 96. The rule for equally many votes is ours.
 
 CPU, under a minute, after `python sft.py`. The second command scores the samples of the first:
     python evaluate.py --model runs/sft/model
@@ -44,23 +46,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     about = "JSON file, with the samples next to it (default: runs/evaluate/MODEL-DATASET-SPLIT)"
     add("--out", help=about)
-    splits = "train", "dev", "test", "all"
-    add("--split", choices=splits, default="test", help="all: the whole of a single file")
+    add("--split", choices=["train", "dev", "test", "all"], default="test", help="all: one file")
     add("--few-shot", action="store_true", help="show two worked examples, for a base model")
     add("--lenient", action="store_true", help="read the last number if there is no answer line")
     about = "label before every line, for a model of rcrl.py (default: good if it has labels)"
     add("--condition", choices=["good", "bad", "none"], help=about)
-    add("--orm", help="reward model for rerank@n and weighted@n; --resume: of existing samples")
+    add("--orm", help="outcome reward model that scores the samples; --resume: existing samples")
+    add("--genrm", help="generative reward model that compares them with the gold solution")
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0: all samples of a problem are the same; maj@1 is greedy")
-    if args.orm and args.samples == 1:
-        parser.error("--orm chooses among the samples of a problem: --samples of at least 2")
+    if args.orm and args.genrm:
+        parser.error("a sample has one score: give --orm or --genrm")
     return args
 
 
-def metrics_per_problem(greedy: list[common.Sample], samples: list[common.Sample]) -> dict:
-    """Return metric name -> one value per problem."""
+def metrics_per_problem(greedy: list, samples: list[common.Sample], rerank: bool) -> dict:
+    """Return one value per problem, by metric. rerank: the scores choose among the samples."""
     groups = common.by_problem(samples)
     answers = [[s.answer for s in group] for group in groups]
     gold, n = [group[0].problem.answer for group in groups], len(groups[0])
@@ -72,10 +74,12 @@ def metrics_per_problem(greedy: list[common.Sample], samples: list[common.Sample
     if n > 1:
         votes = map(common.vote, answers)
         values[f"maj@{n}"] = [vote == a for vote, a in zip(votes, gold, strict=True)]
-    if n > 1 and samples[0].score is not None:
+    if n > 1 and rerank:
         values[f"rerank@{n}"] = [max(group, key=lambda s: s.score).correct for group in groups]
         votes = map(common.vote, answers, [[s.score for s in group] for group in groups])
         values[f"weighted@{n}"] = [vote == a for vote, a in zip(votes, gold, strict=True)]
+    if samples[0].score is not None:
+        values["score"] = [common.mean(s.score for s in group) for group in groups]
     counts = [sum(s.correct for s in group) for group in groups]
     for k in common.powers_of_two(n):
         values[f"pass@{k}"] = [common.pass_at_k(n, count, k) for count in counts]
@@ -90,9 +94,8 @@ def confidence_interval(values: list[float], highest: float = 1.0) -> list[float
     """Return the 95 % interval of the mean of one value per problem, each in [0, highest].
 
     Values of 0 and 1: Wilson (1927). Fractions, as of pass@k: mean +- 1.96 standard errors, after
-    adding two problems with 0 and two with 1, as Agresti and Coull (1998) do. Without them the
-    standard error is too small if nearly all problems agree. Counts (`highest` above 1): mean +-
-    1.96 standard errors. A single fraction or count: everything.
+    adding two problems with 0 and two with 1 (Agresti and Coull 1998), because nearly all problems
+    may agree. Counts (`highest` above 1): mean +- 1.96 standard errors. One value: everything.
     """
     mean, n = float(np.mean(values)), len(values)
     if set(values) <= {0.0, 1.0}:
@@ -111,8 +114,7 @@ def confidence_interval(values: list[float], highest: float = 1.0) -> list[float
 def paired_test(values: list[float], others: list[float]) -> dict:
     """Compare two metrics of the same problems. Their values are 0 or 1.
 
-    ci95: interval of the mean difference (Agresti and Min 2005). p: McNemar's exact test. It is the
-    probability that the problems with a difference divide this unevenly if neither is better.
+    ci95: interval of the mean difference (Agresti and Min 2005). p: McNemar's exact test.
     """
     differences = np.array(values) - np.array(others)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
@@ -126,31 +128,29 @@ def paired_test(values: list[float], others: list[float]) -> dict:
     return found | {"better": better, "worse": worse, "p": p}
 
 
-def files_to_replace(out: Path, settings: dict, args: argparse.Namespace) -> list[Path]:
-    """Return the files that --overwrite deletes. Raises UserError if they must stay."""
+def check_files(out: Path, settings: dict, args: argparse.Namespace) -> None:
+    """Raise UserError if files of another evaluation are there already."""
     found = [file for file in (out, *map(out.with_suffix, FILES)) if file.exists()]
-    if found and args.resume:
-        settings_file = out.with_suffix(".args.json")
-        before = common.read_json(settings_file)
+    if found and not args.resume:
+        advice = "add --resume to go on, delete it, or choose another --out"
+        raise common.UserError(f"{found[0]} is there already: {advice}")
+    if found:
+        before = common.read_json(out.with_suffix(".args.json"))
         # A reward model may score the samples of an evaluation without one, or with another one.
-        keys = (before.keys() | settings) - ({"orm", "orm_fingerprint"} if args.orm else set())
+        scoring = {"orm", "genrm", "orm_fingerprint", "genrm_fingerprint"}
+        keys = (before.keys() | settings) - (scoring if args.orm or args.genrm else set())
         same = all(before.get(key) == settings.get(key) for key in keys)
-        common.require(same, f"--resume: {out} was started with other settings ({settings_file})")
-        return []
-    advice = "add --resume to go on, --overwrite to replace it, or choose another --out"
-    for file in found:
-        common.require(args.overwrite, f"{file} is there already: {advice}")
-    return found
+        common.require(same, f"--resume: {out} was started with other settings")
 
 
-def begin(out: Path, lock: Path, settings: dict, args: argparse.Namespace) -> None:
-    """Lock the files of this evaluation, delete old ones, and write the settings."""
+def begin(out: Path, settings: dict, args: argparse.Namespace) -> None:
+    """Lock the files of this evaluation and write its settings."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.with_suffix(".json.lock")
     lock.touch()
     common.lock(lock, out)
     # Look again: another evaluation may have come and gone while the model was loaded.
-    for file in files_to_replace(out, settings, args):
-        file.unlink()
+    check_files(out, settings, args)
     common.write_json(out.with_suffix(".args.json"), settings)
 
 
@@ -160,48 +160,48 @@ def main(argv: list[str]) -> None:
     # 0. Load the problems and the models.
     name = args.model.strip("./").replace("/", "-")
     out = Path(args.out or f"runs/evaluate/{name}-{Path(args.dataset).stem}-{args.split}.json")
-    ignored = ("resume", "overwrite", "device", "out", "token_budget", "gen_batch_size")
+    ignored = ("resume", "device", "out", "token_budget", "gen_batch_size")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
-    settings["model_fingerprint"] = common.fingerprint(args.model)
-    if args.orm:
-        settings["orm_fingerprint"] = common.fingerprint(args.orm, "--orm")
-    is_json = out.suffix == ".json" and not out.is_dir()
-    common.require(is_json, f"--out {out}: must be the name of a .json file")
+    for flag in [flag for flag in ("model", "orm", "genrm") if settings[flag]]:
+        settings[f"{flag}_fingerprint"] = common.fingerprint(settings[flag], f"--{flag}")
+    common.require(out.suffix == ".json", f"--out {out}: must be the name of a .json file")
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
-    common.on_first(lambda: files_to_replace(out, settings, args))
-    policy, orm = common.Policy(args.model, args.device, args.dtype), None
+    common.on_first(lambda: check_files(out, settings, args))
+    policy, reward_model = common.Policy(args.model, args.device, args.dtype), None
     if args.condition:
         policy.condition(args.condition)
-    if args.orm:
-        import reward_model  # not part of every fork
+    if args.orm or args.genrm:
+        from reward_model import GenerativeRewardModel, RewardModel  # not part of every fork
 
-        orm = reward_model.RewardModel(args.orm, args.device, args.dtype)
+        kind = RewardModel if args.orm else GenerativeRewardModel
+        reward_model = kind(args.orm or args.genrm, args.device, args.dtype)
+        can_score = args.orm or all(problem.reference for problem in problems)
+        common.require(can_score, "--genrm compares with gold solutions; some problems have none")
     common.encode_prompts(policy, problems, args.few_shot)
-    # Several evaluations may share a folder, but not their files.
-    lock = out.with_suffix(".json.lock")
-    common.on_first(lambda: begin(out, lock, settings, args))
+    common.on_first(lambda: begin(out, settings, args))
 
     # 1., 2. Sample one greedy solution and n solutions per problem. --resume reads samples back.
     started, (_, greedy_file, samples_file) = time.monotonic(), map(out.with_suffix, FILES)
-    resumed = common.on_first(lambda: greedy_file.exists() or samples_file.exists())
-    before = common.on_first(lambda: common.read_json(out) if out.exists() else {})
-    how = dict(max_new_tokens=args.max_new_tokens, batch_size=args.gen_batch_size)
-    how |= dict(seed=args.seed, few_shot=args.few_shot, samples=1, temperature=0)
-    greedy = common.sample_to_file(policy, problems, greedy_file, progress="greedy", **how)
-    how |= dict(samples=args.samples, temperature=args.temperature)
-    samples = common.sample_to_file(policy, problems, samples_file, progress="samples", **how)
+    resumed = common.on_first(greedy_file.exists)
+    how = common.sampling(args) | dict(seed=args.seed, few_shot=args.few_shot)
+    one = how | dict(samples=1, temperature=0, progress="greedy")
+    greedy = common.sample_to_file(policy, problems, greedy_file, **one)
+    how |= dict(samples=args.samples, progress="samples")
+    # A reward model was trained on samples of the training questions with the seed [seed, 0].
+    how |= dict(seed=[args.seed, 0]) if args.split == "train" and not reward_model else {}
+    samples = common.sample_to_file(policy, problems, samples_file, **how)
 
     # 3. Read answers leniently and score the samples. The files of samples get both.
     for file, group in ((greedy_file, greedy), (samples_file, samples)):
         for sample in group if args.lenient else ():
             sample.grade(lenient=True)
-        if orm:
-            orm.grade(group, args.token_budget)
-        if orm or args.lenient:
+        if reward_model:
+            reward_model.grade(group, args.token_budget)
+        if reward_model or args.lenient:
             common.write_samples(file, group)
 
     # 4. Average every metric over the problems.
-    columns, n = metrics_per_problem(greedy, samples), args.samples
+    columns, n = metrics_per_problem(greedy, samples, bool(args.orm)), args.samples
     report, paired = {}, {}
     for name, values in columns.items():
         interval = confidence_interval(values, n if name.startswith("distinct") else 1.0)
@@ -209,8 +209,8 @@ def main(argv: list[str]) -> None:
     for name in (f"rerank@{n}", f"weighted@{n}"):
         if name in columns:
             paired[f"{name} - maj@{n}"] = paired_test(columns[name], columns[f"maj@{n}"])
-    # An interrupted evaluation does not know its seconds.
-    seconds = before.get("seconds") if resumed else round(time.monotonic() - started, 1)
+    # A resumed evaluation does not know its seconds.
+    seconds = None if resumed else round(time.monotonic() - started, 1)
     facts = {"n_problems": len(problems), "seconds": seconds}
     common.write_json(out, report | paired | facts | settings)
     split = f"{len(problems)} problems of {args.dataset} {args.split}"
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
         interval = "[{:+.3f}, {:+.3f}]".format(*test["ci95"])
         print(f"{name:>24}  {test['difference']:+.3f}  {interval}  p {test['p']:.2g}")
     if common.process_rank() == 0:
-        lock.unlink(missing_ok=True)
+        out.with_suffix(".json.lock").unlink(missing_ok=True)
         print(f"written to {out}; samples in {samples_file}", file=sys.stderr)
 
 
