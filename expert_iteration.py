@@ -10,7 +10,8 @@ data D_i = R_i u D_{i-1} (D_0: the SFT data), starting from the pretrained base:
     1. In every round, sample K solutions per training question from pi_{i-1} at temperature 1.
     2. Keep the correct ones and add them to the data, each as often as it was sampled. With
        --deduplicate, keep one per question and sequence of arithmetic operations. With --orm, keep
-       the ones that a reward model scores at 0.5 or more.
+       the ones that a reward model scores at 0.5 or more. With --max-per-question N, train on at
+       most N solutions of a question, so that easy questions do not dominate.
     3. Train from the pretrained base again, as in sft.py. With --continue, train from pi_{i-1}.
     4. Measure greedy accuracy on dev. Keep the best round as model/. Stop when a round does not
        improve on the one before. The first policy is measured but never chosen. A warning says if
@@ -21,6 +22,11 @@ if --model is the base itself. The paper counts distinct solutions by their oper
 check whether it trains on de-duplicated solutions. De-duplication makes training faster but can
 hurt. A solution that reached the answer by luck, sampled once, then counts as much as a correct
 derivation that was sampled many times (README.md has the numbers).
+
+--max-per-question follows ReST-EM (Singh et al. 2023, arXiv 2312.06585) and its version in VinePPO
+(Kazemnejad et al. 2024, arXiv 2410.01679). Both take 10. If more than N were accepted in all rounds
+so far, every round chooses N of them at random, each with the same chance. The choice depends on
+the seed, the round and the question alone. The written solution counts and is always kept.
 
 At the default --lr, the order in which sums are rounded moves maj@1 of the first round by up to ten
 points. At 3e-4 it moves by half a point. But two rounds on the harder task are worse with 3e-4
@@ -60,6 +66,8 @@ def parse_args(argv: list[str]):
     sft_help = "mix in the written solutions (default: unless --model is the base)"
     add("--sft-data", action=switch, help=sft_help)
     add("--deduplicate", action=switch, default=False, help="keep a sequence of operations once")
+    limit_help = "most solutions of a question to train on (ReST-EM: 10; default: no limit)"
+    add("--max-per-question", type=common.WHOLE, metavar="N", help=limit_help)
     add("--few-shot", action="store_true", help="two worked examples in the prompt of round 1")
     pass_k_help = "samples per dev problem for pass@k, at --temperature, after a round; 0: none"
     add("--pass-k", type=common.number(int, 0), default=8, help=pass_k_help)
@@ -99,8 +107,20 @@ def keep_accepted(
     return new
 
 
-def sample_metrics(samples: list[common.Sample], new: list[common.Sample], kept: dict) -> dict:
-    """Return fractions of the samples of a round and of its accepted samples `new`, and sizes."""
+def choose_solutions(solutions: list[str], n_written: int, limit: int | None, *seed: int):
+    """Return the solutions of a question to train on: at most `limit`, chosen at random.
+
+    The first `n_written` solutions are written ones and always stay. The order does not change.
+    """
+    if limit is None or len(solutions) <= limit:
+        return solutions
+    written, sampled = solutions[:n_written], solutions[n_written:]
+    chosen = common.shuffled(len(sampled), *seed)[: limit - n_written]
+    return written + [sampled[i] for i in sorted(chosen)]
+
+
+def sample_metrics(samples: list[common.Sample], new: list[common.Sample]) -> dict:
+    """Return fractions of the samples of a round and of its accepted samples `new`."""
     pairs = [(s.text, s.problem.reference) for s in new if s.problem.reference]
     follows = [common.equations(text) == common.equations(reference) for text, reference in pairs]
     groups = common.by_problem(samples)
@@ -112,7 +132,6 @@ def sample_metrics(samples: list[common.Sample], new: list[common.Sample], kept:
         "follows_reference": common.mean(follows),
         "sampled_no_answer": common.mean(s.answer is None for s in samples),
         "sampled_truncated": common.mean(not s.finished for s in samples),
-        "train_size": sum(map(len, kept.values())),
     }
 
 
@@ -185,8 +204,9 @@ def main(argv: list[str]) -> None:
         import reward_model
 
         orm = reward_model.RewardModel(args.orm, args.device, args.dtype)
+    written = {p.id: p.solution for p in train if p.solution and args.sft_data}
     kept = {p.id: {} for p in train}
-    for problem in [p for p in train if p.solution and args.sft_data]:
+    for problem in [p for p in train if p.id in written]:
         policy.encode_example(problem, problem.solution)
         kept[problem.id] = {common.equations(problem.solution): problem.solution}
     common.encode_prompts(policy, train + dev, args.few_shot and not run.state)
@@ -230,10 +250,17 @@ def main(argv: list[str]) -> None:
         new = keep_accepted(samples, kept, threshold, args.deduplicate)
         if is_past:
             continue
-        filtered = sample_metrics(samples, new, kept)
+        filtered, data = sample_metrics(samples, new), []
+        for i, p in enumerate(train, 1):
+            # The data order of an epoch has the seed (seed, round, epoch). This one has one more.
+            seed = args.seed, round_number, 0, i
+            solutions, limit = list(kept[p.id].values()), args.max_per_question
+            solutions = choose_solutions(solutions, int(p.id in written), limit, *seed)
+            data += [(p, solution) for solution in solutions]
+        filtered["train_size"] = len(data)
         truncated = f"{filtered['sampled_truncated']:.0%} were truncated"
         hint = f"{truncated}; raise --max-new-tokens or --samples, or start from SFT"
-        common.require(filtered["train_size"], f"no sample was accepted to train on; {hint}")
+        common.require(data, f"no sample was accepted to train on; {hint}")
 
         # 3. Train from the base again.
         if not (args.from_previous or in_training):
@@ -242,7 +269,7 @@ def main(argv: list[str]) -> None:
             policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
         # A model of rcrl.py may sample the first round with its labels. Training has no labels.
         policy.condition("none")
-        examples = [policy.encode_example(p, s) for p in train for s in kept[p.id].values()]
+        examples = [policy.encode_example(p, s) for p, s in data]
         optimizer = common.adam_w(policy.model.parameters(), args.lr)
         steps_per_epoch = math.ceil(len(examples) / args.batch_size)
         n_steps = args.epochs * steps_per_epoch

@@ -11,6 +11,7 @@ import json
 import math
 import signal
 import zlib
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,6 +215,48 @@ def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):
     assert kept == {"--deduplicate": len(keys), "--no-deduplicate": len(right)} and len(keys) < len(
         right
     )
+
+
+def test_a_question_is_trained_on_with_at_most_n_solutions(cli, tmp_path, trained):
+    """Chosen from all rounds, the written one always. The batch size of sampling does not matter."""
+    argv = ["--model", "tiny", *SMALL, "--limit-train", 24, "--samples", 6, "--rounds", 2]
+    argv += ["--epochs", 1, "--pass-k", 0, "--sft-data", "--batch-size", 1000]
+    argv += ["--max-per-question", 3]
+    for name, batch_size in (("run", 32), ("again", 7)):
+        out = ["--gen-batch-size", batch_size, "--out", tmp_path / name]
+        assert cli(expert_iteration, *argv, *out)[0] == 0
+    problems = {common.prompt_text(p): p for p in common.load_problems("arithmetic", "train", 24)}
+    available = {p.id: [p.solution] for p in problems.values()}
+    rows = rows_of(tmp_path / "run" / "metrics.jsonl")[1:]
+    for i, (row, step) in enumerate(zip(rows, trained[:2], strict=True), 1):
+        accepted = rows_of(tmp_path / "run" / "samples" / f"round_{i}.jsonl")
+        for sample in [s for s in accepted if s["correct"] and s["finished"]]:
+            available[sample["problem"]].append(sample["text"].strip())
+        found = {name: [] for name in available}
+        for prompt, solution in step.examples:
+            problem = problems[step.policy.decode(prompt)]
+            found[problem.id].append(step.policy.decode(solution))
+        for problem in problems.values():
+            assert len(found[problem.id]) == min(3, len(available[problem.id]))
+            assert problem.solution in found[problem.id]
+            assert not Counter(found[problem.id]) - Counter(available[problem.id])
+        assert row["train_size"] == len(step.examples) < sum(map(len, available.values()))
+        assert step.examples == trained[i + 1].examples
+
+
+def test_the_choice_among_too_many_solutions_is_random_and_seeded():
+    solutions = ["written", *"abcde"]
+    assert expert_iteration.choose_solutions(solutions, 1, None, 0) == solutions
+    assert expert_iteration.choose_solutions(solutions, 1, 6, 0) == solutions
+    assert expert_iteration.choose_solutions(solutions, 1, 1, 0) == ["written"]
+    chosen = [expert_iteration.choose_solutions(solutions, 1, 3, seed) for seed in range(1000)]
+    assert chosen == [expert_iteration.choose_solutions(solutions, 1, 3, s) for s in range(1000)]
+    assert all(three[0] == "written" and three == sorted(set(three), key=solutions.index)
+               and len(three) == 3 for three in chosen)  # fmt: skip
+    counts = Counter(itertools.chain(*chosen))
+    assert all(330 < counts[letter] < 470 for letter in "abcde"), "each with the same chance"
+    without = [expert_iteration.choose_solutions(solutions, 0, 2, seed) for seed in range(50)]
+    assert any("written" not in two for two in without) and {len(two) for two in without} == {2}
 
 
 def guesser(nano, folder, answers: dict[str, str]) -> str:

@@ -399,9 +399,12 @@ def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
     assert same == [False, True, False, False]
 
 
-def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", ["", "--max-per-question 1"])
+def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(
+    more, cli, tmp_path, monkeypatch
+):
     """In the second round of two steps each; what the first accepted is read back."""
-    flags = "--limit-train 24 --pass-k 0 --epochs 2 --batch-size 1000 --rounds 2"
+    flags = f"--limit-train 24 --pass-k 0 --epochs 2 --batch-size 1000 --rounds 2 {more}"
     argv = [*EI, *flags.split()]
     assert cli(expert_iteration, *argv, "--out", tmp_path / "whole")[0] == 0
     broken = [*argv, "--checkpoint-every", "0", "--out", tmp_path / "broken"]
