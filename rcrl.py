@@ -15,6 +15,9 @@ method RCRL, after "Decision Transformer" (Chen et al. 2021).
     2. Mix correct and incorrect solutions in the ratio --ratio.
     3. Complete every prefix of the mixture M times. Label the last line of the prefix by Q.
        With --labels outcome the whole solution has one label: is it correct?
+       With --label-rule any a line is good if at least one completion is correct: Q > 0.
+       With --monotone a line is also good if a later line of the solution is good. Both come from
+       GLoRe (Havrilla et al. 2024, arXiv 2402.10963), where they label the steps for a verifier.
     4. Train from the pretrained base. The lines are targets, the labels are context.
     5. After every epoch measure greedy accuracy on dev, with [GOOD] before every line. The best
        epoch becomes model/. `evaluate.py` forces [GOOD] as well, or as --condition says.
@@ -60,6 +63,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--train-samples", nargs="+", default=[], metavar="FILE", help="use samples of another run")
     about = "one per line, one per solution, or none: the same solutions as a control"
     add("--labels", choices=["step", "outcome", "none"], default="step", help=about)
+    about = "a line is good if Q >= 0.5 (mean), or if any completion is correct (any, from GLoRe)"
+    add("--label-rule", choices=["mean", "any"], default="mean", help=about)
+    about = "a line is good if a later line of the same solution is good (from GLoRe)"
+    add("--monotone", action="store_true", help=about)
     add("--completions", type=common.WHOLE, default=8, help="completions per prefix, M")
     about = "correct solutions per incorrect one; 1e9: no incorrect ones (paper: 1 is worst)"
     add("--ratio", type=common.number(float, 0.01), default=10.0, help=about)
@@ -69,7 +76,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     about = "complete so many prefixes 64 times more, and log how often that changes the label"
     add("--check-labels", type=common.number(int, 0), default=0, help=about)
     args = parser.parse_args(argv)
-    parser.only_with("--labels step", args.labels == "step", args, "check_labels")
+    only_step = "check_labels", "label_rule", "monotone"
+    parser.only_with("--labels step", args.labels == "step", args, *only_step)
     if args.temperature == 0:
         parser.error("--temperature 0: all samples and all completions of a prefix are the same")
     return args
@@ -134,16 +142,27 @@ def estimate_q(policy, prefixes: dict[Prefix, common.Problem], file, run, **how)
     return dict(zip(prefixes, q.tolist(), strict=True))
 
 
-def label_solution(sample: common.Sample, q: dict[Prefix, float], by: str) -> dict:
+def is_good(q: float, rule: str) -> bool:
+    """Return whether a line with this Q is good, by the rule "mean" or "any"."""
+    return q > 0 if rule == "any" else q >= 0.5
+
+
+def label_solution(
+    sample: common.Sample, q: dict[Prefix, float], by: str, rule: str = "mean", monotone=False
+) -> dict:
     """Label every line of a solution. Return a row of labelled.jsonl.
 
     The Q of the last line is 1 or 0, the outcome. Unless `by` is "step", it is the Q of all lines.
+    rule: see `is_good`. monotone: every line before a good line is good as well.
     """
     problem, texts = sample.problem, lines_of(sample)
     values = [float(sample.correct)] * len(texts)
     if by == "step":
         values[:-1] = [q[problem.id, prefix] for prefix in itertools.accumulate(texts[:-1])]
-    labels = ["good" if value >= 0.5 else "bad" for value in values]
+    good = [is_good(value, rule) for value in values]
+    if monotone:
+        good = [any(good[i:]) for i in range(len(good))]
+    labels = ["good" if flag else "bad" for flag in good]
     lines = zip(labels, values, texts, strict=True)
     row = {"problem": problem.id, "question": problem.question, "correct": sample.correct}
     return row | {"lines": [{"label": z, "q": value, "text": text} for z, value, text in lines]}
@@ -285,14 +304,16 @@ def main(argv: list[str]) -> None:
     how |= {"samples": 64, "seed": [args.seed, 2]}
     again = estimate_q(sampler, checked, folder / "completions_64.jsonl", run, **how)
     del sampler
-    rows = [label_solution(sample, q, args.labels) for sample in mixture]
+    how = dict(by=args.labels, rule=args.label_rule, monotone=args.monotone)
+    rows = [label_solution(sample, q, **how) for sample in mixture]
     with common.atomic_write(folder / "labelled.jsonl") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     facts = describe(samples, rows) | {"prefixes": len(q)}
     facts["completions"] = len(q) * args.completions + len(again) * 64
     if again:
-        pairs = [(q[prefix], value) for prefix, value in again.items()]
-        facts["label_agreement"] = common.mean((a >= 0.5) == (b >= 0.5) for a, b in pairs)
+        pairs, rule = [(q[prefix], value) for prefix, value in again.items()], args.label_rule
+        same = [is_good(a, rule) == is_good(b, rule) for a, b in pairs]
+        facts["label_agreement"] = common.mean(same)
         facts["q_difference"] = common.mean(abs(a - b) for a, b in pairs)
     facts_file = folder / "labelled.facts.json"
     if not common.on_first(facts_file.exists):

@@ -66,6 +66,22 @@ def test_a_line_is_good_if_at_least_half_of_its_completions_are_right():
         assert {line["label"] for line in rcrl.label_solution(s, {}, "outcome")["lines"]} == {label}
 
 
+@pytest.mark.parametrize("rule, monotone, correct, expected", [
+    ("mean", False, True, "bad good bad good"), ("mean", False, False, "bad good bad bad"),
+    ("any", False, True, "bad good good good"), ("any", False, False, "bad good good bad"),
+    ("mean", True, True, "good good good good"), ("mean", True, False, "good good bad bad"),
+    ("any", True, True, "good good good good"), ("any", True, False, "good good good bad"),
+])  # fmt: skip
+def test_the_rules_for_a_good_line(rule, monotone, correct, expected):
+    """The lines have Q = 0, 0.5 and 0.125, and the last line has the outcome."""
+    text = THREE.reference if correct else THREE.reference.replace("####", "#### 1")
+    sample = sample_of(THREE, text)
+    q = dict(zip(rcrl.prefixes_of([sample]), (0.0, 0.5, 0.125), strict=True))
+    lines = rcrl.label_solution(sample, q, "step", rule, monotone)["lines"]
+    assert [line["label"] for line in lines] == expected.split()
+    assert [line["q"] for line in lines] == [0.0, 0.5, 0.125, float(correct)], "Q does not change"
+
+
 def test_beginnings_have_random_numbers_of_their_own():
     """Two beginnings of one problem, completed with the same uniforms, would not be independent."""
     problems = list(rcrl.prefixes_of([sample_of(THREE, THREE.reference)]).values())
@@ -358,6 +374,42 @@ def test_completions_of_other_beginnings_are_not_read_back(tmp_path):
         assert (
             all(row["text"].startswith(prefix) for row in rows_of(file)) and len(rows_of(file)) == 4
         )
+
+
+def test_a_run_labels_its_lines_by_the_rules_that_it_is_given(cli, tmp_path):
+    """Labels and `label_agreement` follow from the Q that two runs have in common."""
+    assert cli(rcrl, *RUN, "--out", tmp_path / "first", "--check-labels", 20)[0] == 0
+    flags = [
+        "--check-labels",
+        20,
+        "--label-rule",
+        "any",
+        "--monotone",
+        "--out",
+        tmp_path / "second",
+    ]
+    assert cli(rcrl, *RUN, *flags)[0] == 0
+    rows, again = (
+        rows_of(tmp_path / name / "samples" / "labelled.jsonl") for name in ("first", "second")
+    )
+    changed = 0
+    for row, other in zip(rows, again, strict=True):
+        q = [line["q"] for line in row["lines"]]
+        assert q == [line["q"] for line in other["lines"]]
+        labels = [["bad", "good"][any(q[i:])] for i in range(len(q))]
+        assert labels == [line["label"] for line in other["lines"]]
+        changed += labels != [line["label"] for line in row["lines"]]
+    assert changed
+    solved = []
+    for name in ("completions", "completions_64"):
+        solved.append({})
+        for row in rows_of(tmp_path / "second" / "samples" / f"{name}.jsonl"):
+            is_solved = row["correct"] and row["finished"]
+            solved[-1].setdefault(row["problem"], []).append(is_solved)
+    few, many = solved
+    agreement = np.mean([any(few[prefix]) == any(many[prefix]) for prefix in many])
+    row = rows_of(tmp_path / "second" / "metrics.jsonl")[0]
+    assert row["label_agreement"] == pytest.approx(agreement) and len(many) == 20
 
 
 @pytest.mark.parametrize(

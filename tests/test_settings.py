@@ -239,6 +239,8 @@ def begin(args) -> None:
     (ppo, ["--add-outcome"], "--reward orm"),
     (reward_model, ["--pairs", "3"], "--kind genrm"),
     (rcrl, ["--labels", "outcome", "--check-labels", "3"], "--labels step"),
+    (rcrl, ["--label-rule", "any", "--labels", "outcome"], "--labels step"),
+    (rcrl, ["--monotone", "--labels", "none"], "--labels step"),
 ])  # fmt: skip
 def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsys):
     with pytest.raises(SystemExit) as left:
