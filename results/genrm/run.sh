@@ -1,27 +1,32 @@
 #!/usr/bin/env bash
 # Verifier and generative reward model side by side on the embedded task, three seeds: the generative reward model, trained
 # on the same SFT samples as the outcome reward model of results/orm, and PPO from SFT rewarded by it beside the gold solution
-# (gold), beside the best of 16 SFT samples by the outcome reward model (best), and by routes (hybrid: half of the questions
-# checked, a quarter gold, a quarter best; hybrid_first: the same with the verifiable questions first). Everything else is as in
-# ppo_0, ppo_1, ppo_2 of results/arithmetic, which are the line of the verifier. Restartable.
+# (gold), beside the best of 16 SFT samples by the outcome reward model (best), and by source (hybrid: half of the questions
+# checked, a quarter gold, a quarter best; hybrid_first: the same without that last quarter in the first 30 % of the phases).
+# Everything else is as in ppo_0, ppo_1, ppo_2 of results/arithmetic, which are the line of the verifier. Restartable.
 set -euo pipefail
 source "$(dirname "$0")/../steps.sh"
 declare -A flags=(
     [gold]="--reward genrm"
-    [best]="--reward genrm --hide-solutions 1"
-    [hybrid]="--reward hybrid --hide-solutions 0.5"
-    [hybrid_first]="--reward hybrid --hide-solutions 0.5 --curriculum verifiable_first"
+    [best]="--reward genrm --hide 1 1"
+    [hybrid]="--reward hybrid --hide 0.5 0.5"
+    [hybrid_first]="--reward hybrid --hide 0.5 0.5 --curriculum verifiable_first"
 )
 for seed in ${SEEDS:-0 1 2}; do
-    orm=$work/orm_$seed genrm=$work/genrm_$seed
+    orm=$work/orm_$seed genrm=$work/genrm_$seed sft=$work/sft_$seed/model
     for name in ${VARIANTS:-gold best hybrid hybrid_first}; do
         [ -f "$here/${name}_$seed/test.json" ] && continue
         bash results/orm/run.sh train $seed # returns at once where it is done, as the next line does
-        python reward_model.py --kind genrm --seed $seed --token-budget $budget --model "$work/sft_$seed/model" --out "$genrm" --resume \
+        python reward_model.py --kind genrm --seed $seed --token-budget $budget --model "$sft" --out "$genrm" --resume \
             --train-samples "$orm/samples/train.jsonl"
         keep genrm_$seed "$genrm"/{args.json,metrics.jsonl,quality.json}
-        train_and_test "$work/genrm_ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" \
-            --orm "$orm/model" --genrm "$genrm/model" ${flags[$name]}
+        references=
+        if [ $name != gold ]; then
+            python evaluate.py --model "$sft" --split train --orm "$orm/model" --seed $seed --resume --out "$work/references_$seed.json"
+            references="--references $work/references_$seed.samples.jsonl"
+        fi
+        train_and_test "$work/genrm_ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$sft" --genrm "$genrm/model" \
+            ${flags[$name]} $references
     done
 done
 python results/genrm/report.py

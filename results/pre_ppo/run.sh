@@ -19,28 +19,27 @@ declare -A flags=(
     [small_frontier]="--limit-train 230 --select frontier"
 )
 
-score_with_small() { # seed; the phase of PPO that follows the scoring does not matter
-    [ -f "$work/small/config.json" ] || python tiny/make.py --hidden-size 64 --layers 2 --out "$work/small"
-    python sft.py --seed "$1" --token-budget $budget --model "$work/small" --out "$work/small_sft_$1" --resume
-    python ppo.py --seed "$1" --token-budget $budget --model "$work/small_sft_$1/model" --limit-train 230 \
-        --select lowest --phases 1 --out "$work/small_scores_$1" --resume
-    keep small_scores_$1 "$work/small_scores_$1/selection.json" "$work/small_sft_$1/metrics.jsonl"
+score() { # policy, seed: scores of the training questions, in $work/scores_POLICY_SEED.samples.jsonl
+    python evaluate.py --model "$work/$1_$2/model" --split train --samples 8 --seed "$2" --resume --out "$work/scores_$1_$2.json"
 }
 
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-original all lowest floor frontier random lowest20 lowest50 small_lowest small_frontier}; do
-        run=$work/select_${name}_$seed scores=
-        [ -f "$here/${name}_$seed/test.json" ] && [[ $name != lowest || -f $here/lowest_$seed/selection.json ]] && continue
-        case $name in
-            small_*)
-                score_with_small $seed
-                scores="--selection $work/small_scores_$seed/selection.json"
-                ;;
-            floor | frontier | random | lowest?0) scores="--selection $here/lowest_$seed/selection.json" ;;
-        esac
+        [ -f "$here/${name}_$seed/test.json" ] && continue
+        policy=sft scores=
+        if [[ $name = small_* ]]; then
+            policy=small_sft
+            [ -f "$work/small/config.json" ] || python tiny/make.py --hidden-size 64 --layers 2 --out "$work/small"
+            python sft.py --seed $seed --token-budget $budget --model "$work/small" --out "$work/small_sft_$seed" --resume
+        fi
+        if [[ $name != original && $name != all ]]; then
+            score $policy $seed
+            scores="--scores $work/scores_${policy}_$seed.samples.jsonl"
+        fi
+        run=$work/select_${name}_$seed
         train_and_test "$run" ${name}_$seed $seed ppo.py --phases 12 --questions 64 --batch-size 64 \
             --model "$work/sft_$seed/model" ${flags[$name]} $scores
-        [ $name != lowest ] || keep ${name}_$seed "$run/selection.json"
+        keep ${name}_$seed "$run/samples/selected.json"
     done
 done
 python results/table.py "$here"
