@@ -186,24 +186,26 @@ def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
     gold, turned = problem.reference.strip(), 0
     for n_pairs, expected in ((10, 3 + 2 + 6 + 1), (1, 1 + 1 + 1 + 1)):
         for seed in range(10):
-            asked, targets = reward_model.comparisons(samples, n_pairs, seed)
-            assert (
-                len(asked) == len(targets) == expected + 2 + 2 + 1
-            )  # questions, beginnings, another's solution
+            data = reward_model.comparisons(samples, n_pairs, seed)
+            asked = [pair for pair, _, _ in data]
+            # for both questions: the question and a beginning; for one: the other's solution
+            assert len(data) == expected + 2 + 2 + 1
             assert all(any(q.question in pair[1:] for pair in asked) for q in (problem, other))
-            for (p, a, b), target in zip(asked, targets, strict=True):
+            for (p, a, b), target, weight in data:
                 is_right = [sample_of(p, text).correct for text in (a, b)]
                 assert target == (0.5 if all(is_right) else float(is_right[0])) and any(is_right)
+                assert weight == 1
                 turned += p is problem and b == gold
     assert turned  # the gold solution comes second, too: what is first says nothing
     without = common.Problem("x", "q", problem.answer)
-    asked, targets = reward_model.comparisons(
+    ((_, target, _),) = reward_model.comparisons(
         [sample_of(without, gold), sample_of(without, "1")], 5, 0
     )
-    assert len(asked) == 1 and targets[0] in (0.0, 1.0)
-    asked, _ = reward_model.comparisons(
+    assert target in (0.0, 1.0)
+    data = reward_model.comparisons(
         [sample_of(without, t) for t in (gold, f"so {gold}", "1", "2")], 4, 0
     )
+    asked = [pair for pair, _, _ in data]
     assert (
         len({frozenset(pair[1:]) for pair in asked}) == len(asked) == 4
     )  # two right, two wrong: each pair once
@@ -247,22 +249,6 @@ def test_the_quality_of_a_judge_that_is_known():
         "question",
     ]
     assert report["nonsense_worst"] == pytest.approx(0.1)
-    bare = [
-        common.Problem(p.id, p.question, p.answer) for p in PROBLEMS[:2]
-    ]  # no gold: the first right sample, or left out
-    samples = [
-        sample_of(bare[0], wrong(bare[0])),
-        sample_of(bare[0], PROBLEMS[0].reference),
-        sample_of(
-            bare[0], PROBLEMS[0].reference, 2
-        ),  # would be scored beside itself: 0.5, whatever the model
-        sample_of(bare[1], "1", 2),
-    ]
-    assert reward_model.genrm_quality(samples, Oracle(), 1000)["base_rate"] == 0
-    samples += [sample_of(bare[0], f"0+0=<<0+0=0>>0\n{PROBLEMS[0].reference}", 3)]
-    assert reward_model.genrm_quality(samples, Oracle(), 1000)["base_rate"] == 0.5
-    with pytest.raises(common.UserError, match="no dev question"):
-        reward_model.genrm_quality(samples[1:4], Oracle(), 1000)
 
 
 # ---- rewards
@@ -641,75 +627,32 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):
 
 
 def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):
-    """No solutions, and of every question one sample: right or wrong, but never both."""
+    """No solutions but in dev, and of every question one sample: right or wrong, but never both."""
     file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
-    file.write_text(
-        "".join(json.dumps({"question": f"q{i}", "answer": str(i % 3)}) + "\n" for i in range(60))
-    )
-    argv = [
-        "--kind",
-        "genrm",
-        "--model",
-        "tiny",
-        "--dataset",
-        file,
-        "--samples",
-        1,
-        "--eval-samples",
-        2,
-    ]
-    train = common.load_problems(str(file), "train")
-    texts = ["1+0=<<1+0=1>>1\n#### 1"] * len(train)
-    samples.write_text(
-        "".join(
-            common.Sample(p, 0, t, True).to_json() + "\n" for p, t in zip(train, texts, strict=True)
-        )
-    )
-    code, message = cli(
-        reward_model,
-        *argv,
-        "--train-samples",
-        samples,
-        "--max-new-tokens",
-        20,
-        "--out",
-        tmp_path / "run",
-    )
+    answers = [f"{i % 3}" if i < 40 else f"1+0=1\n#### {i % 3}" for i in range(60)]
+    rows = [json.dumps({"question": f"q{i}", "answer": a}) for i, a in enumerate(answers)]
+    file.write_text("\n".join(rows) + "\n")
+    argv = ["--kind", "genrm", "--model", "tiny", "--dataset", file, "--samples", 1]
+    argv += ["--eval-samples", 2, "--train-samples", samples, "--max-new-tokens", 20]
+    train = common.load_problems(str(file), "train", 40)
+    text = "1+0=<<1+0=1>>1\n#### 1"
+    samples.write_text("".join(common.Sample(p, 0, text, True).to_json() + "\n" for p in train))
+    code, message = cli(reward_model, *argv, "--out", tmp_path / "run")
     assert code == 2 and "raise --samples" in message
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_path, monkeypatch):
-    """No solutions, and none of the dev questions is ever solved."""
-    file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps({"question": f"q{i}", "answer": i // 40 * 98765 + 1}) + "\n"
-            for i in range(60)
-        )
-    )
-    train = common.load_problems(str(file), "train")
-    rows = [
-        common.Sample(p, k, f"1+0=<<1+0=1>>1\n#### {k}", True).to_json()
-        for p in train[:30]
-        for k in (1, 2)
-    ]
-    samples.write_text("\n".join(rows) + "\n")
-    monkeypatch.setattr(reward_model, "train_step", lambda *_: pytest.fail("trained"))
-    argv = [
-        "--kind",
-        "genrm",
-        "--model",
-        "tiny",
-        "--dataset",
-        file,
-        "--eval-samples",
-        2,
-        "--train-samples",
-        samples,
-    ]
-    code, message = cli(reward_model, *argv, "--max-new-tokens", 20, "--out", tmp_path / "run")
-    assert code == 2 and "no dev question has a gold solution or a correct sample" in message
+def test_a_dev_split_without_written_solutions_shows_before_the_sampling(
+    cli, tmp_path, monkeypatch
+):
+    file = tmp_path / "answers.jsonl"
+    rows = [json.dumps({"question": f"q{i}", "answer": i}) for i in range(60)]
+    file.write_text("\n".join(rows) + "\n")
+    monkeypatch.setattr(common, "sample_to_file", lambda *_, **__: pytest.fail("sampled"))
+    argv = ["--kind", "genrm", "--model", "tiny", "--dataset", file]
+    code, message = cli(reward_model, *argv, "--out", tmp_path / "run")
+    assert code == 2 and "no dev question has a written solution" in message
+    assert message.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_path):

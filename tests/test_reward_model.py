@@ -47,6 +47,16 @@ def sample_of(problem, text, number=0, finished=True, score=None) -> common.Samp
     return sample
 
 
+class Known:
+    """A reward model that gives these probabilities."""
+
+    def __init__(self, probabilities):
+        self.probabilities = probabilities
+
+    def scores(self, samples, token_budget):
+        return self.probabilities
+
+
 def right(problem) -> str:
     return problem.reference
 
@@ -71,11 +81,10 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
 def test_calibration_by_hand():
     """Bin .8 to .9: two samples at .8 and .85, one right; the last bin holds the score 1.0."""
     scores, labels = np.array([0.05, 0.8, 0.85, 1.0]), np.array([False, True, False, True])
-    table = reward_model.reliability(scores, labels)
+    table, error = reward_model.calibration(scores, labels)
     assert [(row["n"], row["correct"]) for row in table] == [(1, 0.0), (2, 0.5), (1, 1.0)]
-    assert reward_model.calibration_error(table) == pytest.approx(
-        (0.05 + 2 * (0.825 - 0.5) + 0.0) / 4
-    )
+    assert [row["from"] for row in table] == [0.0, 0.8, 0.9]
+    assert error == pytest.approx((0.05 + 2 * (0.825 - 0.5) + 0.0) / 4)
 
 
 def test_within_a_question_both_classes_weigh_the_same():
@@ -95,8 +104,9 @@ def test_equal_solutions_are_merged_without_changing_the_loss(orm):
     texts = [right(problem), wrong(problem), wrong(problem), wrong(problem) + "\n"]
     samples = [sample_of(problem, text, i) for i, text in enumerate(texts)]
     samples += [sample_of(other, right(other))]
-    data, weights = reward_model.training_data(samples)
-    assert len(data) == 3 and weights == pytest.approx([2, 2, 1])
+    data = reward_model.training_data(samples)
+    assert [weight for _, _, weight in data] == pytest.approx([2, 2, 1])
+    assert [label for _, label, _ in data] == [1, 0, 1]
 
     def loss(samples, weights):
         pairs = zip(samples, weights, strict=True)
@@ -105,7 +115,8 @@ def test_equal_solutions_are_merged_without_changing_the_loss(orm):
         return reward_model.train_step(orm, optimizer, batch, 9999)[0]
 
     every = [*reward_model.balanced_weights([s.correct for s in samples[:4]]), 1.0]
-    assert loss(samples, every) == pytest.approx(loss(data, weights), rel=1e-5)
+    distinct, weights = [sample for (sample,), _, _ in data], [weight for _, _, weight in data]
+    assert loss(samples, every) == pytest.approx(loss(distinct, weights), rel=1e-5)
 
 
 def test_best_of_n_by_hand():
@@ -114,12 +125,10 @@ def test_best_of_n_by_hand():
     rows = [(p, True, 0.1), (p, False, 0.9), (p, False, 0.2), (p, True, 0.3)]
     rows += [(q, False, 0.5), (q, False, 0.4), (q, False, 0.3), (q, True, 0.6)]
     samples = [
-        sample_of(problem, right(problem) if y else wrong(problem), i % 4)
-        for i, (problem, y, _) in enumerate(rows)
+        sample_of(problem, right(problem) if y else wrong(problem), i % 4, score=score)
+        for i, (problem, y, score) in enumerate(rows)
     ]
-    table = {
-        row["n"]: row for row in reward_model.best_of_n(samples, [score for *_, score in rows])
-    }
+    table = {row["n"]: row for row in reward_model.best_of_n(samples)}
     assert table[1] == {"n": 1, "orm": 3 / 8, "majority": 3 / 8, "oracle": 3 / 8}
     assert table[2] == {
         "n": 2,
@@ -134,9 +143,8 @@ def test_positions_are_shares_of_the_tokens_read():
     """One solution has four tokens with the probabilities 0.1, 0.2, 0.6, 0.7. One has a token."""
     labels = [common.Problem("a", "?", Fraction(1)), common.Problem("b", "?", Fraction(2))]
     samples = [common.Sample(problem, 0, "#### 1", finished=True) for problem in labels]
-    found = reward_model.quality(samples, [np.array([0.1, 0.2, 0.6, 0.7]), np.array([0.55])])[
-        "by_position"
-    ]
+    orm = Known([np.array([0.1, 0.2, 0.6, 0.7]), np.array([0.55])])
+    found = reward_model.quality(samples, orm, 1000)["by_position"]
     right = [
         {0.0: 0.1, 0.25: 0.1, 0.5: 0.2, 0.75: 0.6, 1.0: 0.7}[row["position"]] >= 0.5
         for row in found
@@ -705,14 +713,12 @@ def test_the_quality_of_a_model_is_that_of_its_last_probability():
     samples = [
         sample_of(p, text(p), i) for p in PROBLEMS[:2] for i, text in enumerate((right, wrong))
     ]
-    report = reward_model.quality(
-        samples, [np.array([0.0, s.correct * 0.8 + 0.1]) for s in samples]
-    )
+    orm = Known([np.array([0.0, s.correct * 0.8 + 0.1]) for s in samples])
+    report = reward_model.quality(samples, orm, 1000)
     assert report["auc"] == report["auc_within"] == report["accuracy"] == 1
     assert report["calibration_error"] == pytest.approx(0.1) and report["best_of_n"][-1]["orm"] == 1
-    reverse = reward_model.quality(
-        samples, [np.array([1.0 - s.correct, s.correct * 0.8 + 0.1]) for s in samples]
-    )
+    orm = Known([np.array([1.0 - s.correct, s.correct * 0.8 + 0.1]) for s in samples])
+    reverse = reward_model.quality(samples, orm, 1000)
     assert reverse["auc"] == 1
 
 
@@ -728,14 +734,12 @@ def test_every_solution_is_trained_on_with_its_weight(cli, tmp_path, monkeypatch
     argv = [*RUN, "--epochs", 1, "--batch-size", 8, "--limit-train", 16, "--limit-eval", 4]
     assert cli(reward_model, *argv, "--lr", 2e-3, "--out", tmp_path / "run")[0] == 0
     samples = common.read_samples(tmp_path / "run" / "samples" / "train.jsonl", PROBLEMS)
-    data, weights = reward_model.training_data(samples)
+    data = reward_model.training_data(samples)
     orm = reward_model.RewardModel("tiny", "cpu", new=True)
-    expected = [
-        (str(orm.encode(sample)), float(sample.correct), weight)
-        for sample, weight in zip(data, weights, strict=True)
-    ]
+    expected = [(str(orm.encode(sample)), label, weight) for (sample,), label, weight in data]
+    assert all(label == float(sample.correct) for (sample,), label, _ in data)
     assert sorted(triple for batch, _ in seen for triple in batch) == sorted(expected)
-    assert len(set(weights)) > 2
+    assert len({weight for _, _, weight in data}) > 2
     assert [lr for _, lr in seen] == [
         common.cosine_lr(i, len(seen), 2e-3) for i in range(len(seen))
     ]
