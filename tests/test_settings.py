@@ -264,10 +264,10 @@ def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(
 ):
     """One question of 30 is too long. It shows before anything is replaced or sampled."""
     rows = [{"question": f"q{i}", "answer": f"1+1=2\n#### {i}"} for i in range(30)]
-    if script is not sft or split == "dev":  # which trains on written solutions alone
-        rows[{"train": 5, "dev": 29}[split]] = {"question": "How many?" * 600, "answer": "5"}
-    else:
-        rows[5] = {"question": "How many?" * 600, "answer": "1+1=2\n#### 5"}
+    # sft.py trains on written solutions alone. A GenRM is measured next to them.
+    written = script is reward_model or (script is sft and split == "train")
+    answer = "1+1=2\n#### 5" if written else "5"
+    rows[{"train": 5, "dev": 29}[split]] = {"question": "How many?" * 600, "answer": answer}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / ("run.json" if script is evaluate else "run")
