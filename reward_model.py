@@ -21,9 +21,9 @@ et al. 2024). It follows "Training Verifiers to Solve Math Word Problems" (Cobbe
 
 --kind genrm trains a generative reward model (GenRM) instead. It follows "Exploring Data Scaling
 Trends and Effects in RLHF" (Shen et al. 2025). It is a language model that reads the question, a
-candidate and a reference, and names the better one. Next to the gold solution, P(candidate is
-better) is trained to be 0 for an incorrect sample and 0.5 for a correct one. For a correct sample
-next to an incorrect one it is trained to be 1. The score is the mean over both orders of the two.
+candidate and a reference, and names the better one. It is trained on P(candidate is better). Next
+to the gold solution this is 0 for an incorrect sample and 0.5 for a correct one. For a correct
+sample next to an incorrect one it is 1. The score is the mean over both orders of the two.
 
 CPU, after `python sft.py`: 6 minutes on two cores, and 22 to 24 minutes on one core for genrm:
     python reward_model.py
@@ -52,8 +52,9 @@ def parse_args(argv: list[str]):
     defaults |= dict(lr=1e-3, epochs=5, batch_size=32, limit_train=None, checkpoint_every=300)
     parser = common.common_parser(__doc__, **defaults)
     add = parser.add_argument
-    kinds = "orm: outcome; genrm: generative (--out runs/genrm --lr 5e-4 --epochs 3 --batch-size 8)"
-    add("--kind", choices=["orm", "genrm"], default="orm", help=kinds)
+    kinds = "orm: outcome reward model; genrm: generative reward model, with other defaults"
+    changed = "--out runs/genrm --lr 5e-4 --epochs 3 --batch-size 8"
+    add("--kind", choices=["orm", "genrm"], default="orm", help=f"{kinds} ({changed})")
     add("--base", help="weights that the reward model starts from (default: those of --model)")
     add("--pairs", type=common.WHOLE, default=4, help="genrm: most pairs of a kind per question")
     files = "samples of the training questions from another script, instead of new ones"
@@ -142,9 +143,9 @@ class RewardModel(common.Policy):
 class GenerativeRewardModel(common.Policy):
     """A generative reward model (GenRM, Shen et al. 2025): it names the better of two solutions.
 
-    The score of a candidate next to a reference is the probability of the verdict for the
-    candidate, averaged over both orders. 0.5 means "as good as the reference". A saved folder is
-    an ordinary language model. new: start from the weights of any language model.
+    The score of a candidate is the probability of the verdict for it, averaged over both orders.
+    0.5 means "as good as the reference". A saved folder is an ordinary language model. new: start
+    from the weights of any language model.
     """
 
     def __init__(self, name: str, device="auto", dtype="auto", flag="--genrm", new: bool = False):
@@ -196,7 +197,7 @@ class GenerativeRewardModel(common.Policy):
         return self.verdicts(comparisons, token_budget).mean(1).round(6).tolist()
 
     def grade(self, samples: list[common.Sample], token_budget: int = 1024) -> None:
-        """Set the score of every sample next to the reference of its problem, or raise UserError."""
+        """Score every sample next to its problem's reference. Raises UserError if there is none."""
         references = {sample.problem.id: sample.problem.reference for sample in samples}
         missing = sum(not reference for reference in references.values())
         common.require(not missing, f"{missing} of {len(references)} questions have no reference")
@@ -246,9 +247,9 @@ def training_data(samples: list[common.Sample]) -> list[tuple]:
 def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> list[tuple]:
     """Return the data of a GenRM: ((problem, A, B), target for P(A is better), weight 1).
 
-    A question gives at most `n_pairs` pairs of each kind: incorrect and gold (target 0), correct
-    and gold (0.5), correct and incorrect (1). Gold is also compared with texts that no policy
-    samples (0). Without them a GenRM rates an empty text nearly as high as a correct solution.
+    A question gives at most `n_pairs` pairs of each kind. The kinds are incorrect and gold (target
+    0), correct and gold (0.5), correct and incorrect (1). Gold is also compared with texts that no
+    policy samples (0). Without them a GenRM rates an empty text nearly as high as a solution.
     Half of all pairs are swapped and have 1 minus the target.
     """
     rng = np.random.default_rng([seed, 2])
