@@ -513,7 +513,7 @@ def main(argv: list[str]) -> None:
     run.finish()
     if progress["best"] is None:
         common.warn("all dev samples are of one class, so there is no AUC: kept the last epoch")
-    print(f"model in {run.out / 'model'}, its quality on dev in {run.out / 'quality.json'}")
+    print(f"quality on dev in {run.out / 'quality.json'}; model in {run.out / 'model'}")
 
 
 if __name__ == "__main__":
