@@ -14,8 +14,7 @@ et al. 2024). It follows "Training Verifiers to Solve Math Word Problems" (Cobbe
     0. Load the problems, the student policy and the weights that the reward model starts from.
     1. Sample K solutions per training question from the student, or read samples from files.
        Sample 16 per dev question from the same student.
-    2. Label the samples by the answer check. Within a question both classes weigh the same. This
-       is our choice, because the paper does not say how they are balanced.
+    2. Label the samples by the answer check. Both classes of a question weigh the same (our choice).
     3. Train all weights by binary cross-entropy on every solution token.
     4. After every epoch, measure the quality on dev. The epoch with the best AUC becomes model/.
 
@@ -33,6 +32,7 @@ One GPU:
         --lr 1e-5 --batch-size 128 --max-new-tokens 512 --out runs/gsm8k/orm
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -197,10 +197,8 @@ class GenerativeRewardModel(common.Policy):
         return self.verdicts(comparisons, token_budget).mean(1).round(6).tolist()
 
     def grade(self, samples: list[common.Sample], token_budget: int = 1024) -> None:
-        """Score every sample next to its problem's reference. Raises UserError if there is none."""
+        """Set the score of every sample, next to the reference of its problem."""
         references = {sample.problem.id: sample.problem.reference for sample in samples}
-        missing = sum(not reference for reference in references.values())
-        common.require(not missing, f"{missing} of {len(references)} questions have no reference")
         scores = self.scores(samples, references, token_budget)
         for sample, score in zip(samples, scores, strict=True):
             sample.score = score
@@ -287,12 +285,9 @@ def shuffled_solutions(group: list[common.Sample], correct: bool, rng) -> list[s
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return P(a correct sample scores above an incorrect one), where ties count half.
-
-    The area under the ROC curve (Mann and Whitney 1947), or None if there is only one class.
-    """
+    """Return P(a correct sample scores above an incorrect one), or None without both classes."""
     _, index, count = np.unique(scores, return_inverse=True, return_counts=True)
-    # Ranks begin at 1. Equal scores have the mean of their ranks.
+    # Ranks begin at 1. Equal scores have the mean of their ranks (Mann and Whitney 1947).
     ranks = (count.cumsum() - (count - 1) / 2)[index]
     n_correct = int(np.sum(labels))
     pairs = n_correct * (len(labels) - n_correct)
@@ -318,10 +313,9 @@ def calibration(scores: np.ndarray, labels: np.ndarray) -> tuple[list[dict], flo
 
 
 def best_of_n(samples: list[common.Sample]) -> list[dict]:
-    """Return, for n = 1, 2, 4 ..., how often the choice among n samples is correct.
+    """Return, for n = 1, 2, 4 ..., how often a choice among n samples is correct.
 
-    orm: choose the best score. majority: choose the most frequent answer. oracle: choose a correct
-    one. Each is a mean over the disjoint blocks of n samples. All questions have equally many.
+    The choices are the best score, the most frequent answer, and a correct sample if there is one.
     """
     groups, table = common.by_problem(samples), []
     size = len(groups[0])
@@ -343,7 +337,8 @@ def quality(samples: list[common.Sample], orm: RewardModel, token_budget: int) -
     labels = np.array([sample.correct for sample in samples])
     scores = np.array([sample.score for sample in samples])
     table, error = calibration(scores, labels)
-    by_position = []
+    choices, by_position = best_of_n(samples), []
+    n, rerank, vote, solved = choices[-1].values()
     # Position 0 is after the first token, 1 after the last one.
     for position in (0.0, 0.25, 0.5, 0.75, 1.0):
         early = np.array([p[max(0, math.ceil(position * len(p)) - 1)] for p in by_token])
@@ -357,8 +352,21 @@ def quality(samples: list[common.Sample], orm: RewardModel, token_budget: int) -
         "calibration_error": error,
         "by_position": by_position,
         "reliability": table,
-        "best_of_n": best_of_n(samples),
-    }
+        "best_of_n": choices,
+    } | {f"rerank@{n}": rerank, f"maj@{n}": vote, f"pass@{n}": solved}
+
+
+def with_references(samples: list[common.Sample]) -> list[common.Sample]:
+    """Add references. Without a gold solution the first correct sample is taken, and not scored."""
+    kept = []
+    for group in common.by_problem(samples):
+        gold = group[0].problem.reference
+        chosen = gold or next((sample.solution for sample in group if sample.correct), None)
+        problem = dataclasses.replace(group[0].problem, reference=chosen)
+        group = [sample for sample in group if chosen and (gold or sample.solution != chosen)]
+        kept += [dataclasses.replace(sample, problem=problem) for sample in group]
+    common.require(kept, "no dev question has a gold solution or a correct sample to compare with")
+    return kept
 
 
 def genrm_quality(samples: list[common.Sample], genrm: GenerativeRewardModel, token_budget: int):
@@ -393,8 +401,8 @@ def genrm_quality(samples: list[common.Sample], genrm: GenerativeRewardModel, to
 def train_step(model: common.Policy, optimizer, batch: list, token_budget: int):
     """Make one optimizer step on the binary cross-entropy of a batch.
 
-    batch: (example, label, weight). The loss is the weighted mean over the solutions of the mean
-    over their tokens. Returns it in nats per token, and the norm of the gradient before clipping.
+    batch: (example, label, weight). The loss is the weighted mean over solutions of the mean over
+    tokens. Returns it in nats per token, and the norm of the gradient before clipping.
     """
     total_weight, loss = sum(weight for _, _, weight in batch), 0.0
     for indices in common.micro_batches([len(p) + len(r) for (p, r), _, _ in batch], token_budget):
@@ -422,11 +430,7 @@ def main(argv: list[str]) -> None:
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
     generative = args.kind == "genrm"
-    kind, measure = RewardModel, quality
-    if generative:
-        kind, measure = GenerativeRewardModel, genrm_quality
-        dev = [problem for problem in dev if problem.reference]
-        common.require(dev, "--kind genrm: no dev question has a written solution to compare with")
+    kind, measure = (GenerativeRewardModel, genrm_quality) if generative else (RewardModel, quality)
     given = [s for file in args.train_samples for s in common.read_samples(Path(file), train)]
     args.base = args.base or args.model
     run = common.Run(args)
@@ -439,13 +443,12 @@ def main(argv: list[str]) -> None:
     run.begin()
 
     # 1. Sample from the student. After a restart, read the samples that are on disk.
-    how = dict(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
-    how |= dict(batch_size=args.gen_batch_size, run=run)
-    how_train = dict(samples=args.samples, seed=[args.seed, 0], progress="train questions")
-    how_dev = dict(samples=args.eval_samples, seed=[args.seed, 1], progress="dev questions")
-    train_file, dev_file = run.out / "samples" / "train.jsonl", run.out / "samples" / "dev.jsonl"
-    samples = given or common.sample_to_file(student, train, train_file, **how_train, **how)
-    dev_samples = common.sample_to_file(student, dev, dev_file, **how_dev, **how)
+    how, folder = common.sampling(args) | dict(run=run), run.out / "samples"
+    how |= dict(samples=args.samples, seed=[args.seed, 0], progress="train questions")
+    samples = given or common.sample_to_file(student, train, folder / "train.jsonl", **how)
+    how |= dict(samples=args.eval_samples, seed=[args.seed, 1], progress="dev questions")
+    dev_samples = common.sample_to_file(student, dev, folder / "dev.jsonl", **how)
+    dev_samples = with_references(dev_samples) if generative else dev_samples
     del student
 
     # 2. Label the samples and weigh them.
@@ -496,11 +499,6 @@ def main(argv: list[str]) -> None:
         # 4. Measure the quality on dev. The epoch with the best AUC becomes model/.
         report = measure(dev_samples, reward_model, args.token_budget)
         metrics = {key: value for key, value in report.items() if not isinstance(value, list)}
-        if not generative:
-            row = report["best_of_n"][-1]
-            n = row["n"]
-            metrics |= {f"rerank@{n}": row["orm"], f"maj@{n}": row["majority"]}
-            metrics |= {f"pass@{n}": row["oracle"]}
         counts = {key: progress[key] for key in ("step", "samples", "tokens")}
         loss = common.mean(progress["losses"][-steps_per_epoch:])
         training = {"loss": loss, "grad_norm": progress["grad_norm"], "lr": progress["lr"]}
