@@ -36,13 +36,14 @@ from pathlib import Path
 import numpy as np
 
 import common
+import runtime
 
 FILES = ".args.json", ".greedy.jsonl", ".samples.jsonl"  # next to the report
 Z = 1.96  # standard errors, half of a 95 % interval
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = common.common_parser(__doc__, model="runs/sft/model", samples=16, temperature=0.7)
+    parser = runtime.common_parser(__doc__, model="runs/sft/model", samples=16, temperature=0.7)
     add = parser.add_argument
     about = "JSON file, with the samples next to it (default: runs/evaluate/MODEL-DATASET-SPLIT)"
     add("--out", help=about)
@@ -133,14 +134,14 @@ def check_files(out: Path, settings: dict, args: argparse.Namespace) -> None:
     found = [file for file in (out, *map(out.with_suffix, FILES)) if file.exists()]
     if found and not args.resume:
         advice = "add --resume to go on, delete it, or choose another --out"
-        raise common.UserError(f"{found[0]} is there already: {advice}")
+        raise runtime.UserError(f"{found[0]} is there already: {advice}")
     if found:
-        before = common.read_json(out.with_suffix(".args.json"))
+        before = runtime.read_json(out.with_suffix(".args.json"))
         # A reward model may score the samples of an evaluation without one, or with another one.
         scoring = {"orm", "genrm", "orm_fingerprint", "genrm_fingerprint"}
         keys = (before.keys() | settings) - (scoring if args.orm or args.genrm else set())
         same = all(before.get(key) == settings.get(key) for key in keys)
-        common.require(same, f"--resume: {out} was started with other settings")
+        runtime.require(same, f"--resume: {out} was started with other settings")
 
 
 def begin(out: Path, settings: dict, args: argparse.Namespace) -> None:
@@ -148,10 +149,10 @@ def begin(out: Path, settings: dict, args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_suffix(".json.lock")
     lock.touch()
-    common.lock(lock, out)
+    runtime.lock(lock, out)
     # Look again: another evaluation may have come and gone while the model was loaded.
     check_files(out, settings, args)
-    common.write_json(out.with_suffix(".args.json"), settings)
+    runtime.write_json(out.with_suffix(".args.json"), settings)
 
 
 def main(argv: list[str]) -> None:
@@ -163,10 +164,10 @@ def main(argv: list[str]) -> None:
     ignored = ("resume", "device", "out", "token_budget", "gen_batch_size")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
     for flag in [flag for flag in ("model", "orm", "genrm") if settings[flag]]:
-        settings[f"{flag}_fingerprint"] = common.fingerprint(settings[flag], f"--{flag}")
-    common.require(out.suffix == ".json", f"--out {out}: must be the name of a .json file")
+        settings[f"{flag}_fingerprint"] = runtime.fingerprint(settings[flag], f"--{flag}")
+    runtime.require(out.suffix == ".json", f"--out {out}: must be the name of a .json file")
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
-    common.on_first(lambda: check_files(out, settings, args))
+    runtime.on_first(lambda: check_files(out, settings, args))
     policy, reward_model = common.Policy(args.model, args.device, args.dtype), None
     if args.condition:
         policy.condition(args.condition)
@@ -176,13 +177,13 @@ def main(argv: list[str]) -> None:
         kind = RewardModel if args.orm else GenerativeRewardModel
         reward_model = kind(args.orm or args.genrm, args.device, args.dtype)
         can_score = args.orm or all(problem.reference for problem in problems)
-        common.require(can_score, "--genrm compares with gold solutions; some problems have none")
+        runtime.require(can_score, "--genrm compares with gold solutions; some problems have none")
     common.encode_prompts(policy, problems, args.few_shot)
-    common.on_first(lambda: begin(out, settings, args))
+    runtime.on_first(lambda: begin(out, settings, args))
 
     # 1., 2. Sample one greedy solution and n solutions per problem. --resume reads samples back.
     started, (_, greedy_file, samples_file) = time.monotonic(), map(out.with_suffix, FILES)
-    resumed = common.on_first(greedy_file.exists)
+    resumed = runtime.on_first(greedy_file.exists)
     how = common.sampling(args) | dict(seed=args.seed, few_shot=args.few_shot)
     one = how | dict(samples=1, temperature=0, progress="greedy")
     greedy = common.sample_to_file(policy, problems, greedy_file, **one)
@@ -209,10 +210,9 @@ def main(argv: list[str]) -> None:
     for name in (f"rerank@{n}", f"weighted@{n}"):
         if name in columns:
             paired[f"{name} - maj@{n}"] = paired_test(columns[name], columns[f"maj@{n}"])
-    # A resumed evaluation does not know its seconds.
     seconds = None if resumed else round(time.monotonic() - started, 1)
     facts = {"n_problems": len(problems), "seconds": seconds}
-    common.write_json(out, report | paired | facts | settings)
+    runtime.write_json(out, report | paired | facts | settings)
     split = f"{len(problems)} problems of {args.dataset} {args.split}"
     print(f"{args.model} on {split}, temperature {args.temperature:g}")
     for name, entry in report.items():
@@ -221,10 +221,10 @@ def main(argv: list[str]) -> None:
     for name, test in paired.items():
         interval = "[{:+.3f}, {:+.3f}]".format(*test["ci95"])
         print(f"{name:>24}  {test['difference']:+.3f}  {interval}  p {test['p']:.2g}")
-    if common.process_rank() == 0:
+    if runtime.process_rank() == 0:
         out.with_suffix(".json.lock").unlink(missing_ok=True)
         print(f"written to {out}; samples in {samples_file}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    runtime.run_main(main)

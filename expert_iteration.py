@@ -52,27 +52,28 @@ import torch
 from tqdm import tqdm
 
 import common
+import runtime
 
 
 def parse_args(argv: list[str]):
     defaults = dict(model="runs/sft/model", out="runs/expert_iteration", samples=4)
     defaults |= dict(temperature=1.0, lr=1e-3, epochs=4, batch_size=16)
-    parser = common.common_parser(__doc__, **defaults, limit_train=None, checkpoint_every=300)
+    parser = runtime.common_parser(__doc__, **defaults, limit_train=None, checkpoint_every=300)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--base", default="tiny", help="pretrained model that every round trains from")
     rounds_help = "at most (paper: 2 from SFT, 5 without); --resume may raise it"
-    add("--rounds", type=common.WHOLE, default=2, help=rounds_help)
+    add("--rounds", type=runtime.WHOLE, default=2, help=rounds_help)
     add("--continue", dest="from_previous", action="store_true", help="train on from pi_{i-1}")
     sft_help = "mix in the written solutions (default: unless --model is the base)"
     add("--sft-data", action=switch, help=sft_help)
     add("--deduplicate", action=switch, default=False, help="keep a sequence of operations once")
     limit_help = "most solutions of a question to train on (ReST-EM: 10; default: no limit)"
-    add("--max-per-question", type=common.WHOLE, metavar="N", help=limit_help)
+    add("--max-per-question", type=runtime.WHOLE, metavar="N", help=limit_help)
     add("--few-shot", action="store_true", help="two worked examples in the prompt of round 1")
     pass_k_help = "samples per dev problem for pass@k, at --temperature, after a round; 0: none"
-    add("--pass-k", type=common.number(int, 0), default=8, help=pass_k_help)
+    add("--pass-k", type=runtime.number(int, 0), default=8, help=pass_k_help)
     add("--orm", help="folder of a reward model that accepts solutions, not the answer check")
-    add("--orm-threshold", type=common.number(float, 0, 1), default=0.5, help="lowest score kept")
+    add("--orm-threshold", type=runtime.number(float, 0, 1), default=0.5, help="lowest score kept")
     args = parser.parse_args(argv)
     parser.only_with("--orm", args.orm is not None, args, "orm_threshold")
     if args.temperature == 0 and max(args.samples, args.pass_k) > 1:
@@ -158,7 +159,7 @@ def train_step(
     return loss, grad_norm
 
 
-def load_policy(args: argparse.Namespace, run: common.Run) -> common.Policy:
+def load_policy(args: argparse.Namespace, run: runtime.Run) -> common.Policy:
     """Load the policy that comes first in this run: --model, or the one of the checkpoint."""
     if run.is_finished:
         # More rounds are asked for. The weights of the last round are in model/ alone.
@@ -180,9 +181,9 @@ def load_policy(args: argparse.Namespace, run: common.Run) -> common.Policy:
 
 def read_round(file: Path, train: list[common.Problem], n: int) -> list[common.Sample]:
     """Read the `n` samples per problem of a round. Raises UserError if one is missing."""
-    samples = common.on_first(lambda: common.read_samples(file, train, n))
+    samples = runtime.on_first(lambda: common.read_samples(file, train, n))
     is_complete = len(samples) == len(train) * n
-    common.require(is_complete, f"--resume: {file} is damaged after line {len(samples)}")
+    runtime.require(is_complete, f"--resume: {file} is damaged after line {len(samples)}")
     return samples
 
 
@@ -192,9 +193,9 @@ def main(argv: list[str]) -> None:
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
     if args.sft_data is None:
-        model, base = common.model_folder(args.model), common.model_folder(args.base, "--base")
+        model, base = runtime.model_folder(args.model), runtime.model_folder(args.base, "--base")
         args.sft_data = Path(model).resolve() != Path(base).resolve()
-    run = common.Run(args, may_grow="rounds")
+    run = runtime.Run(args, may_grow="rounds")
     if run.is_finished and run.state["progress"]["round"] > args.rounds:
         print(f"{args.out} is complete")
         return
@@ -260,7 +261,7 @@ def main(argv: list[str]) -> None:
         filtered["train_size"] = len(data)
         truncated = f"{filtered['sampled_truncated']:.0%} were truncated"
         hint = f"{truncated}; raise --max-new-tokens or --samples, or start from SFT"
-        common.require(data, f"no sample was accepted to train on; {hint}")
+        runtime.require(data, f"no sample was accepted to train on; {hint}")
 
         # 3. Train from the base again.
         if not (args.from_previous or in_training):
@@ -320,9 +321,9 @@ def main(argv: list[str]) -> None:
     run.finish(progress=progress)
     if progress["best"] <= progress["start"]:
         hint = f"with maj@1 {progress['start']:.3f} on dev"
-        common.warn(f"no round was better than what it started from, {hint}")
+        runtime.warn(f"no round was better than what it started from, {hint}")
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {run.out / 'model'}")
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    runtime.run_main(main)

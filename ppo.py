@@ -62,6 +62,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import common
+import runtime
 
 LR_WARMUP = 20  # steps in which the learning rate of the policy rises
 VALUE_LAYERS = 4  # layers of the value function, at most half of the policy's
@@ -71,9 +72,9 @@ STATS = "policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", 
 def parse_args(argv: list[str]):
     defaults = dict(model="runs/sft/model", out="runs/ppo", samples=4, temperature=0.7, lr=2e-4)
     defaults |= dict(epochs=2, batch_size=128, limit_train=None, checkpoint_every=120)
-    parser = common.common_parser(__doc__, **defaults)
-    whole, not_negative, fraction = common.WHOLE, common.NOT_NEGATIVE, common.number(float, 0, 1)
-    add, rank = parser.group("problem and model").add_argument, common.number(int, 0)
+    parser = runtime.common_parser(__doc__, **defaults)
+    whole, not_negative, fraction = runtime.WHOLE, runtime.NOT_NEGATIVE, runtime.number(float, 0, 1)
+    add, rank = parser.group("problem and model").add_argument, runtime.number(int, 0)
     add(
         "--lora-rank",
         type=rank,
@@ -106,7 +107,7 @@ def parse_args(argv: list[str]):
     kinds = ["lowest", "floor", "frontier", "random"]
     add("--select", choices=kinds, help="add questions of --scores; see above")
     add("--scores", nargs="+", default=[], metavar="FILE", help="scored samples; a file a domain")
-    add("--select-fraction", type=common.number(float, 1e-6, 1), default=0.1, help="paper: 0.1")
+    add("--select-fraction", type=runtime.number(float, 1e-6, 1), default=0.1, help="paper: 0.1")
     add = parser.group("run").add_argument
     add("--eval-every", type=whole, default=4, help="phases between evaluations on dev")
     args = parser.parse_args(argv)
@@ -122,8 +123,7 @@ def parse_args(argv: list[str]):
     parser.only_with("--select", bool(args.select), args, "scores", "select_fraction")
     args.orm = (args.orm or "runs/reward_model/model") if uses_orm else None
     args.genrm = (args.genrm or "runs/genrm/model") if uses_genrm else None
-    hidden = {"genrm": [1.0, 0.0], "hybrid": [0.5, 0.0]}.get(args.reward, [0.0, 0.0])
-    args.hide = args.hide or hidden
+    args.hide = args.hide or [{"genrm": 1.0, "hybrid": 0.5}.get(args.reward, 0.0), 0.0]
     return args
 
 
@@ -208,7 +208,7 @@ def find_references(problems, sources: dict[str, str], file: str | None) -> dict
     best = {sample.problem.question: sample.solution for sample in samples}
     for problem in [p for p in problems if sources[p.id] == "genrm_sampled"]:
         reason = "has no gold solution and no sample in --references that evaluate.py --orm scored"
-        common.require(problem.question in best, f"{problem.id} {reason}")
+        runtime.require(problem.question in best, f"{problem.id} {reason}")
         references[problem.id] = best[problem.question]
     return references
 
@@ -334,7 +334,7 @@ def compute_old_logprobs(policy, critic, reference, lora, examples, args) -> lis
             ref_logprobs = common.response_logprobs(reference, batch, args.temperature)
         parts = (common.by_example(flat, batch) for flat in (logprobs, values, ref_logprobs))
         found += zip(indices, *parts, strict=True)
-    _, *columns = zip(*sorted(common.gather(found), key=lambda row: row[0]), strict=True)
+    _, *columns = zip(*sorted(runtime.gather(found), key=lambda row: row[0]), strict=True)
     return columns
 
 
@@ -345,7 +345,7 @@ def read_scores(args, train: list[common.Problem]) -> list[dict]:
     variance 1 within a file. Otherwise the questions of a hard file would fill the selection.
     """
     taken = {p.question for p in train + common.load_problems(args.dataset, "dev")}
-    with contextlib.suppress(common.UserError):  # a folder may have no test split
+    with contextlib.suppress(runtime.UserError):  # a folder may have no test split
         taken |= {p.question for p in common.load_problems(args.dataset, "test")}
     known = {(p.id, p.question): p for p in common.load_problems(args.dataset, "train")}
     questions, mean = [], common.mean
@@ -363,7 +363,7 @@ def read_scores(args, train: list[common.Problem]) -> list[dict]:
         for row in rows:
             row["standardised"] = (row["score"] - scores.mean()) / (scores.std() + 1e-8)
         questions += rows
-    common.require(questions, "--select: --scores has no question beyond train, dev and test")
+    runtime.require(questions, "--select: --scores has no question beyond train, dev and test")
     return questions
 
 
@@ -386,7 +386,7 @@ class Curriculum:
         # verifiable_first asks these in its first phases.
         self.n_early = round(args.switch * args.phases) if self.kind == "verifiable_first" else 0
         self.early = [i for i, p in enumerate(problems) if sources[p.id] != "genrm_sampled"]
-        common.require(self.early or not self.n_early, "--curriculum: no question to begin with")
+        runtime.require(self.early or not self.n_early, "--curriculum: no question to begin with")
         self.state = {"next": 0, "score": [-1.0] * len(problems), "hidden": 1}
 
     def draw(self, phase: int, count: int) -> tuple[list[int], list[str]]:
@@ -480,9 +480,9 @@ def load_questions(args) -> tuple[list[common.Problem], list[dict]]:
     train = common.load_problems(args.dataset, "train", args.limit_train)
     solutions = [p.reference for p in train if p.reference]
     fits = args.reward != "dense" or any(map(common.computed_values, solutions))
-    common.require(fits, "--reward dense: no solution has <<a+b=c>> annotations")
+    runtime.require(fits, "--reward dense: no solution has <<a+b=c>> annotations")
     fits = args.curriculum != "backtracking" or solutions
-    common.require(fits, "--curriculum backtracking: the questions have no solutions")
+    runtime.require(fits, "--curriculum backtracking: the questions have no solutions")
     if not args.select:
         return train, []
     selected = choose(args.select, read_scores(args, train), args.select_fraction, args.seed)
@@ -498,14 +498,14 @@ def main(argv: list[str]) -> None:
     sources = reward_sources(train, args.hide, args.seed)
     references = find_references(train, sources, args.references)
     curriculum = Curriculum(args, train, sources)
-    run = common.Run(args)
+    run = runtime.Run(args)
     if run.is_finished:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.model, args.device, args.dtype)
     policy.condition("none")  # without the labels of rcrl.py
-    is_small = sum(map(torch.numel, policy.model.parameters())) <= 10**7
-    lora_rank = (0 if is_small else 128) if args.lora_rank is None else args.lora_rank
+    is_large = sum(map(torch.numel, policy.model.parameters())) > 10**7
+    lora_rank = 128 * is_large if args.lora_rank is None else args.lora_rank
     # Copy the reference and the top layers before hooks are added.
     reference = copy.copy(policy)
     if not lora_rank:
@@ -522,7 +522,7 @@ def main(argv: list[str]) -> None:
     common.encode_prompts(policy, train + dev, args.few_shot)  # refuses one that is too long
     run.begin()
     rows = [question | {"problem": question["problem"].id} for question in selected]
-    common.write_json(run.out / "samples" / "selected.json", rows)
+    runtime.write_json(run.out / "samples" / "selected.json", rows)
 
     weights, critic_weights = list(trained.parameters()), list(critic.parameters())
     groups = [{"params": weights}, {"params": critic_weights, "lr": args.value_lr}]
@@ -627,7 +627,7 @@ def main(argv: list[str]) -> None:
         row |= token_metrics(sampled, *flat)
         if stats:
             row |= dict(zip(STATS, np.mean(stats, 0).tolist(), strict=True))
-        row |= {"max_ratio_deviation": max(common.gather(deviations[:1]))}
+        row |= {"max_ratio_deviation": max(runtime.gather(deviations[:1]))}
         row |= {"minibatches": len(stats), "lr": optimizer.param_groups[0]["lr"]}
         row |= dict(seconds_sampling=seconds_sampling, seconds_training=time.monotonic() - started)
         if phase % args.eval_every == 0 or phase == args.phases:
@@ -640,11 +640,11 @@ def main(argv: list[str]) -> None:
         run.checkpoint(**state, critic=critic.state_dict(), optimizer=optimizer.state_dict())
     run.finish()
     if progress["best"] <= progress["start"]:
-        common.warn("no phase was better on dev than the initial policy, which is in model/")
+        runtime.warn("no phase was better on dev than the initial policy, which is in model/")
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {run.out / 'model'}")
     if lora:
         print("evaluate it with --dtype float32: bfloat16 rounds the merged adapters off")
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    runtime.run_main(main)

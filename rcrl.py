@@ -49,6 +49,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import runtime
 
 LABELS = {"good": "[GOOD]", "bad": "[BAD]"}
 Prefix = tuple[str, str]  # problem id, first lines of a solution
@@ -57,7 +58,7 @@ Prefix = tuple[str, str]  # problem id, first lines of a solution
 def parse_args(argv: list[str]) -> argparse.Namespace:
     flags = dict(model="runs/expert_iteration/model", out="runs/rcrl", samples=16, temperature=1.0)
     flags |= dict(lr=1e-3, epochs=4, batch_size=16, limit_train=None, checkpoint_every=300)
-    parser = common.common_parser(__doc__, **flags)
+    parser = runtime.common_parser(__doc__, **flags)
     add = parser.add_argument
     add("--base", default="tiny", help="pretrained model to train; --model only samples")
     add("--train-samples", nargs="+", default=[], metavar="FILE", help="use samples of another run")
@@ -67,14 +68,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--label-rule", choices=["mean", "any"], default="mean", help=about)
     about = "a line is good if a later line of the same solution is good (from GLoRe)"
     add("--monotone", action="store_true", help=about)
-    add("--completions", type=common.WHOLE, default=8, help="completions per prefix, M")
+    add("--completions", type=runtime.WHOLE, default=8, help="completions per prefix, M")
     about = "correct solutions per incorrect one; 1e9: no incorrect ones (paper: 1 is worst)"
-    add("--ratio", type=common.number(float, 0.01), default=10.0, help=about)
+    add("--ratio", type=runtime.number(float, 0.01), default=10.0, help=about)
     about = "keep one solution per question, outcome and sequence of operations"
     add("--deduplicate", action=argparse.BooleanOptionalAction, default=True, help=about)
-    add("--train-size", type=common.WHOLE, help="most solutions in the mixture, to compare ratios")
+    add("--train-size", type=runtime.WHOLE, help="most solutions in the mixture, to compare ratios")
     about = "complete so many prefixes 64 times more, and log how often that changes the label"
-    add("--check-labels", type=common.number(int, 0), default=0, help=about)
+    add("--check-labels", type=runtime.number(int, 0), default=0, help=about)
     args = parser.parse_args(argv)
     only_step = "check_labels", "label_rule", "monotone"
     parser.only_with("--labels step", args.labels == "step", args, *only_step)
@@ -198,8 +199,8 @@ def teach_labels(policy: common.Policy, by: str) -> None:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         policy.vocabulary = model.get_output_embeddings().weight.shape[0]
     except (NotImplementedError, ValueError, AttributeError) as error:
-        message = f"this model takes no new tokens for labels ({common.first_line(error)})"
-        raise common.UserError(f"--base: {message}") from None
+        message = f"this model takes no new tokens for labels ({runtime.first_line(error)})"
+        raise runtime.UserError(f"--base: {message}") from None
     # Usually new rows are put at the mean. The two labels would stay hard to tell apart there.
     rows = model.get_input_embeddings().weight.data  # [vocabulary, width]
     std, mean = torch.std_mean(rows[:n_known], dim=0)
@@ -261,7 +262,7 @@ def main(argv: list[str]) -> None:
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
     written = [s for name in args.train_samples for s in common.read_samples(Path(name), train)]
-    run = common.Run(args)
+    run = runtime.Run(args)
     if run.is_finished:
         print(f"{args.out} is complete")
         return
@@ -271,8 +272,8 @@ def main(argv: list[str]) -> None:
     sampler = common.Policy(args.model, args.device, args.dtype)
     common.check_base(sampler, policy, args.base)
     advice = "is a model of rcrl.py; take one that was trained without labels"
-    common.require(sampler.label is None, f"--model: {advice}")
-    common.require(policy.label is None, f"--base: {advice}")
+    runtime.require(sampler.label is None, f"--model: {advice}")
+    runtime.require(policy.label is None, f"--base: {advice}")
     torch.manual_seed(args.seed)  # for the embeddings of the labels
     teach_labels(policy, args.labels)
     common.encode_prompts(policy, dev)
@@ -287,12 +288,12 @@ def main(argv: list[str]) -> None:
         sampler, train, folder / "train.jsonl", run, progress="solutions", **how
     )
     solutions = usable(samples, args.deduplicate)
-    common.require(solutions, "no sample is finished: raise --max-new-tokens")
+    runtime.require(solutions, "no sample is finished: raise --max-new-tokens")
 
     # 2. Mix correct and incorrect solutions.
     correct = [s for s in solutions if s.correct]
     incorrect = [s for s in solutions if not s.correct]
-    common.require(correct, "no sample is correct: raise --samples")
+    runtime.require(correct, "no sample is correct: raise --samples")
     mixture = mix(correct, incorrect, args.ratio, args.train_size, args.seed)
 
     # 3. Label every line of the mixture. A resumed run reads samples and completions back.
@@ -306,7 +307,7 @@ def main(argv: list[str]) -> None:
     del sampler
     how = dict(by=args.labels, rule=args.label_rule, monotone=args.monotone)
     rows = [label_solution(sample, q, **how) for sample in mixture]
-    with common.atomic_write(folder / "labelled.jsonl") as file:
+    with runtime.atomic_write(folder / "labelled.jsonl") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     facts = describe(samples, rows) | {"prefixes": len(q)}
     facts["completions"] = len(q) * args.completions + len(again) * 64
@@ -316,19 +317,19 @@ def main(argv: list[str]) -> None:
         facts["label_agreement"] = common.mean(same)
         facts["q_difference"] = common.mean(abs(a - b) for a, b in pairs)
     facts_file = folder / "labelled.facts.json"
-    if not common.on_first(facts_file.exists):
-        common.write_json(facts_file, facts | {"seconds_sampling": run.clock()})
-    facts |= common.on_first(lambda: common.read_json(facts_file))
+    if not runtime.on_first(facts_file.exists):
+        runtime.write_json(facts_file, facts | {"seconds_sampling": run.clock()})
+    facts |= runtime.on_first(lambda: runtime.read_json(facts_file))
 
     # 4. Train from the base. The order of the data depends on the seed and the epoch alone.
     labelled = zip(mixture, rows, strict=True)
     encoded = [encode(policy, sample.problem, row["lines"]) for sample, row in labelled]
     # Labels lengthen a solution, so one that filled the last position does not fit any more.
     fitting = [pair for pair in encoded if sum(map(len, pair[0])) <= policy.max_length]
-    common.require(fitting, "no labelled solution fits the positions of the model")
+    runtime.require(fitting, "no labelled solution fits the positions of the model")
     if len(fitting) < len(encoded):
         n_long = len(encoded) - len(fitting)
-        common.warn(f"{n_long} of {len(encoded)} labelled solutions are too long and left out")
+        runtime.warn(f"{n_long} of {len(encoded)} labelled solutions are too long and left out")
     examples, targets = zip(*fitting, strict=True)
     optimizer = common.adam_w(policy.model.parameters(), args.lr)
     steps_per_epoch = -(-len(examples) // args.batch_size)
@@ -370,4 +371,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    runtime.run_main(main)

@@ -45,21 +45,22 @@ import transformers
 from tqdm import tqdm
 
 import common
+import runtime
 
 
 def parse_args(argv: list[str]):
     defaults = dict(model="runs/sft/model", out="runs/reward_model", samples=16, temperature=0.7)
     defaults |= dict(lr=1e-3, epochs=5, batch_size=32, limit_train=None, checkpoint_every=300)
-    parser = common.common_parser(__doc__, **defaults)
+    parser = runtime.common_parser(__doc__, **defaults)
     add = parser.add_argument
     kinds = "orm: outcome reward model; genrm: generative reward model, with other defaults"
     changed = "--out runs/genrm --lr 5e-4 --epochs 3 --batch-size 8"
     add("--kind", choices=["orm", "genrm"], default="orm", help=f"{kinds} ({changed})")
     add("--base", help="weights that the reward model starts from (default: those of --model)")
-    add("--pairs", type=common.WHOLE, default=4, help="genrm: most pairs of a kind per question")
+    add("--pairs", type=runtime.WHOLE, default=4, help="genrm: most pairs of a kind per question")
     files = "samples of the training questions from another script, instead of new ones"
     add("--train-samples", nargs="+", default=[], metavar="FILE", help=files)
-    add("--eval-samples", type=common.number(int, 2), default=16, help="samples per dev question")
+    add("--eval-samples", type=runtime.number(int, 2), default=16, help="samples per dev question")
     if parser.parse_args(argv).kind == "genrm":
         parser.set_defaults(out="runs/genrm", lr=5e-4, epochs=3, batch_size=8)
     args = parser.parse_args(argv)
@@ -84,9 +85,9 @@ class RewardModel(common.Policy):
     def load(self, folder: str):
         config = transformers.AutoConfig.from_pretrained(folder)
         trained = self.new or common.is_reward_model(config)
-        common.require(trained, "this is not a reward model; reward_model.py trains one")
+        runtime.require(trained, "this is not a reward model; reward_model.py trains one")
         known = type(config) in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
-        common.require(known, f"there is no token classifier for the family {config.model_type}")
+        runtime.require(known, f"there is no token classifier for the family {config.model_type}")
         how = dict(dtype=torch.float32, num_labels=1, use_safetensors=True)
         # Print no table of warnings about the new head.
         verbosity = transformers.logging.get_verbosity()
@@ -101,7 +102,7 @@ class RewardModel(common.Policy):
             missing = [key for key in missing if not key.startswith(f"{name}.")]
             torch.nn.init.zeros_(self.linear.weight)
             torch.nn.init.zeros_(self.linear.bias)
-        common.require(not missing, f"it has no weights for {missing[:3]}")
+        runtime.require(not missing, f"it has no weights for {missing[:3]}")
         return model
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -152,7 +153,7 @@ class GenerativeRewardModel(common.Policy):
         super().__init__(name, device, dtype, flag)
         trained = new or getattr(self.model.config, "compares_solutions", False)
         hint = "this is not a generative reward model; reward_model.py --kind genrm trains one"
-        common.require(trained, f"{flag} {name}: {hint}")
+        runtime.require(trained, f"{flag} {name}: {hint}")
         self.condition("none")
         self.model.config.compares_solutions = True
         self.verdict_ids = [self.encode_prompt(f"Better answer:\n{letter}")[-1] for letter in "AB"]
@@ -213,7 +214,7 @@ def probabilities(model: RewardModel | GenerativeRewardModel, examples: dict, to
         batch = [examples[keys[i]] for i in indices]
         values = common.by_example(model.log_odds(batch).sigmoid(), batch)
         found += zip(indices, values, strict=True)
-    return {keys[i]: value for i, value in common.gather(found)}
+    return {keys[i]: value for i, value in runtime.gather(found)}
 
 
 def balanced_weights(labels: list[bool]) -> list[float]:
@@ -365,7 +366,7 @@ def with_references(samples: list[common.Sample]) -> list[common.Sample]:
         problem = dataclasses.replace(group[0].problem, reference=chosen)
         group = [sample for sample in group if chosen and (gold or sample.solution != chosen)]
         kept += [dataclasses.replace(sample, problem=problem) for sample in group]
-    common.require(kept, "no dev question has a gold solution or a correct sample to compare with")
+    runtime.require(kept, "no dev question has a gold solution or a correct sample to compare with")
     return kept
 
 
@@ -433,7 +434,7 @@ def main(argv: list[str]) -> None:
     kind, measure = (GenerativeRewardModel, genrm_quality) if generative else (RewardModel, quality)
     given = [s for file in args.train_samples for s in common.read_samples(Path(file), train)]
     args.base = args.base or args.model
-    run = common.Run(args)
+    run = runtime.Run(args)
     if run.is_finished:
         print(f"{args.out} is complete")
         return
@@ -456,8 +457,8 @@ def main(argv: list[str]) -> None:
     data = [(reward_model.encode(*inputs), label, weight) for inputs, label, weight in found]
     correct = common.mean(sample.correct for sample in samples)
     print(f"{len(samples)} samples, {correct:.1%} correct; {len(data)} examples to train on")
-    common.require(0 < correct < 1, "all samples are correct, or all incorrect: nothing to learn")
-    common.require(data, "no question has a pair of solutions to compare; raise --samples")
+    runtime.require(0 < correct < 1, "all samples are correct, or all incorrect: nothing to learn")
+    runtime.require(data, "no question has a pair of solutions to compare; raise --samples")
     classes = [{sample.correct for sample in group} for group in common.by_problem(samples)]
     about_data = {
         "train_size": len(data),
@@ -506,13 +507,13 @@ def main(argv: list[str]) -> None:
         # Without an AUC no epoch is known to be the best. Then keep the last one.
         if report["auc"] is None or report["auc"] > progress["best"]:
             progress["best"] = report["auc"]
-            common.write_json(run.out / "quality.json", report | {"epoch": epoch + 1})
+            runtime.write_json(run.out / "quality.json", report | {"epoch": epoch + 1})
             reward_model.save(run.out / "model")
     run.finish()
     if progress["best"] is None:
-        common.warn("all dev samples are of one class, so there is no AUC: kept the last epoch")
+        runtime.warn("all dev samples are of one class, so there is no AUC: kept the last epoch")
     print(f"quality on dev in {run.out / 'quality.json'}; model in {run.out / 'model'}")
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    runtime.run_main(main)

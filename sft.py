@@ -27,13 +27,14 @@ import torch
 from tqdm import tqdm
 
 import common
+import runtime
 
 
 def parse_args(argv: list[str]):
     defaults = dict(model="tiny", out="runs/sft", lr=2e-4, epochs=4, batch_size=8, temperature=0.7)
-    parser = common.common_parser(__doc__, **defaults, limit_train=None, checkpoint_every=300)
+    parser = runtime.common_parser(__doc__, **defaults, limit_train=None, checkpoint_every=300)
     samples_help = "samples per dev problem for pass@k, at --temperature; 0: none"
-    parser.add_argument("--samples", type=common.number(int, 0), default=0, help=samples_help)
+    parser.add_argument("--samples", type=runtime.number(int, 0), default=0, help=samples_help)
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0: all samples of a problem are the same; maj@1 is greedy")
@@ -69,7 +70,7 @@ def cross_entropy(policy: common.Policy, examples: list, token_budget: int) -> f
     n_tokens, total = sum(len(solution) for _, solution in examples), 0.0
     for indices in common.micro_batches([len(p) + len(s) for p, s in examples], token_budget):
         total += common.response_logprobs(policy, [examples[i] for i in indices]).sum().item()
-    return -sum(common.gather([total])) / n_tokens
+    return -sum(runtime.gather([total])) / n_tokens
 
 
 def main(argv: list[str]) -> None:
@@ -79,8 +80,8 @@ def main(argv: list[str]) -> None:
     train = train[: args.limit_train]
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
     hint = "no written solutions to fine-tune on; expert_iteration.py needs only answers"
-    common.require(train, f"--dataset {args.dataset} has {hint}")
-    run = common.Run(args)
+    runtime.require(train, f"--dataset {args.dataset} has {hint}")
+    run = runtime.Run(args)
     if run.is_finished:
         print(f"{args.out} is complete")
         return
@@ -109,8 +110,7 @@ def main(argv: list[str]) -> None:
         progress |= run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
-        # It is as large as the model and its optimizer.
-        run.state = None
+        run.state = None  # as large as the model and its optimizer
     else:
         run.log(step=0, samples=0, tokens=0, epoch=0, **evaluate(0))
 
@@ -147,4 +147,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    runtime.run_main(main)

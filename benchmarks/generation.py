@@ -55,12 +55,13 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import engine  # noqa: E402
+import runtime
 
 
 def parse_args(argv: list[str]):
-    parser = common.common_parser(__doc__, model="tiny", temperature=1.0)
+    parser = runtime.common_parser(__doc__, model="tiny", temperature=1.0)
     parser.set_defaults(gen_batch_size=[256])
-    whole = common.number(int, 1)
+    whole = runtime.number(int, 1)
     parser.add_argument(
         "--problems", type=whole, default=32, help="so many prompts; fewer with more --samples"
     )
@@ -127,7 +128,7 @@ def as_usual(policy: common.Policy) -> common.Policy:
 
 
 def of_all_processes(measured: float) -> float:
-    return sum(common.gather([measured]))
+    return sum(runtime.gather([measured]))
 
 
 def limits(
@@ -346,9 +347,9 @@ def measure(policy, problems, samples: int, batch_size: int, args) -> dict:
                     synchronize(policy.device)
                     elapsed = time.perf_counter() - started
             except Exception as error:  # reported; the others go on
-                if common.process_count() > 1:
+                if runtime.process_count() > 1:
                     raise  # the other processes wait for this one
-                broken[name] = f"{type(error).__name__}: {common.first_line(error)}"[:300]
+                broken[name] = f"{type(error).__name__}: {runtime.first_line(error)}"[:300]
                 continue
             if not repeat:
                 continue
@@ -399,7 +400,7 @@ def main(argv: list[str]) -> None:
         "repeats": args.repeats,
         "device": device,
         "threads": torch.get_num_threads(),
-        "processes": common.process_count(),
+        "processes": runtime.process_count(),
         "dtype": args.dtype,
         "graphs": replays_graphs(policy),
         "torch": torch.__version__,
@@ -429,10 +430,10 @@ def main(argv: list[str]) -> None:
             print("  " + "  ".join(f"{key} {shown_number(value)}" for key, value in facts.items()))
             if args.out:
                 Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-                common.write_json(Path(args.out), report)
+                runtime.write_json(Path(args.out), report)
     flops, limit = row.get("matrix_flops", 0) / 1e9, row.get("limit", 0)
     print(f"matrix products: {flops:.0f} GFLOP/s; limit {limit:.0f} tokens/s")
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    runtime.run_main(main)

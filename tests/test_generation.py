@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 import common
 import engine
+import runtime
 
 QUESTIONS = [
     "Ann has 3 pens.",
@@ -64,7 +65,7 @@ _POLICIES = {}
 def fresh_warnings():
     """No test finds the fast parts disabled, or a warning given, by the one before it."""
     before = set(engine.graphs.disabled)
-    common.warn.cache_clear()
+    runtime.warn.cache_clear()
     yield
     engine.graphs.disabled.clear()
     engine.graphs.disabled.update(before)
@@ -96,7 +97,7 @@ def write_model(config_of, folder, scale: float = 8.0) -> None:
 
     Its weights are scaled up so that its choices are not all ties.
     """
-    tokenizer = AutoTokenizer.from_pretrained(common.model_folder("tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(runtime.model_folder("tiny"))
     config = config_of(len(tokenizer))
     config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
@@ -392,7 +393,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_in_one_line(loop, tmp_path_facto
     n = len(policy.encode_prompt(f"Question: {question}\nAnswer:\n"))
     problems = [*PROBLEMS, common.Problem("long", question, 1)]
     message = f"the longest prompt is {n} tokens long; the model has 256 positions"
-    with loop(policy), pytest.raises(common.UserError, match=message):
+    with loop(policy), pytest.raises(runtime.UserError, match=message):
         common.generate(policy, problems, max_new_tokens=250)
 
 
@@ -418,7 +419,7 @@ def test_broken_weights_are_noticed(nano, loop):
     policy = common.Policy(nano)
     with torch.no_grad():
         policy.head.__self__.model.get_output_embeddings().weight.fill_(float("nan"))
-    with loop(policy), pytest.raises(common.UserError, match="not finite"):
+    with loop(policy), pytest.raises(runtime.UserError, match="not finite"):
         common.generate(policy, PROBLEMS[:1], max_new_tokens=4)
 
 
@@ -870,7 +871,7 @@ def test_a_model_without_any_cache_is_refused_when_sampled(tmp_path):
     )
     policy = common.Policy(str(tmp_path), "cpu")
     assert not takes_engine(policy)
-    with pytest.raises(common.UserError, match="no cache of keys and values"):
+    with pytest.raises(runtime.UserError, match="no cache of keys and values"):
         common.generate(policy, PROBLEMS[:3], temperature=0, max_new_tokens=6, batch_size=2)
 
 
@@ -943,7 +944,7 @@ def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny,
     give_back, keep_prompts, warn = (
         engine.cache.Pool.give_back,
         engine.cache.PagedCache.keep_prompts,
-        common.warn,
+        runtime.warn,
     )
 
     def counting(self, numbers):
@@ -966,7 +967,7 @@ def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny,
     )
     at_the_warning = []
     monkeypatch.setattr(
-        common,
+        runtime,
         "warn",
         lambda *what, **how: (
             at_the_warning.append((len(ended), len(delivered))) or warn(*what, **how)
@@ -984,7 +985,7 @@ import resource, sys
 sys.path.insert(0, {str(common.__file__)!r}.rsplit("/", 1)[0])
 import torch, transformers, common
 torch.set_num_threads(1)
-tokenizer = transformers.AutoTokenizer.from_pretrained(common.model_folder("tiny"))
+tokenizer = transformers.AutoTokenizer.from_pretrained(runtime.model_folder("tiny"))
 config = transformers.LlamaConfig(
     vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
     num_attention_heads=16, head_dim=64, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
@@ -1077,7 +1078,7 @@ def test_a_family_with_attention_of_its_own_keeps_it(tmp_path):
 
 def test_a_model_that_reads_ahead_is_refused(tmp_path):
     write_model(lambda v: transformers.BertConfig(vocab_size=v, **SMALL), tmp_path)
-    with pytest.raises(common.UserError, match="not a causal language model"):
+    with pytest.raises(runtime.UserError, match="not a causal language model"):
         common.Policy(str(tmp_path))
 
 

@@ -14,6 +14,7 @@ from test_scripts import cli, rows_of, without_time  # noqa: F401
 import common
 import ppo
 import reward_model
+import runtime
 
 PROBLEMS = common.load_problems("arithmetic", "train", 40)
 SMALL = [
@@ -135,7 +136,7 @@ def test_grading_compares_every_sample_with_the_reference_of_its_problem(genrm):
 def test_grading_without_a_reference_names_how_many_questions_have_none(genrm):
     bare = [dataclasses.replace(p, solution=None, reference=None) for p in PROBLEMS[:2]]
     samples = [sample_of(p, "1", k) for p in [*bare, *PROBLEMS[2:5]] for k in range(3)]
-    with pytest.raises(common.UserError, match="^2 of 5 questions have no reference") as error:
+    with pytest.raises(runtime.UserError, match="^2 of 5 questions have no reference") as error:
         genrm.grade(samples)
     assert "\n" not in str(error.value) and not any(sample.score for sample in samples)
 
@@ -151,7 +152,7 @@ def test_a_reference_that_is_sampled_takes_the_room_of_a_sample(genrm):
             pairs = [(text, solution or text), (solution or text, text)]
             for a, b in pairs:
                 if extra:
-                    with pytest.raises(common.UserError, match="positions"):
+                    with pytest.raises(runtime.UserError, match="positions"):
                         genrm.encode(problem, a, b)
                 else:
                     assert sum(map(len, genrm.encode(problem, a, b))) > genrm.max_length - n
@@ -170,7 +171,7 @@ def test_a_saved_one_is_an_ordinary_language_model_and_others_are_refused(
         (nano, "not a generative reward model"),
         (folders.orm, "not a language model"),
     ):
-        with pytest.raises(common.UserError, match=words):
+        with pytest.raises(runtime.UserError, match=words):
             reward_model.GenerativeRewardModel(folder, "cpu")
 
 
@@ -584,7 +585,7 @@ def test_the_scores_of_another_run_are_found_by_the_question(tmp_path):
             row | {"question": p.question} for row, p in zip(rows, PROBLEMS[:5], strict=True)
         ]  # as it is written now
     other = [dataclasses.replace(PROBLEMS[1], question="another one of this name"), *PROBLEMS[2:4]]
-    with pytest.raises(common.UserError, match="1 missing"):
+    with pytest.raises(runtime.UserError, match="1 missing"):
         ppo.read_scores(str(file), other)
 
 

@@ -26,6 +26,7 @@ import expert_iteration
 import ppo
 import rcrl
 import reward_model
+import runtime
 import sft
 
 SMALL = ["--max-new-tokens", "60", "--gen-batch-size", "32", "--limit-eval", "8", "--seed", "7"]
@@ -324,14 +325,14 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
         spy(ppo, name)
     for name in ("micro_batches", "response_logprobs", "sum_gradients"):
         spy(common, name)
-    save, heads = common.Run.checkpoint, []
+    save, heads = runtime.Run.checkpoint, []
 
     def checkpoint(run, **state):
         if "critic" in state:
             heads.append(state["critic"]["head.weight"].clone())
         save(run, **state)
 
-    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    monkeypatch.setattr(runtime.Run, "checkpoint", checkpoint)
     argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4]
     argv += ["--phases", 3, "--epochs", 2, "--batch-size", 10, "--temperature", 1.2]
     argv += ["--kl-coef", 0.3, "--gae-lambda", 0.9, "--clip-range", 0.15, "--value-clip-range", 0.1]
@@ -439,10 +440,10 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
 
 
 @pytest.fixture
-def run(tmp_path) -> common.Run:
+def run(tmp_path) -> runtime.Run:
     """A run that has begun."""
     handler = signal.getsignal(signal.SIGINT)
-    run = common.Run(
+    run = runtime.Run(
         argparse.Namespace(
             out=tmp_path / "run", checkpoint_every=100, resume=False, overwrite=False
         )
@@ -458,7 +459,7 @@ def test_the_time_of_samples_that_are_read_back_counts(tiny, run):
     how = dict(samples=1, max_new_tokens=4, batch_size=2, progress="")
     run.started -= 50
     common.sample_to_file(tiny, problems, run.out / "samples" / "round_1.jsonl", run, **how)
-    again = common.Run(
+    again = runtime.Run(
         argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False)
     )
     again.begin()
@@ -467,8 +468,8 @@ def test_the_time_of_samples_that_are_read_back_counts(tiny, run):
     assert 50 < again.clock() < 75
 
 
-def resumed(run) -> common.Run:
-    again = common.Run(
+def resumed(run) -> runtime.Run:
+    again = runtime.Run(
         argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False)
     )
     again.begin()
@@ -512,19 +513,21 @@ def test_a_checkpoint_is_written_when_it_is_due_and_at_ctrl_c(run):
 
 def test_a_run_goes_on_on_another_device_and_after_a_model_was_half_replaced(run):
     settings = dict(out=run.out.with_name("other"), lr=0.1, resume=True, overwrite=False)
-    first = common.Run(argparse.Namespace(**settings, device="cpu", checkpoint_every=100))
+    first = runtime.Run(argparse.Namespace(**settings, device="cpu", checkpoint_every=100))
     first.begin()
     first.checkpoint(now=True)
     (
         first.out / "model.old"
     ).mkdir()  # killed after the old one was put aside, before the new one had its name
     (first.out / "model.old" / "config.json").write_text("{}")
-    common.Run(argparse.Namespace(**settings, device="cuda", checkpoint_every=5)).begin()
+    runtime.Run(argparse.Namespace(**settings, device="cuda", checkpoint_every=5)).begin()
     assert [path.name for path in first.out.glob("model*/*")] == ["config.json"] and (
         first.out / "model"
     ).exists()
-    with pytest.raises(common.UserError, match=r"other settings \(lr\)"):
-        common.Run(argparse.Namespace(**settings | {"lr": 0.2}, device="cpu", checkpoint_every=100))
+    with pytest.raises(runtime.UserError, match=r"other settings \(lr\)"):
+        runtime.Run(
+            argparse.Namespace(**settings | {"lr": 0.2}, device="cpu", checkpoint_every=100)
+        )
 
 
 def test_sampling_goes_on_with_whole_groups_and_leaves_no_line_twice(tiny, tmp_path, monkeypatch):

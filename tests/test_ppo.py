@@ -14,6 +14,7 @@ from test_scripts import cli, rows_of, without_time  # noqa: F401
 import common
 import engine
 import ppo
+import runtime
 
 TINY_RUN = ["--device", "cpu", "--model", "tiny", "--questions", "8", "--samples", "3",
             "--batch-size", "10", "--max-new-tokens", "60", "--gen-batch-size", "16",
@@ -25,7 +26,7 @@ EXAMPLES = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 1]), ([4, 4, 4, 4, 4], [3])
 @pytest.fixture(autouse=True)
 def every_warning_is_printed():
     """Of equal warnings a process prints the first one."""
-    common.warn.cache_clear()
+    runtime.warn.cache_clear()
 
 
 # ---- formulas
@@ -496,7 +497,7 @@ def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(
 ):
     argv = [*TINY_RUN, "--phases", 3, *flags, "--device", "cpu"]
     assert cli(ppo, *argv, "--out", tmp_path / "whole")[0] == 0
-    log, calls = common.Run.log, []
+    log, calls = runtime.Run.log, []
 
     def interrupted(run, **metrics):
         log(run, **metrics)
@@ -504,9 +505,9 @@ def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(
         if len(calls) == 3:
             raise KeyboardInterrupt  # after the second phase was logged, before its checkpoint
 
-    monkeypatch.setattr(common.Run, "log", interrupted)
+    monkeypatch.setattr(runtime.Run, "log", interrupted)
     assert cli(ppo, *argv, "--out", tmp_path / "broken")[0] == 130
-    monkeypatch.setattr(common.Run, "log", log)
+    monkeypatch.setattr(runtime.Run, "log", log)
     assert cli(ppo, *argv, "--out", tmp_path / "broken", "--resume")[0] == 0
     assert without_time(tmp_path / "broken" / "metrics.jsonl") == without_time(
         tmp_path / "whole" / "metrics.jsonl"
@@ -770,5 +771,5 @@ def test_a_layer_that_is_derived_from_a_linear_one_gets_an_adapter_if_it_is_line
     policy.model.requires_grad_(False)
     for layer in ppo.decoder_layers(policy.model):
         layer.self_attention = layer.mlp = torch.nn.Identity()
-    with pytest.raises(common.UserError, match="no linear layers"):
+    with pytest.raises(runtime.UserError, match="no linear layers"):
         ppo.Lora(policy, 3)

@@ -12,6 +12,7 @@ import pytest
 import common
 import evaluate
 import expert_iteration
+import runtime
 from tiny import arithmetic
 
 SPLITS = ("train", "dev", "test")
@@ -211,7 +212,7 @@ def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined
 def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(common.UserError, match="bad.jsonl") as error:
+    with pytest.raises(runtime.UserError, match="bad.jsonl") as error:
         common.load_problems(str(path), "train")
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -227,7 +228,7 @@ def test_half_a_character_does_not_reach_the_tokenizer(tiny, tmp_path):
 @pytest.mark.parametrize("content", ["5", "null", '{"a": []}'])
 def test_a_json_file_that_is_no_list_is_an_error(tmp_path, content):
     (tmp_path / "SVAMP.json").write_text(content)
-    with pytest.raises(common.UserError, match="not a list"):
+    with pytest.raises(runtime.UserError, match="not a list"):
         common.load_problems(str(tmp_path / "SVAMP.json"), "train")
 
 

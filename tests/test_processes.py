@@ -24,6 +24,7 @@ from test_scripts import rows_of, snapshot, without_time
 import common
 import ppo
 import reward_model
+import runtime
 
 SMALL = "--model tiny --device cpu --limit-eval 12 --max-new-tokens 60 --gen-batch-size 48"
 TRAIN = f"{SMALL} --limit-train 40"
@@ -175,18 +176,18 @@ def test_an_error_of_the_user_stays_one_with_several_processes(tmp_path):
 def test_what_the_first_process_cannot_read_or_write_all_hear_of(monkeypatch):
     """Else the others would wait for it for days."""
     said = []
-    monkeypatch.setattr(common, "process_count", lambda: 2)
+    monkeypatch.setattr(runtime, "process_count", lambda: 2)
     monkeypatch.setattr(
         common.dist, "broadcast_object_list", lambda values, source: said.append([*values, source])
     )
-    for error in (OSError(28, "No space left on device"), common.UserError("not a checkpoint")):
+    for error in (OSError(28, "No space left on device"), runtime.UserError("not a checkpoint")):
 
         def fail(error=error):
             raise error
 
-        with pytest.raises(common.UserError, match="No space left|not a checkpoint"):
-            common.on_first(fail)
-    assert common.on_first(lambda: 5) == 5
+        with pytest.raises(runtime.UserError, match="No space left|not a checkpoint"):
+            runtime.on_first(fail)
+    assert runtime.on_first(lambda: 5) == 5
     assert said == [
         [None, "[Errno 28] No space left on device", 0],
         [None, "not a checkpoint", 0],

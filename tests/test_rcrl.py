@@ -15,6 +15,7 @@ import evaluate
 import expert_iteration
 import ppo
 import rcrl
+import runtime
 import sft
 
 PROBLEMS = common.load_problems("arithmetic", "train", 24)
@@ -250,7 +251,7 @@ def test_a_model_that_takes_no_new_tokens_is_refused(nano, monkeypatch):
 
     monkeypatch.setattr(policy.model, "resize_token_embeddings", refuse)
     words = "--base: this model takes no new tokens for labels .tied in a way of its own"
-    with pytest.raises(common.UserError, match=words):
+    with pytest.raises(runtime.UserError, match=words):
         rcrl.teach_labels(policy, "step")
 
 
@@ -529,7 +530,7 @@ def test_a_labelled_solution_that_is_too_long_is_left_out(cli, tmp_path, capsys)
     argv = ["--model", tmp_path / "short", "--base", tmp_path / "short", "--samples", 8]
     argv += ["--dataset", tmp_path / "short.jsonl", "--limit-eval", 1, "--epochs", 1]
     argv += ["--max-new-tokens", 60, "--out", tmp_path / "run", "--completions", 2]
-    common.warn.cache_clear()
+    runtime.warn.cache_clear()
     code, message = cli(rcrl, *argv)
     assert code == 0, message
     row = rows_of(tmp_path / "run" / "metrics.jsonl")[-1]

@@ -18,6 +18,7 @@ import evaluate
 import expert_iteration
 import ppo
 import reward_model
+import runtime
 
 PROBLEMS = common.load_problems("arithmetic", "train", 40)
 RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--samples", "4",
@@ -227,7 +228,7 @@ def test_a_family_without_a_token_classifier_is_refused_as_reward_model(family, 
     }  # fmt: skip
     write_model(families[family], tmp_path)
     common.Policy(str(tmp_path), "cpu")
-    with pytest.raises(common.UserError, match=f"no token classifier for the family {family}"):
+    with pytest.raises(runtime.UserError, match=f"no token classifier for the family {family}"):
         reward_model.RewardModel(str(tmp_path), "cpu", new=True)
 
 
@@ -258,7 +259,7 @@ def test_a_reward_model_is_trained_from_the_weights_of_the_policy(name, tmp_path
         )
     for a, b in zip(again.scores(samples), orm.scores(samples), strict=True):
         assert np.allclose(a, b)
-    with pytest.raises(common.UserError, match="a reward model, not a language model"):
+    with pytest.raises(runtime.UserError, match="a reward model, not a language model"):
         common.Policy(str(tmp_path / "orm"))
 
 
@@ -274,7 +275,7 @@ def test_a_reward_model_without_all_its_weights_is_refused(nano, tmp_path):
             file,
             metadata={"format": "pt"},
         )
-        with pytest.raises(common.UserError, match=f"no weights for .*{lost}"):
+        with pytest.raises(runtime.UserError, match=f"no weights for .*{lost}"):
             reward_model.RewardModel(str(tmp_path / "orm"), "cpu")
 
 
@@ -523,9 +524,9 @@ def test_a_sample_that_was_cut_at_the_last_position_can_still_be_scored(orm):
     prompt, response = orm.encode(cut)
     assert len(prompt + response) <= orm.max_length
     assert orm.check_length((prompt, [5] * room)) == (prompt, [5] * room)
-    with pytest.raises(common.UserError, match="positions"):
+    with pytest.raises(runtime.UserError, match="positions"):
         orm.check_length((prompt, [5] * (room + 1)))
-    with pytest.raises(common.UserError, match="positions"):
+    with pytest.raises(runtime.UserError, match="positions"):
         orm.scores([sample_of(problem, text + "7\n8", finished=False)])
 
 

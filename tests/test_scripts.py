@@ -25,6 +25,7 @@ import expert_iteration
 import ppo
 import rcrl
 import reward_model
+import runtime
 import sft
 
 SFT = "--epochs 2 --batch-size 4 --limit-eval 16 --max-new-tokens 80 --gen-batch-size 16".split()
@@ -41,9 +42,9 @@ def run_cli(script, *argv, monkeypatch, capsys) -> tuple[int, str]:
     argv += [] if "--device" in argv else ["--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *argv])
     handler = signal.getsignal(signal.SIGINT)
-    common.warn.cache_clear()  # a new process warns again
+    runtime.warn.cache_clear()  # a new process warns again
     try:
-        common.run_main(script.main)
+        runtime.run_main(script.main)
         code = 0
     except SystemExit as stop:
         code = stop.code

@@ -26,6 +26,7 @@ import expert_iteration
 import ppo
 import rcrl
 import reward_model
+import runtime
 import sft
 
 TRAIN = common.load_problems("arithmetic", "train", 64)
@@ -222,7 +223,7 @@ def test_defaults_that_depend_on_other_flags():
 
 def begin(args) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    run = common.Run(args)
+    run = runtime.Run(args)
     run.begin()
     run.checkpoint(now=True)
     signal.signal(signal.SIGINT, handler)
@@ -293,12 +294,12 @@ def test_a_run_does_not_go_on_with_another_model(key, tmp_path):
         **{key: str(given)},
     )
     begin(args)
-    common.Run(args)  # nothing has changed
+    runtime.Run(args)  # nothing has changed
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.add_(1.0)
     policy.save(given)
-    with pytest.raises(common.UserError, match=f"{key}_fingerprint"):
-        common.Run(args)
+    with pytest.raises(runtime.UserError, match=f"{key}_fingerprint"):
+        runtime.Run(args)
 
 
 # ---- PPO
@@ -309,7 +310,7 @@ def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
 ):
     asked, losses, estimates, states = [], [], [], []
     forward, policy_loss, value_loss = common.response_logprobs, ppo.policy_loss, ppo.value_loss
-    gae, save = ppo.gae, common.Run.checkpoint
+    gae, save = ppo.gae, runtime.Run.checkpoint
     monkeypatch.setattr(common, "response_logprobs", lambda *a: asked.append(a[1]) or forward(*a))
     monkeypatch.setattr(ppo, "gae", lambda *a: estimates.append((a, gae(*a))) or estimates[-1][1])
 
@@ -323,7 +324,7 @@ def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
     monkeypatch.setattr(ppo, "policy_loss", spied(policy_loss))
     monkeypatch.setattr(ppo, "value_loss", spied(value_loss))
     monkeypatch.setattr(
-        common.Run, "checkpoint", lambda run, **state: states.append(state) or save(run, **state)
+        runtime.Run, "checkpoint", lambda run, **state: states.append(state) or save(run, **state)
     )
     argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4]
     argv += ["--phases", 2, "--epochs", 2, "--batch-size", 10, "--eval-every", 9]

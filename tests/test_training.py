@@ -22,6 +22,7 @@ import expert_iteration
 import ppo
 import rcrl
 import reward_model
+import runtime
 import sft
 
 EXAMPLES = [
@@ -133,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(nano):
     with torch.no_grad():
         weight[0, 0] = float("inf")
     before = [p.clone() for p in policy.model.parameters()]
-    with pytest.raises(common.UserError, match="not finite"):
+    with pytest.raises(runtime.UserError, match="not finite"):
         train_step(policy, torch.optim.SGD(policy.model.parameters(), lr=1.0), EXAMPLES, 1.0, 1000)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
@@ -161,7 +162,7 @@ def test_a_gradient_that_is_not_finite_stops_even_if_the_loss_is(script, nano):
     before = [p.clone() for p in policy.model.parameters()]
     *_, last = policy.model.parameters()
     hook = last.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(common.UserError, match="not finite") as error:
+    with pytest.raises(runtime.UserError, match="not finite") as error:
         STEPS[script](policy, optimizer)
     loss, norm = re.search(r"\((.*), (.*)\)", str(error.value)).groups()
     assert math.isfinite(float(loss)) and norm == "nan"
@@ -240,7 +241,7 @@ def test_nothing_is_unpickled(nano, cli, tmp_path):  # noqa: F811
             common.Policy,
             lambda name, device: reward_model.RewardModel(name, device, new=True),
         ):
-            with pytest.raises(common.UserError):
+            with pytest.raises(runtime.UserError):
                 load(str(folder), "cpu")
     argv = ["--model", nano, "--epochs", 1, "--limit-eval", 2, "--max-new-tokens", 2, "--out", run]
     assert cli(sft, *argv)[0] == 0
@@ -262,7 +263,7 @@ def test_a_model_that_the_gpu_cannot_train_is_refused_before_it_samples(monkeypa
         if free == 11 * 10**6:
             common.check_memory(model)
         else:
-            with pytest.raises(common.UserError, match="to train all weights"):
+            with pytest.raises(runtime.UserError, match="to train all weights"):
                 common.check_memory(model)
 
 
@@ -349,7 +350,7 @@ def test_a_head_that_is_not_linear_is_refused(nano, monkeypatch):
         return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", softcapped)
-    with pytest.raises(common.UserError, match="scaled or capped"):
+    with pytest.raises(runtime.UserError, match="scaled or capped"):
         common.Policy(nano)
 
 
@@ -424,15 +425,15 @@ def test_saved_folder_is_an_ordinary_model_that_says_the_same(tiny, tmp_path):
 def test_a_fingerprint_changes_with_any_weight(tmp_path):
     """Adapters leave the embeddings, the first megabytes of most files, as they are."""
     model = tmp_path / "model"
-    shutil.copytree(common.model_folder("tiny"), model)
-    before, file = common.fingerprint(str(model)), model / "model.safetensors"
+    shutil.copytree(runtime.model_folder("tiny"), model)
+    before, file = runtime.fingerprint(str(model)), model / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert common.fingerprint(str(model)) != before
+    assert runtime.fingerprint(str(model)) != before
     content[-1] ^= 1
     file.write_bytes(content)
-    assert common.fingerprint(str(model)) == before
+    assert runtime.fingerprint(str(model)) == before
 
 
 @pytest.mark.parametrize("name, fused", [("llama", 7), ("qwen3", 13), ("gemma3", 0), ("gpt2", 0)])

@@ -135,3 +135,15 @@ def generate(dataset: str) -> list[tuple[str, str]]:
         if question not in solutions:
             solutions[question] = write_solution(solve_story(plan))
     return list(solutions.items())
+
+
+def rows(dataset: str, part: str) -> list[dict]:
+    """Return the id, question, written solution and reference solution of every problem.
+
+    part: "train" or "test". The first problems have a written solution, all have a reference.
+    """
+    found = []
+    for i, (question, text) in enumerate(generate(dataset)):
+        row = {"id": f"{NAMES[dataset]}-{i}", "question": question}
+        found.append(row | {"solution": text if i < N_WRITTEN else None, "reference": text})
+    return found[N_TRAIN:] if part == "test" else found[:N_TRAIN]
