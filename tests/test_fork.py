@@ -1,4 +1,4 @@
-"""A fork: a script with common.py and tiny/ in a folder of its own, without engine/."""
+"""A fork: a script with common.py, runtime.py and tiny/ in a folder of its own, without engine/."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 @pytest.fixture
 def fork(tmp_path) -> Path:
-    """A folder with ppo.py, evaluate.py, common.py and tiny/, and nothing else."""
+    """A folder with ppo.py, evaluate.py, common.py, runtime.py and tiny/, and nothing else."""
     folder = tmp_path / "fork"
     folder.mkdir()
-    for name in ("ppo.py", "evaluate.py", "common.py"):
+    for name in ("ppo.py", "evaluate.py", "common.py", "runtime.py"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "tiny", folder / "tiny", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
