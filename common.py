@@ -641,7 +641,7 @@ def generate(
 def sampling(args) -> dict:
     """Return the settings of `generate` that are flags of every script."""
     settings = dict(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
-    return settings | dict(batch_size=args.gen_batch_size)
+    return settings | dict(batch_size=args.gen_batch_size, samples=args.samples)
 
 
 def encode_prompts(policy: Policy, problems, few_shot=False, prefixes=None) -> list[list[int]]:
@@ -969,17 +969,20 @@ def sample_to_file(policy: Policy, problems, path: Path, run=None, **how):
     return samples
 
 
-def dev_metrics(policy: Policy, problems, args, samples: int, file: Path, few_shot=False) -> dict:
-    """Measure maj@1 (greedy accuracy), and pass@k if `samples` > 0. Write the greedy samples."""
-    how = dict(max_new_tokens=args.max_new_tokens, batch_size=args.gen_batch_size)
-    how |= dict(seed=args.seed, few_shot=few_shot)
-    greedy = generate(policy, problems, temperature=0, progress="dev", **how)
-    write_samples(file, greedy)
+def dev_metrics(policy: Policy, problems, args, number: int, samples=0, few_shot=False) -> dict:
+    """Measure maj@1 (greedy accuracy), and pass@k if `samples` > 0.
+
+    The greedy samples are written to samples/dev_NUMBER.jsonl.
+    """
+    how = sampling(args) | dict(seed=args.seed, few_shot=few_shot)
+    one = how | dict(samples=1, temperature=0, progress="dev")
+    greedy = generate(policy, problems, **one)
+    write_samples(Path(args.out) / "samples" / f"dev_{number}.jsonl", greedy)
     metrics = {"maj@1": mean(s.correct for s in greedy)}
     metrics["no_answer"] = mean(s.answer is None for s in greedy)
     metrics["truncated"] = mean(not s.finished for s in greedy)
     if samples:
-        how |= dict(samples=samples, temperature=args.temperature, progress="dev pass@k")
+        how |= dict(samples=samples, progress="dev pass@k")
         groups = by_problem(generate(policy, problems, **how))
         counts = [sum(s.correct for s in group) for group in groups]
         for k in powers_of_two(samples):

@@ -187,7 +187,7 @@ def main(argv: list[str]) -> None:
     how = common.sampling(args) | dict(seed=args.seed, few_shot=args.few_shot)
     one = how | dict(samples=1, temperature=0, progress="greedy")
     greedy = common.sample_to_file(policy, problems, greedy_file, **one)
-    how |= dict(samples=args.samples, progress="samples")
+    how |= dict(progress="samples")
     # A reward model was trained on samples of the training questions with the seed [seed, 0].
     how |= dict(seed=[args.seed, 0]) if args.split == "train" and not reward_model else {}
     samples = common.sample_to_file(policy, problems, samples_file, **how)

@@ -466,9 +466,8 @@ def token_metrics(sampled, logprobs, ref_logprobs, values, returns) -> dict[str,
 
 def evaluate(policy, lora, dev, args, phase: int, best: float) -> dict:
     """Measure the policy on dev, with adapters merged. If it is better than `best`, save it."""
-    file = Path(args.out) / "samples" / f"dev_{phase}.jsonl"
     with lora.merged() if lora else contextlib.nullcontext():
-        metrics = common.dev_metrics(policy, dev, args, 0, file, args.few_shot)
+        metrics = common.dev_metrics(policy, dev, args, phase, few_shot=args.few_shot)
         if metrics["maj@1"] > best:
             policy.save(Path(args.out) / "model")
     names = {"no_answer": "dev_no_answer", "truncated": "dev_truncated"}
@@ -544,8 +543,8 @@ def main(argv: list[str]) -> None:
         # 1. Choose questions and sample solutions.
         started = time.monotonic()
         chosen, prefixes = curriculum.draw(phase, args.questions)
-        how = common.sampling(args) | dict(few_shot=args.few_shot, samples=args.samples)
-        how |= dict(seed=[args.seed, phase], prefixes=prefixes, progress=f"phase {phase}")
+        how = common.sampling(args) | dict(few_shot=args.few_shot, progress=f"phase {phase}")
+        how |= dict(seed=[args.seed, phase], prefixes=prefixes)
         samples = common.generate(policy, [train[i] for i in chosen], **how)
         common.write_samples(run.out / "samples" / f"phase_{phase}.jsonl", samples)
         seconds_sampling, started = time.monotonic() - started, time.monotonic()

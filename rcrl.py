@@ -1,34 +1,26 @@
 r"""Return-conditioned RL: label every line of a solution good or bad, then ask for good lines.
 
-Objective, for question q and solution s with lines l_1 ... l_n and labels z_i:
+This is RCRL of "Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et
+al. 2024). The objective, for a question q and a solution s with lines l_1 ... l_n and labels z_i:
 
     minimise   - sum_(q, s)  sum_i  log pi(l_i | q, z_1, l_1, ..., z_(i-1), l_(i-1), z_i)
 
     z_i = [GOOD] if Q(q, l_1 ... l_i) >= 0.5 else [BAD]
     Q   = fraction of correct solutions among M completions of the prefix l_1 ... l_i
 
-"Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla et al. 2024),
-method RCRL, after "Decision Transformer" (Chen et al. 2021).
-
-    1. Sample K solutions per training question, by default with the best policy of expert
-       iteration. Or read --train-samples.
+    1. Sample K solutions per training question, or read --train-samples.
     2. Mix correct and incorrect solutions in the ratio --ratio.
     3. Complete every prefix of the mixture M times. Label the last line of the prefix by Q.
        With --labels outcome the whole solution has one label: is it correct?
-       With --label-rule any a line is good if at least one completion is correct: Q > 0.
-       With --monotone a line is also good if a later line of the solution is good. Both come from
-       GLoRe (Havrilla et al. 2024, arXiv 2402.10963), where they label the steps for a verifier.
     4. Train from the pretrained base. The lines are targets, the labels are context.
     5. After every epoch measure greedy accuracy on dev, with [GOOD] before every line. The best
        epoch becomes model/. `evaluate.py` forces [GOOD] as well, or as --condition says.
 
-Differences from the paper, and choices where it gives no detail:
-    * M is 8, at --temperature. The default ratio is 10. Truncated solutions are left out.
-    * The ratio counts distinct solutions. Solutions with the same sequence of arithmetic operations
-      are the same. With --no-deduplicate every sample counts, the default of expert_iteration.py.
-    * The last line needs no completion: its Q is 1 or 0. A blank line counts as a line, because in
-      sampling a label follows every line break.
-    * The embeddings of the two labels start as random vectors, spread like the other embeddings.
+Choices where the paper gives no detail: M is 8. Truncated solutions are left out. The ratio counts
+distinct solutions, one for every sequence of operations, unless --no-deduplicate is given. The Q of
+the last line is 1 or 0. The new embeddings are random vectors, spread like the other embeddings.
+GLoRe (Havrilla et al. 2024, arXiv 2402.10963) labels steps by two other rules. --label-rule any: a
+line is good if at least one completion is correct. --monotone: a line before a good line is good.
 
 CPU, 5 minutes, after `python expert_iteration.py` (README.md has the measured numbers):
     python rcrl.py
@@ -42,9 +34,9 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -55,30 +47,23 @@ LABELS = {"good": "[GOOD]", "bad": "[BAD]"}
 Prefix = tuple[str, str]  # problem id, first lines of a solution
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    flags = dict(model="runs/expert_iteration/model", out="runs/rcrl", samples=16, temperature=1.0)
-    flags |= dict(lr=1e-3, epochs=4, batch_size=16, limit_train=None, checkpoint_every=300)
-    parser = runtime.common_parser(__doc__, **flags)
-    add = parser.add_argument
+def parse_args(argv: list[str]):
+    defaults = dict(model="runs/expert_iteration/model", out="runs/rcrl", samples=16)
+    defaults |= dict(temperature=1.0, lr=1e-3, epochs=4, batch_size=16)
+    parser = runtime.common_parser(__doc__, **defaults, limit_train=None, checkpoint_every=300)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--base", default="tiny", help="pretrained model to train; --model only samples")
     add("--train-samples", nargs="+", default=[], metavar="FILE", help="use samples of another run")
-    about = "one per line, one per solution, or none: the same solutions as a control"
-    add("--labels", choices=["step", "outcome", "none"], default="step", help=about)
-    about = "a line is good if Q >= 0.5 (mean), or if any completion is correct (any, from GLoRe)"
-    add("--label-rule", choices=["mean", "any"], default="mean", help=about)
-    about = "a line is good if a later line of the same solution is good (from GLoRe)"
-    add("--monotone", action="store_true", help=about)
+    kinds, rules = ["step", "outcome", "none"], ["mean", "any"]
+    add("--labels", choices=kinds, default="step", help="one per line, one per solution, none")
+    add("--label-rule", choices=rules, default="mean", help="good: Q >= 0.5 (mean), Q > 0 (any)")
+    add("--monotone", action="store_true", help="a line before a good line is good")
     add("--completions", type=runtime.WHOLE, default=8, help="completions per prefix, M")
-    about = "correct solutions per incorrect one; 1e9: no incorrect ones (paper: 1 is worst)"
-    add("--ratio", type=runtime.number(float, 0.01), default=10.0, help=about)
-    about = "keep one solution per question, outcome and sequence of operations"
-    add("--deduplicate", action=argparse.BooleanOptionalAction, default=True, help=about)
+    add("--ratio", type=runtime.number(float, 0.01), default=10.0, help="correct per incorrect")
+    add("--deduplicate", action=switch, default=True, help="keep a sequence of operations once")
     add("--train-size", type=runtime.WHOLE, help="most solutions in the mixture, to compare ratios")
-    about = "complete so many prefixes 64 times more, and log how often that changes the label"
-    add("--check-labels", type=runtime.number(int, 0), default=0, help=about)
     args = parser.parse_args(argv)
-    only_step = "check_labels", "label_rule", "monotone"
-    parser.only_with("--labels step", args.labels == "step", args, *only_step)
+    parser.only_with("--labels step", args.labels == "step", args, "label_rule", "monotone")
     if args.temperature == 0:
         parser.error("--temperature 0: all samples and all completions of a prefix are the same")
     return args
@@ -101,10 +86,7 @@ def usable(samples: list[common.Sample], deduplicate: bool) -> list[common.Sampl
 
 
 def mix(correct: list, incorrect: list, ratio: float, size: int | None, seed: int) -> list:
-    """Choose at random the largest mixture with `ratio` correct solutions per incorrect one.
-
-    size: its most solutions. Correct ones too few for one more incorrect one are all taken.
-    """
+    """Choose the largest mixture with `ratio` correct solutions per incorrect one, at random."""
     n_correct, n_incorrect = len(correct), min(len(incorrect), int(len(correct) / ratio))
     if 0 < n_incorrect == len(incorrect):
         n_correct = max(1, round(ratio * n_incorrect))
@@ -130,37 +112,23 @@ def prefixes_of(solutions: list[common.Sample]) -> dict[Prefix, common.Problem]:
 
 
 def estimate_q(policy, prefixes: dict[Prefix, common.Problem], file, run, **how):
-    """Return the fraction of correct completions of every prefix: {prefix: Q}.
-
-    A truncated completion is incorrect. how: see `common.sample_to_file`, which writes `file`.
-    """
-    if not prefixes:
-        return {}
+    """Return the fraction of correct completions of every prefix: {prefix: Q}."""
     how |= dict(prefixes=[text for _, text in prefixes], progress="completions")
     samples = common.sample_to_file(policy, list(prefixes.values()), file, run, **how)
-    correct = np.array([sample.correct and sample.finished for sample in samples])
-    q = correct.reshape(len(prefixes), -1).mean(1)  # [prefixes]
-    return dict(zip(prefixes, q.tolist(), strict=True))
+    shares = [common.mean(s.passed for s in group) for group in common.by_problem(samples)]
+    return dict(zip(prefixes, shares, strict=True))
 
 
-def is_good(q: float, rule: str) -> bool:
-    """Return whether a line with this Q is good, by the rule "mean" or "any"."""
-    return q > 0 if rule == "any" else q >= 0.5
-
-
-def label_solution(
-    sample: common.Sample, q: dict[Prefix, float], by: str, rule: str = "mean", monotone=False
-) -> dict:
+def label_solution(sample, q: dict[Prefix, float], by: str, rule="mean", monotone=False) -> dict:
     """Label every line of a solution. Return a row of labelled.jsonl.
 
     The Q of the last line is 1 or 0, the outcome. Unless `by` is "step", it is the Q of all lines.
-    rule: see `is_good`. monotone: every line before a good line is good as well.
     """
     problem, texts = sample.problem, lines_of(sample)
     values = [float(sample.correct)] * len(texts)
     if by == "step":
         values[:-1] = [q[problem.id, prefix] for prefix in itertools.accumulate(texts[:-1])]
-    good = [is_good(value, rule) for value in values]
+    good = [value >= 0.5 or (rule == "any" and value > 0) for value in values]
     if monotone:
         good = [any(good[i:]) for i in range(len(good))]
     labels = ["good" if flag else "bad" for flag in good]
@@ -184,13 +152,7 @@ def describe(samples: list[common.Sample], rows: list[dict]) -> dict:
 
 
 def teach_labels(policy: common.Policy, by: str) -> None:
-    """Add a token for each label to the tokenizer, and a row for it to the embedding.
-
-    by: "step", "outcome" or "none". Raises UserError if the model takes no new tokens.
-    """
-    if by == "none":
-        policy.condition("none")
-        return
+    """Add a token for each label to the tokenizer, and a row for it to the embedding."""
     model, tokenizer, labels = policy.model, policy.tokenizer, list(LABELS.values())
     n_known = len(tokenizer)
     try:
@@ -213,13 +175,11 @@ def teach_labels(policy: common.Policy, by: str) -> None:
 def encode(policy: common.Policy, problem: common.Problem, lines: list[dict]):
     """Encode a labelled solution as it is sampled: label, line, label, line ..., end-of-text.
 
-    With --labels outcome it has only the first label, with none no label. Returns prompt and
-    response ids, and for every response token whether it is a target. Labels are not.
+    Returns prompt and response ids, and for every response id whether it is a target.
     """
     if not policy.label_every_line:
         # Encode one text: a tokenizer may split it at other positions than line breaks.
-        text = "".join(line["text"] for line in lines)
-        lines = [{"label": lines[0]["label"], "text": text}]
+        lines = [lines[0] | {"text": "".join(line["text"] for line in lines)}]
     response, targets = [], []
     for line in lines:
         label = [] if policy.label is None else policy.encode_prefix(policy.labels[line["label"]])
@@ -231,13 +191,10 @@ def encode(policy: common.Policy, problem: common.Problem, lines: list[dict]):
     return example, [*targets, True]
 
 
-def train_step(
-    policy: common.Policy, optimizer: torch.optim.Optimizer, batch, targets, token_budget: int
-) -> tuple[float, float]:
+def train_step(policy, optimizer, batch: list, targets: list, token_budget: int):
     """Make one optimizer step on the mean cross-entropy of the targets of a batch.
 
-    targets: for every example whether each response token is one. Labels are not.
-    Returns the loss in nats per token and the norm of the gradient before clipping.
+    targets: whether each solution id is one. Returns the loss per token and the gradient norm.
     """
     n_tokens, loss = sum(map(sum, targets)), 0.0
     for indices in common.micro_batches([len(p) + len(s) for p, s in batch], token_budget):
@@ -257,7 +214,6 @@ def train_step(
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-
     # 0. Load the problems, the policy to train and the sampler.
     train = common.load_problems(args.dataset, "train", args.limit_train)
     dev = common.load_problems(args.dataset, "dev", args.limit_eval)
@@ -267,102 +223,82 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
-    # The sampler is deleted before training starts, so its memory does not count.
     common.check_memory(policy.model)
     sampler = common.Policy(args.model, args.device, args.dtype)
     common.check_base(sampler, policy, args.base)
-    advice = "is a model of rcrl.py; take one that was trained without labels"
-    runtime.require(sampler.label is None, f"--model: {advice}")
-    runtime.require(policy.label is None, f"--base: {advice}")
-    torch.manual_seed(args.seed)  # for the embeddings of the labels
-    teach_labels(policy, args.labels)
+    unlabelled = sampler.label is None and policy.label is None
+    runtime.require(unlabelled, "--model and --base: take models that were trained without labels")
+    if args.labels != "none":
+        torch.manual_seed(args.seed)
+        teach_labels(policy, args.labels)
     common.encode_prompts(policy, dev)
     common.encode_prompts(sampler, [] if written else train)
     run.begin()
 
     # 1. Sample K solutions per question, unless samples were read.
     folder = run.out / "samples"
-    how = dict(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
-    how |= dict(batch_size=args.gen_batch_size, samples=args.samples, seed=[args.seed, 0])
-    samples = written or common.sample_to_file(
-        sampler, train, folder / "train.jsonl", run, progress="solutions", **how
-    )
+    how = common.sampling(args) | dict(seed=[args.seed, 0], progress="solutions")
+    samples = written or common.sample_to_file(sampler, train, folder / "train.jsonl", run, **how)
     solutions = usable(samples, args.deduplicate)
-    runtime.require(solutions, "no sample is finished: raise --max-new-tokens")
 
     # 2. Mix correct and incorrect solutions.
-    correct = [s for s in solutions if s.correct]
-    incorrect = [s for s in solutions if not s.correct]
-    runtime.require(correct, "no sample is correct: raise --samples")
+    correct, incorrect = ([s for s in solutions if s.correct == y] for y in (True, False))
+    runtime.require(correct, "no sample is finished and correct: raise --samples")
     mixture = mix(correct, incorrect, args.ratio, args.train_size, args.seed)
 
     # 3. Label every line of the mixture. A resumed run reads samples and completions back.
     prefixes = prefixes_of(mixture) if args.labels == "step" else {}
     how |= {"samples": args.completions, "seed": [args.seed, 1]}
     q = estimate_q(sampler, prefixes, folder / "completions.jsonl", run, **how)
-    items, order = list(prefixes.items()), common.shuffled(len(prefixes), args.seed, 2)
-    checked = dict(items[i] for i in order[: args.check_labels])
-    how |= {"samples": 64, "seed": [args.seed, 2]}
-    again = estimate_q(sampler, checked, folder / "completions_64.jsonl", run, **how)
     del sampler
-    how = dict(by=args.labels, rule=args.label_rule, monotone=args.monotone)
-    rows = [label_solution(sample, q, **how) for sample in mixture]
+    rules = args.labels, args.label_rule, args.monotone
+    rows = [label_solution(sample, q, *rules) for sample in mixture]
     with runtime.atomic_write(folder / "labelled.jsonl") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    facts = describe(samples, rows) | {"prefixes": len(q)}
-    facts["completions"] = len(q) * args.completions + len(again) * 64
-    if again:
-        pairs, rule = [(q[prefix], value) for prefix, value in again.items()], args.label_rule
-        same = [is_good(a, rule) == is_good(b, rule) for a, b in pairs]
-        facts["label_agreement"] = common.mean(same)
-        facts["q_difference"] = common.mean(abs(a - b) for a, b in pairs)
-    facts_file = folder / "labelled.facts.json"
-    if not runtime.on_first(facts_file.exists):
-        runtime.write_json(facts_file, facts | {"seconds_sampling": run.clock()})
-    facts |= runtime.on_first(lambda: runtime.read_json(facts_file))
+    facts = describe(samples, rows) | {"prefixes": len(q), "completions": len(q) * args.completions}
 
-    # 4. Train from the base. The order of the data depends on the seed and the epoch alone.
+    # 4. Train from the base. Labels lengthen a solution, so a long one may not fit any more.
     labelled = zip(mixture, rows, strict=True)
     encoded = [encode(policy, sample.problem, row["lines"]) for sample, row in labelled]
-    # Labels lengthen a solution, so one that filled the last position does not fit any more.
     fitting = [pair for pair in encoded if sum(map(len, pair[0])) <= policy.max_length]
     runtime.require(fitting, "no labelled solution fits the positions of the model")
-    if len(fitting) < len(encoded):
-        n_long = len(encoded) - len(fitting)
+    if n_long := len(encoded) - len(fitting):
         runtime.warn(f"{n_long} of {len(encoded)} labelled solutions are too long and left out")
     examples, targets = zip(*fitting, strict=True)
     optimizer = common.adam_w(policy.model.parameters(), args.lr)
-    steps_per_epoch = -(-len(examples) // args.batch_size)
-    n_steps = args.epochs * steps_per_epoch
-    progress = {"step": 0, "tokens": 0, "best": -1.0}
-    progress |= {"losses": [], "started": run.clock()}  # of the epoch
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    progress = {"step": 0, "tokens": 0, "losses": [], "best": -1.0}
+    progress |= {"seconds_sampling": run.clock(), "started": run.clock()}
     if run.state:
         progress |= run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
         run.state = None  # as large as the model and its optimizer
     for epoch in range(progress["step"] // steps_per_epoch, args.epochs):
+        # The order depends on the seed and the epoch alone, so that a run can resume.
         order = common.shuffled(len(examples), args.seed, epoch)
-        batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-        batches = batches[progress["step"] % steps_per_epoch :]
-        for indices in tqdm(batches, desc=f"epoch {epoch + 1} of {args.epochs}", disable=None):
-            states = dict(model=policy.model.state_dict(), optimizer=optimizer.state_dict())
-            run.checkpoint(progress=progress, **states)
-            lr = common.cosine_lr(progress["step"], n_steps, args.lr)
-            optimizer.param_groups[0]["lr"] = lr
+        steps = range(progress["step"] % steps_per_epoch, steps_per_epoch)
+        for step in tqdm(steps, desc=f"epoch {epoch + 1}", disable=None):
+            state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict()}
+            run.checkpoint(**state, progress=progress)
+            indices = order[step * args.batch_size : (step + 1) * args.batch_size]
             batch, is_target = [examples[i] for i in indices], [targets[i] for i in indices]
+            lr = common.cosine_lr(progress["step"], args.epochs * steps_per_epoch, args.lr)
+            optimizer.param_groups[0]["lr"] = lr
             loss, grad_norm = train_step(policy, optimizer, batch, is_target, args.token_budget)
             progress["losses"].append(loss)
             progress["tokens"] += sum(map(sum, is_target))
             progress["step"] += 1
 
-        # 5. Measure accuracy on dev with [GOOD] before every line. The best epoch becomes model/.
-        metrics = common.dev_metrics(policy, dev, args, 0, folder / f"dev_{epoch + 1}.jsonl")
-        row = dict(step=progress["step"], samples=0 if written else len(samples))
-        row |= dict(tokens=progress["tokens"], epoch=epoch + 1, train_size=len(examples))
-        row |= facts | dict(loss=common.mean(progress["losses"]), grad_norm=grad_norm, lr=lr)
-        run.log(**row, **metrics, seconds_training=run.clock() - progress["started"])
-        progress |= {"losses": [], "started": run.clock()}
+        # 5. Measure the epoch with [GOOD] before every line. The best one on dev becomes model/.
+        metrics = common.dev_metrics(policy, dev, args, epoch + 1)
+        row = {key: progress[key] for key in ("step", "tokens", "seconds_sampling")}
+        row |= {"samples": 0 if written else len(samples), "train_size": len(examples)}
+        loss = common.mean(progress["losses"][-steps_per_epoch:])
+        row |= {"epoch": epoch + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        seconds = run.clock() - progress["started"]
+        run.log(**row, **facts, **metrics, seconds_training=seconds)
+        progress["started"] = run.clock()
         if metrics["maj@1"] > progress["best"]:
             progress["best"] = metrics["maj@1"]
             policy.save(run.out / "model")

@@ -41,13 +41,10 @@ def parse_args(argv: list[str]):
     return args
 
 
-def train_step(
-    policy: common.Policy, optimizer: torch.optim.Optimizer, batch: list, token_budget: int
-) -> tuple[float, float]:
+def train_step(policy, optimizer, batch: list, token_budget: int) -> tuple[float, float]:
     """Make one optimizer step on the mean cross-entropy of the solution tokens of a batch.
 
-    batch: pairs of prompt ids and solution ids. Returns the loss in nats per token and the norm of
-    the gradient before clipping.
+    batch: pairs of prompt and solution ids. Returns the loss per token and the gradient norm.
     """
     n_tokens, loss = sum(len(solution) for _, solution in batch), 0.0
     for indices in common.micro_batches([len(p) + len(s) for p, s in batch], token_budget):
@@ -94,8 +91,7 @@ def main(argv: list[str]) -> None:
     run.begin()
 
     def evaluate(epoch: int) -> dict:
-        file = run.out / "samples" / f"dev_{epoch}.jsonl"
-        metrics = common.dev_metrics(policy, dev, args, args.samples, file)
+        metrics = common.dev_metrics(policy, dev, args, epoch, args.samples)
         if dev_examples:
             metrics["dev_loss"] = cross_entropy(policy, dev_examples, args.token_budget)
         return metrics
@@ -110,7 +106,8 @@ def main(argv: list[str]) -> None:
         progress |= run.state["progress"]
         policy.model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
-        run.state = None  # as large as the model and its optimizer
+        # It is as large as the model and its optimizer.
+        run.state = None
     else:
         run.log(step=0, samples=0, tokens=0, epoch=0, **evaluate(0))
 

@@ -150,7 +150,7 @@ def test_the_control_learns_the_solutions_without_labels(labelled, tmp_path):
     lines = [{"label": "good", "text": "1+1=<<1+1=2>>2\n"}, {"label": "bad", "text": "#### 2"}]
     for base in ("tiny", str(tmp_path)):
         policy = common.Policy(base, "cpu")
-        rcrl.teach_labels(policy, "none")
+        policy.condition("none")
         (_, response), targets = rcrl.encode(policy, THREE, lines)
         assert response == [
             *policy.encode_prefix("1+1=<<1+1=2>>2\n#### 2"),
