@@ -167,6 +167,8 @@ def main(argv: list[str]) -> None:
         settings[f"{flag}_fingerprint"] = runtime.fingerprint(settings[flag], f"--{flag}")
     runtime.require(out.suffix == ".json", f"--out {out}: must be the name of a .json file")
     problems = common.load_problems(args.dataset, args.split, args.limit_eval)
+    can_score = not args.genrm or all(problem.reference for problem in problems)
+    runtime.require(can_score, "--genrm compares with gold solutions; some problems have none")
     runtime.on_first(lambda: check_files(out, settings, args))
     policy, reward_model = common.Policy(args.model, args.device, args.dtype), None
     if args.condition:
@@ -176,8 +178,6 @@ def main(argv: list[str]) -> None:
 
         kind = RewardModel if args.orm else GenerativeRewardModel
         reward_model = kind(args.orm or args.genrm, args.device, args.dtype)
-        can_score = args.orm or all(problem.reference for problem in problems)
-        runtime.require(can_score, "--genrm compares with gold solutions; some problems have none")
     common.encode_prompts(policy, problems, args.few_shot)
     runtime.on_first(lambda: begin(out, settings, args))
 

@@ -75,11 +75,8 @@ def parse_args(argv: list[str]):
     parser = runtime.common_parser(__doc__, **defaults)
     whole, not_negative, fraction = runtime.WHOLE, runtime.NOT_NEGATIVE, runtime.number(float, 0, 1)
     add, rank = parser.group("problem and model").add_argument, runtime.number(int, 0)
-    add(
-        "--lora-rank",
-        type=rank,
-        help="of adapters; 0: none (default: 128 above 10 million weights)",
-    )
+    about = "of adapters; 0: none (default: 128 above 10 million weights)"
+    add("--lora-rank", type=rank, help=about)
     add("--few-shot", action="store_true", help="two worked examples in every prompt")
     add = parser.group("sampling").add_argument
     add("--questions", type=whole, default=128, help="questions per phase (paper: 256)")
@@ -364,6 +361,8 @@ def read_scores(args, train: list[common.Problem]) -> list[dict]:
             row["standardised"] = (row["score"] - scores.mean()) / (scores.std() + 1e-8)
         questions += rows
     runtime.require(questions, "--select: --scores has no question beyond train, dev and test")
+    ids = {question["problem"].id for question in questions}
+    runtime.require(len(ids) == len(questions), "--scores: two files hold the same question")
     return questions
 
 

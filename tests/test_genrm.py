@@ -1,7 +1,8 @@
-"""The generative reward model and the methods around it: comparisons, routes, selection, order."""
+"""The generative reward model and the methods around it: rewards, references, selection, order."""
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from test_generation import ARCHITECTURES, random_policy
 from test_scripts import cli, rows_of, without_time  # noqa: F401
 
 import common
+import evaluate
 import ppo
 import reward_model
 import runtime
@@ -255,58 +257,68 @@ def test_the_quality_of_a_judge_that_is_known():
 # ---- rewards
 
 
-def test_a_reference_is_not_a_sample_that_was_cut(monkeypatch, tmp_path):
-    """Unless all were."""
-    first, second = PROBLEMS[:2]
+def test_a_reference_is_the_best_finished_sample_and_the_gold_solution_where_there_is_one(tmp_path):
+    """A truncated sample is one only where no sample is finished."""
+    first, second, with_gold, checked = PROBLEMS[:4]
     samples = [
         sample_of(p, f"{n}+1=<<{n}+1=2>>2\n#### 2", n) for p in (first, second) for n in range(3)
     ]
-    for sample, score in zip(samples, [0.9, 0.2, 0.4, 0.1, 0.8, 0.3], strict=True):
-        sample.score, sample.finished = score, sample.problem is first and sample.number > 0
-    monkeypatch.setattr(common, "sample_to_file", lambda *_, **__: samples)
-    run, args = (
-        SimpleNamespace(out=tmp_path),
-        SimpleNamespace(
-            reference_samples=3,
-            temperature=1.0,
-            max_new_tokens=9,
-            gen_batch_size=9,
-            seed=0,
-            few_shot=False,
-            token_budget=99,
-        ),
-    )
-    found = ppo.best_of_n(None, [first, second], SimpleNamespace(grade=lambda *_: None), run, args)
-    assert found == {first.id: samples[2].solution, second.id: samples[4].solution}
+    samples.append(sample_of(with_gold, "1+1=<<1+1=2>>2\n#### 2"))
+    scores = [0.9, 0.2, 0.4, 0.1, 0.8, 0.3, 1.0]
+    for sample, score in zip(samples, scores, strict=True):
+        sample.score = score
+        sample.finished = sample.problem is first and sample.number > 0
+    file = tmp_path / "scored.samples.jsonl"
+    common.write_samples(file, samples)
+    sources = {first.id: "genrm_sampled", second.id: "genrm_sampled"}
+    sources |= {with_gold.id: "genrm_gold", checked.id: "verifier"}
+    expected = {first.id: samples[2].solution, second.id: samples[4].solution}
+    expected[with_gold.id] = with_gold.reference
+    assert ppo.find_references(PROBLEMS[:4], sources, str(file)) == expected
+    # The question counts: another dataset may use the same id.
+    renamed = [dataclasses.replace(p, id=f"other {p.id}") for p in (first, second)]
+    found = ppo.find_references(renamed, {p.id: "genrm_sampled" for p in renamed}, str(file))
+    assert list(found.values()) == [samples[2].solution, samples[4].solution]
 
 
-def test_routes_hide_the_shares_asked_for_and_the_same_ones_again():
+def test_a_question_with_neither_gold_solution_nor_scored_sample_is_named(tmp_path):
+    file, sources = tmp_path / "samples.jsonl", dict.fromkeys([PROBLEMS[0].id], "genrm_sampled")
+    samples = [sample_of(p, "1", k) for p in PROBLEMS[:2] for k in range(2)]
+    message = f"^{PROBLEMS[0].id} has no gold solution and no sample in --references"
+    for scored in ([], samples[2:]):
+        for sample in scored:
+            sample.score = 0.5
+        common.write_samples(file, samples)
+        for given in (str(file), None):
+            with pytest.raises(runtime.UserError, match=message) as error:
+                ppo.find_references(PROBLEMS[:1], sources, given)
+            assert "\n" not in str(error.value)
+    with pytest.raises(runtime.UserError, match="no such file of samples"):
+        ppo.find_references(PROBLEMS[:1], sources, str(tmp_path / "missing.jsonl"))
+
+
+def test_sources_hide_the_fractions_asked_for_and_the_same_questions_again():
     problems = [
         *PROBLEMS[:30],
         *[common.Problem(f"bare{i}", "q", PROBLEMS[0].answer) for i in range(10)],
     ]
-    route = ppo.reward_sources(problems, 0.5, 0.25, 0)
-    assert (
-        route
-        == ppo.reward_sources(problems, 0.5, 0.25, 0)
-        != ppo.reward_sources(problems, 0.5, 0.25, 1)
-    )
-    assert route.count("verifier") == 20 and route.count("genrm_sampled") >= 5
-    assert all(
-        r != "genrm_gold" for r, p in zip(route, problems, strict=True) if p.reference is None
-    )
-    assert set(ppo.reward_sources(problems, 0, 1, 0)) == {"verifier"}
-    assert (
-        ppo.reward_sources(PROBLEMS, 1, 0, 0) == ["genrm_gold"] * 40
-        and ppo.reward_sources(PROBLEMS, 1, 1, 0) == ["genrm_sampled"] * 40
-    )
+    sources = ppo.reward_sources(problems, [0.5, 0.25], 0)
+    assert sources == ppo.reward_sources(problems, [0.5, 0.25], 0)
+    assert sources != ppo.reward_sources(problems, [0.5, 0.25], 1)
+    assert list(sources) == [problem.id for problem in problems]
+    counts = Counter(sources.values())
+    assert counts["verifier"] == 20 and counts["genrm_sampled"] >= 5
+    assert all(sources[p.id] != "genrm_gold" for p in problems if p.reference is None)
+    assert set(ppo.reward_sources(problems, [0, 1], 0).values()) == {"verifier"}
+    for hide, source in (([1, 0], "genrm_gold"), ([1, 1], "genrm_sampled")):
+        assert [*ppo.reward_sources(PROBLEMS, hide, 0).values()] == [source] * 40
 
 
 def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, genrm):
     checked, hidden = PROBLEMS[:2]
-    judges = ppo.RewardModels(
-        genrm=genrm, references={hidden.id: hidden.reference.strip()}, with_gold={hidden.id}
-    )
+    references = {hidden.id: hidden.reference}
+    sources = {checked.id: "verifier", hidden.id: "genrm_gold"}
+    args = SimpleNamespace(reward="hybrid", add_outcome=False, token_budget=1000)
     texts = [
         (checked, checked.reference),
         (checked, wrong(checked)),
@@ -316,109 +328,234 @@ def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, gen
     samples = [sample_of(p, text) for p, text in texts]
     for sample in samples:
         sample.tokens = np.array(tiny.encode_solution(sample.text), np.int32)
-    scores = judges.scores("hybrid", samples)
-    expected = genrm.scores(samples[2:], judges.references)
-    assert scores == pytest.approx([1, 0, *expected]) and scores[2] == pytest.approx(0.5, abs=1e-6)
-    rewards = ppo.task_rewards("hybrid", tiny, samples, judges)
-    assert [r[-1] for r in rewards] == pytest.approx(scores) and not any(
-        r[:-1].any() for r in rewards
-    )
-    metrics = ppo.genrm_metrics(judges, samples, rewards)
+    expected = genrm.scores(samples[2:], references)
+    assert expected[0] == pytest.approx(0.5, abs=1e-6)
+    rewards = ppo.task_rewards(args, tiny, samples, genrm, references)
+    assert [r[-1] for r in rewards] == pytest.approx([1, 0, *expected])
+    assert not any(r[:-1].any() for r in rewards)
+    metrics = ppo.sample_metrics(samples, rewards, [0.5, 0.5], sources)
     assert metrics["score_if_correct"] == pytest.approx(0.5, abs=1e-6)
-    assert (
-        metrics["false_positive_rate"] == float(expected[1] >= 0.5)
-        and metrics["beats_gold_rate"] == (expected[1] > 0.5) / 2
-    )
-    nothing = ppo.genrm_metrics(judges, samples[:2], rewards[:2])
-    assert set(nothing.values()) == {None}  # where it judged nothing, nothing was measured
+    assert metrics["false_positive_rate"] == float(expected[1] >= 0.5)
+    assert metrics["beats_gold_rate"] == (expected[1] > 0.5) / 2
+    assert metrics["reward"] == pytest.approx((1 + sum(expected)) / 4)
+    keys = "score_if_correct", "false_positive_rate", "beats_gold_rate"
+    # Where it scored nothing, nothing was measured. Without it there are no such keys.
+    nothing = ppo.sample_metrics(samples[:2], rewards[:2], [0.5], sources)
+    assert {nothing[key] for key in keys} == {None}
+    alone = ppo.sample_metrics(samples[:2], rewards[:2], [0.5], {checked.id: "verifier"})
+    assert not alone.keys() & set(keys) and alone["correct"] == 0.5
     samples[3].finished = False
     samples[3].text = "1" * 9999  # too long to be compared, and need not be
-    assert judges.scores("hybrid", samples) == [*scores[:3], 0]
-    cut = ppo.genrm_metrics(
-        judges, samples, rewards
-    )  # it was not judged, so it is not one that was found wanting
-    assert (
-        cut["false_positive_rate"] is None
-        and cut["beats_gold_rate"] == 0
-        and cut["score_if_correct"] == metrics["score_if_correct"]
-    )
+    rewards = ppo.task_rewards(args, tiny, samples, genrm, references)
+    assert [r[-1] for r in rewards] == pytest.approx([1, 0, expected[0], 0])
+    truncated = ppo.sample_metrics(samples, rewards, [0.5, 0.5], sources)
+    assert truncated["false_positive_rate"] is None and truncated["beats_gold_rate"] == 0
+    assert truncated["score_if_correct"] == metrics["score_if_correct"]
 
 
-def test_who_judges_a_question_does_not_say_when_it_comes():
-    """The order of a pass is independent of the routes: no half of it is all of one kind."""
+def test_a_sampled_reference_is_not_called_gold():
+    """beats_gold_rate leaves out the questions that are compared with a sample."""
+    samples = [sample_of(p, wrong(p)) for p in PROBLEMS[:2]]
+    rewards = [np.array([score], np.float32) for score in (0.25, 0.75)]
+    sources = dict(zip((p.id for p in PROBLEMS), ("genrm_gold", "genrm_sampled"), strict=False))
+    metrics = ppo.sample_metrics(samples, rewards, [0.0, 0.0], sources)
+    assert metrics["beats_gold_rate"] == 0 and metrics["false_positive_rate"] == 0.5
+    sources[PROBLEMS[0].id] = "genrm_sampled"
+    assert ppo.sample_metrics(samples, rewards, [0, 0], sources)["beats_gold_rate"] is None
+
+
+def test_the_source_of_a_reward_does_not_say_when_its_question_comes():
+    """The order of a pass is independent of the sources: no half of it is all of one kind."""
     problems = [common.Problem(f"p{i}", "?", 1, "#### 1", "#### 1") for i in range(400)]
-    judged = np.array(ppo.reward_sources(problems, 0.5, 0.0, seed=0)) == "verifier"
+    sources = ppo.reward_sources(problems, [0.5, 0.0], seed=0)
+    checked = np.array([sources[problem.id] == "verifier" for problem in problems])
     for turn in range(20):
-        half = judged[common.shuffled(400, 0, turn)[:200]].mean()
+        half = checked[common.shuffled(400, 0, turn)[:200]].mean()
         assert 0.35 < half < 0.65, turn  # 0.5 +- 6 standard errors
 
 
 # ---- selection
 
 
-def test_standardising_by_hand():
-    z = ppo.standardised([0.0, 1.0, 0.2, 0.4, 0.9], ["a", "a", "b", "b", "b"])
-    assert (
-        z[:2] == pytest.approx([-1, 1])
-        and z[2:].mean() == pytest.approx(0)
-        and z[2:].std() == pytest.approx(1)
-    )
-    assert ppo.standardised([0.5, 0.5], ["a", "a"]).tolist() == [0, 0]
+def write_scores(file, problems, scores, finished=(True, True)) -> str:
+    """Write a file of correct samples: for each problem one per entry of `finished`."""
+    samples = []
+    for problem, score in zip(problems, scores, strict=True):
+        for k, is_finished in enumerate(finished):
+            text = f"1+1=<<1+1=2>>2\n#### {problem.answer}\n"
+            samples.append(sample_of(problem, text, k, is_finished))
+            samples[-1].score = score
+    common.write_samples(file, samples)
+    return str(file)
+
+
+def questions_of(*files, dataset="arithmetic", train=()) -> list[dict]:
+    return ppo.read_scores(SimpleNamespace(dataset=dataset, scores=[*files]), [*train])
+
+
+def test_scores_are_standardised_within_a_file(tmp_path):
+    easy = write_scores(tmp_path / "easy.jsonl", PROBLEMS[:2], [0.0, 1.0])
+    hard = write_scores(tmp_path / "hard.jsonl", PROBLEMS[2:5], [0.2, 0.4, 0.9])
+    same = write_scores(tmp_path / "same.jsonl", PROBLEMS[5:7], [0.5, 0.5])
+    questions = questions_of(easy, hard, same)
+    assert [q["problem"] for q in questions] == PROBLEMS[:7]
+    assert [q["file"] for q in questions] == [easy] * 2 + [hard] * 3 + [same] * 2
+    assert [q["score"] for q in questions] == [0.0, 1.0, 0.2, 0.4, 0.9, 0.5, 0.5]
+    z = np.array([q["standardised"] for q in questions])
+    assert z[:2] == pytest.approx([-1, 1], abs=1e-6) and z[5:].tolist() == [0, 0]
+    assert z[2:5].mean() == pytest.approx(0) and z[2:5].std() == pytest.approx(1)
+    assert sorted(z[2:5]) == z[2:5].tolist()
+
+
+def test_the_lowest_are_taken_from_a_hard_file_and_from_an_easy_one(tmp_path):
+    """Without standardising, the hard one would fill the selection."""
+    scores = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    easy = write_scores(tmp_path / "easy.jsonl", PROBLEMS[:10], [s + 0.95 for s in scores])
+    hard = write_scores(tmp_path / "hard.jsonl", PROBLEMS[10:20], scores)
+    kept = ppo.choose("lowest", questions_of(easy, hard), 0.2, 0)
+    assert [q["problem"] for q in kept] == [PROBLEMS[i] for i in (0, 1, 10, 11)]
+
+
+def test_the_score_of_a_truncated_sample_counts_as_zero(tmp_path):
+    half = write_scores(tmp_path / "half.jsonl", PROBLEMS[:1], [0.8], finished=(True, False))
+    none = write_scores(tmp_path / "none.jsonl", PROBLEMS[1:2], [0.8], finished=(False, False))
+    rows = [json.loads(line) for line in Path(half).read_text().splitlines()]
+    assert all(row["correct"] for row in rows)
+    for question, score, correct in zip(questions_of(half, none), (0.4, 0), (0.5, 0), strict=True):
+        assert question["score"] == pytest.approx(score) and question["correct"] == correct
+
+
+def test_without_a_reward_model_the_score_is_the_fraction_of_correct_samples(tmp_path):
+    file, problem = tmp_path / "samples.jsonl", PROBLEMS[0]
+    texts = [problem.reference, wrong(problem), "", wrong(problem)]
+    common.write_samples(file, [sample_of(problem, text, k) for k, text in enumerate(texts)])
+    (question,) = questions_of(str(file))
+    assert question["score"] == question["correct"] == 0.25
+
+
+def test_questions_of_train_dev_and_test_are_not_selected(tmp_path):
+    splits = {s: common.load_problems("arithmetic", s) for s in ("train", "dev", "test")}
+    train = splits["train"][:3]
+    mixed = [*splits["train"][:5], *splits["dev"][:2], *splits["test"][:2]]
+    # The same questions under other names, as of another dataset, stay out as well.
+    mixed += [dataclasses.replace(p, id=f"other-{p.id}") for p in mixed if p not in mixed[3:5]]
+    file = write_scores(tmp_path / "mixed.jsonl", mixed, [0.5] * len(mixed))
+    assert [q["problem"] for q in questions_of(file, train=train)] == splits["train"][3:5]
+    file = write_scores(tmp_path / "taken.jsonl", train, [0.5] * 3)
+    with pytest.raises(runtime.UserError, match="no question beyond train, dev and test"):
+        questions_of(file, train=train)
+    # A folder may have no test split.
+    rows = [{"question": p.question, "answer": p.reference} for p in PROBLEMS[:20]]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = common.load_problems(str(tmp_path / "set"), "train")
+    file = write_scores(tmp_path / "own.jsonl", own, [0.5] * len(own))
+    questions = questions_of(file, dataset=str(tmp_path / "set"), train=own[:4])
+    assert [q["problem"] for q in questions] == own[4:]
+
+
+def test_a_question_of_another_dataset_gets_an_id_of_its_own(tmp_path):
+    """Its own problem of the training set, with solution, is found by id and question."""
+    own, same_id = PROBLEMS[0], dataclasses.replace(PROBLEMS[1], question="Another question?")
+    one = write_scores(tmp_path / "one.jsonl", [own, same_id], [0.1, 0.2])
+    third = dataclasses.replace(same_id, question="A third question?")
+    two = write_scores(tmp_path / "two.jsonl", [third], [0.3])
+    problems = [q["problem"] for q in questions_of(one, two)]
+    assert problems[0] is not own and problems[0] == own and problems[0].solution == own.solution
+    assert [p.id for p in problems[1:]] == [f"{one}: {same_id.id}", f"{two}: {same_id.id}"]
+    assert [p.question for p in problems[1:]] == [same_id.question, third.question]
+    assert all(p.answer == same_id.answer and p.reference is None for p in problems[1:])
+
+
+def test_two_files_with_the_same_question_are_refused(tmp_path):
+    """Its samples would be the same, and would be trained on twice."""
+    one = write_scores(tmp_path / "one.jsonl", PROBLEMS[:2], [0.1, 0.2])
+    two = write_scores(tmp_path / "two.jsonl", PROBLEMS[1:3], [0.3, 0.4])
+    with pytest.raises(runtime.UserError, match="^--scores: two files hold the same question"):
+        questions_of(one, two)
 
 
 def test_each_selection_keeps_what_it_says():
-    passed = [0.0, 0.0, 0.125, 0.25, 0.5, 0.5, 0.75, 1.0, 1.0, 1.0]
-    domains = ["a"] * 10
-    assert ppo.choose("lowest", passed, passed, domains, 0.3, 0) == [0, 1, 2]
-    assert ppo.choose("floor", passed, passed, domains, 0.3, 0) == [2, 3, 4] or ppo.choose(
-        "floor", passed, passed, domains, 0.3, 0
-    ) == [2, 3, 5]
-    assert ppo.choose("frontier", passed, passed, domains, 0.2, 0) == [4, 5]
-    liked = [0.5, 0.9, 0.1]  # by a reward model, which is not what they pass
-    assert ppo.choose("frontier", liked, [0.0, 0.5, 1.0], ["a"] * 3, 0.3, 0) == [1]
-    assert ppo.choose("floor", liked, [0.5, 0.5, 0.0], ["a"] * 3, 0.3, 0) == [0]
-    drawn = [ppo.choose("random", passed, passed, domains, 0.3, seed) for seed in range(30)]
+    def chosen(kind, correct, fraction, scores=None, seed=0):
+        pairs = zip(correct, scores or correct, strict=True)
+        questions = [{"i": i, "correct": c, "standardised": z} for i, (c, z) in enumerate(pairs)]
+        return [q["i"] for q in ppo.choose(kind, questions, fraction, seed)]
+
+    correct = [0.0, 0.0, 0.125, 0.25, 0.5, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert chosen("lowest", correct, 0.3) == [0, 1, 2]
+    assert chosen("floor", correct, 0.3) in ([2, 3, 4], [2, 3, 5])
+    assert chosen("frontier", correct, 0.2) == [4, 5]
+    scores = [0.5, 0.9, 0.1]  # of a reward model: another order than the correct samples give
+    assert chosen("lowest", [0.0, 0.5, 1.0], 0.3, scores) == [2]
+    assert chosen("frontier", [0.0, 0.5, 1.0], 0.3, scores) == [1]
+    assert chosen("floor", [0.5, 0.5, 0.0], 0.3, scores) == [0]
+    drawn = [chosen("random", correct, 0.3, seed=seed) for seed in range(30)]
     assert {i for d in drawn for i in d} == set(range(10)) and all(len(set(d)) == 3 for d in drawn)
-    ties = {tuple(ppo.choose("lowest", passed, passed, domains, 0.1, seed)) for seed in range(30)}
-    assert ties == {(0,), (1,)}  # ties by chance, not by place
-    hard = [
-        s - 1 for s in passed
-    ]  # the same shape, lower: without domains it would take every place
-    both = ppo.choose("lowest", passed + hard, passed + passed, ["a"] * 10 + ["b"] * 10, 0.2, 0)
-    assert both == [0, 1, 10, 11]
-    assert ppo.choose("floor", [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], ["a"] * 3, 1.0, 0) == [2]
-    assert ppo.choose("lowest", [0.0, 0.5, 1.0], [0.0, 0.5, 1.0], ["a"] * 3, 0.1, 0) == [
-        0
-    ]  # of few questions one
+    ties = [chosen("lowest", correct, 0.1, seed=seed) for seed in range(30)]
+    assert sorted({i for (i,) in ties}) == [0, 1]  # at random, not the first
+    for kind in ("lowest", "floor", "frontier", "random"):
+        for seed in (0, 1):
+            assert chosen(kind, correct, 0.3, None, seed) == chosen(kind, correct, 0.3, None, seed)
+    assert chosen("floor", [0.0, 0.0, 1.0], 1.0) == [2]
+    assert chosen("lowest", [0.0, 0.5, 1.0], 0.1) == [0]  # of few questions one
 
 
-def test_verifiable_questions_come_first_and_the_others_join_in_turn():
-    route = ["verifier", "genrm_gold"] * 2 + ["verifier"] + ["genrm_sampled"] * 3
-    stages = ppo.verifiable_first(route, 10, [0.4, 0.2])
-    assert stages == [(1, [0, 2, 4]), (3, [0, 1, 2, 3, 4]), (5, list(range(8)))]
-    curriculum = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)
-    drawn = {phase: curriculum.draw(phase, 5)[0] for phase in range(1, 7)}
-    assert set(drawn[1]) == set(drawn[2]) == {0, 2, 4} and set(drawn[3]) == set(drawn[4]) == {
-        0,
-        1,
-        2,
-        3,
-        4,
-    }
-    assert len(drawn[5]) == len(drawn[6]) == 5 and set(drawn[5]) | set(drawn[6]) == set(range(8))
-    again = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)  # a resumed one
-    for phase in range(1, 4):
-        again.draw(phase, 5)
-    state = json.loads(json.dumps(again.state))
-    again = ppo.Curriculum("verifiable_first", PROBLEMS[:8], 0, stages)
-    again.state = state
-    assert [again.draw(phase, 5)[0] for phase in (4, 5, 6)] == [drawn[4], drawn[5], drawn[6]]
+# ---- verifiable questions first
+
+
+def test_questions_without_a_gold_solution_join_after_the_switch():
+    kinds = ["verifier", "genrm_gold"] * 2 + ["verifier"] + ["genrm_sampled"] * 3
+    sources = {p.id: kind for p, kind in zip(PROBLEMS, kinds, strict=False)}
+    args = SimpleNamespace(curriculum="verifiable_first", seed=0, phases=10, switch=0.4)
+
+    def begin() -> ppo.Curriculum:
+        return ppo.Curriculum(args, PROBLEMS[:8], sources)
+
+    curriculum = begin()
+    drawn = {phase: curriculum.draw(phase, 4)[0] for phase in range(1, 11)}
+    assert all(len(set(chosen)) == 4 for chosen in drawn.values())
+    early, late = ({i for p in phases for i in drawn[p]} for phases in (range(1, 5), range(5, 11)))
+    assert early == {0, 1, 2, 3, 4} and late == set(range(8))
+    assert set(drawn[5]) - early, "they join in the first phase after the switch"
+    for last in (3, 4, 5):  # a run that is resumed before the switch, at it and after it
+        again = begin()
+        for phase in range(1, last + 1):
+            again.draw(phase, 4)
+        state, again = json.loads(json.dumps(again.state)), begin()
+        again.state = state
+        following = range(last + 1, 11)
+        assert [again.draw(phase, 4)[0] for phase in following] == [drawn[p] for p in following]
+
+
+def test_a_run_needs_a_question_before_the_switch():
+    sources = {p.id: "genrm_sampled" for p in PROBLEMS[:4]}
+    args = SimpleNamespace(curriculum="verifiable_first", seed=0, phases=10, switch=0.0)
+    assert sorted(ppo.Curriculum(args, PROBLEMS[:4], sources).draw(1, 4)[0]) == [0, 1, 2, 3]
+    args.switch = 0.1
+    with pytest.raises(runtime.UserError, match="no question to begin with"):
+        ppo.Curriculum(args, PROBLEMS[:4], sources)
 
 
 # ---- the scripts
 
 
-def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path, folders):
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, folders) -> str:
+    """Samples of the first 60 training questions that a reward model scored."""
+    folder, samples = tmp_path_factory.mktemp("scored"), []
+    for i, problem in enumerate(common.load_problems("arithmetic", "train", 60)):
+        for k in range(2):  # of three questions both, one and none of two samples are correct
+            is_correct = k >= i % 3
+            text = problem.reference if is_correct else wrong(problem)
+            samples.append(sample_of(problem, text, k))
+    reward_model.RewardModel(folders.orm, "cpu").grade(samples, 1000)
+    for sample in samples:  # the reward model is new, so it finds all equally good
+        sample.score += 0.1 * sample.correct + 0.01 * sample.number
+    common.write_samples(folder / "scores.samples.jsonl", samples)
+    return str(folder / "scores.samples.jsonl")
+
+
+def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path, folders, scored):
     out = tmp_path / "genrm"
     assert cli(reward_model, *RUN, "--out", out)[0] == 0
     rows, quality = rows_of(out / "metrics.jsonl"), json.loads((out / "quality.json").read_text())
@@ -427,11 +564,10 @@ def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path
         quality["auc"] == pytest.approx(max(row["auc"] for row in rows), rel=1e-5)
         and len(quality["nonsense"]) == 4
     )
-    argv = [*PPO, "--limit-train", 40, "--genrm", out / "model", "--orm", folders.orm]
+    argv = [*PPO, "--limit-train", 40, "--genrm", out / "model"]
     runs = {"gold": ["--reward", "genrm"],
-            "best": ["--reward", "genrm", "--hide-solutions", "1", "--reference-samples", "2"],
-            "hybrid": ["--reward", "hybrid", "--hide-solutions", "0.5", "--reference-samples", "2",
-                       "--curriculum", "verifiable_first", "--switch", "0.5", "0.5"]}  # fmt: skip
+            "best": ["--reward", "genrm", "--hide", 1, 1, "--references", scored],
+            "hybrid": ["--reward", "hybrid"]}  # fmt: skip
     for name, flags in runs.items():
         assert cli(ppo, *argv, *flags, "--out", tmp_path / name)[0] == 0
         row = rows_of(tmp_path / name / "metrics.jsonl")[-1]
@@ -439,192 +575,151 @@ def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path
         assert (
             row["beats_gold_rate"] is None if name == "best" else 0 <= row["beats_gold_rate"] <= 1
         )
-    references = rows_of(tmp_path / "best" / "samples" / "references.jsonl")
-    assert len(references) == 80
     first = [rows_of(tmp_path / name / "samples" / "phase_1.jsonl") for name in ("gold", "best")]
     assert first[0] == first[1]  # the references change nothing about the samples
-    verified = rows_of(tmp_path / "hybrid" / "metrics.jsonl")[1]
-    assert verified["reward"] == pytest.approx(
-        verified["correct"]
-    )  # at first only what can be checked
+    rewards = [rows_of(tmp_path / name / "metrics.jsonl")[1]["reward"] for name in ("gold", "best")]
+    assert rewards[0] != rewards[1]
     code, message = cli(
         ppo, *PPO, "--reward", "genrm", "--genrm", folders.orm, "--out", tmp_path / "none"
     )
     assert code == 2 and "not a language model" in message and not (tmp_path / "none").exists()
 
 
+def test_a_run_with_verifiable_questions_first_resumes_across_the_switch(
+    cli, tmp_path, folders, scored, monkeypatch
+):
+    argv = [*PPO, "--limit-train", 24, "--phases", 3, "--genrm", folders.genrm]
+    argv += ["--reward", "hybrid", "--hide", 0.75, 0.5, "--references", scored]
+    argv += ["--curriculum", "verifiable_first", "--switch", 0.34, "--checkpoint-every", 0]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cli(ppo, *argv, "--out", whole)[0] == 0
+    sources = ppo.reward_sources(PROBLEMS[:24], [0.75, 0.5], 0)
+    assert Counter(sources.values()) == {"verifier": 6, "genrm_gold": 9, "genrm_sampled": 9}
+    asked = [
+        {sources[row["problem"]] for row in rows_of(whole / "samples" / f"phase_{phase}.jsonl")}
+        for phase in (1, 2, 3)
+    ]
+    assert asked[0] == {"verifier", "genrm_gold"} and asked[1] == asked[2] == set(sources.values())
+    log, calls = runtime.Run.log, []
+
+    def interrupted(run, **metrics):
+        log(run, **metrics)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # after the second phase was logged, before its checkpoint
+
+    monkeypatch.setattr(runtime.Run, "log", interrupted)
+    assert cli(ppo, *argv, "--out", broken)[0] == 130
+    monkeypatch.setattr(runtime.Run, "log", log)
+    assert cli(ppo, *argv, "--out", broken, "--resume")[0] == 0
+    assert without_time(whole / "metrics.jsonl") == without_time(broken / "metrics.jsonl")
+    files = ["model/model.safetensors", *(f"samples/phase_{phase}.jsonl" for phase in (1, 2, 3))]
+    for name in files:
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+
+
+def test_selected_questions_join_the_first_ones(cli, tmp_path, scored):
+    argv = [*PPO, "--limit-train", 20, "--questions", 24, "--phases", 1, "--samples", 2]
+    argv += ["--select", "lowest", "--scores", scored, "--select-fraction", 0.1]
+    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
+    train = common.load_problems("arithmetic", "train", 60)
+    selected = json.loads((tmp_path / "run" / "samples" / "selected.json").read_text())
+    assert len(selected) == 4  # a tenth of the 40 questions that are scored and not in train
+    for row in selected:
+        samples = [s for s in rows_of(Path(scored)) if s["problem"] == row["problem"]]
+        assert row["problem"] in [p.id for p in train[20:]] and row["file"] == scored
+        assert row["correct"] == np.mean([s["correct"] for s in samples]) == 0
+        assert row["score"] == pytest.approx(np.mean([s["score"] for s in samples]))
+        assert row["standardised"] < 0
+    asked = {row["problem"] for row in rows_of(tmp_path / "run" / "samples" / "phase_1.jsonl")}
+    assert asked == {p.id for p in train[:20]} | {row["problem"] for row in selected}
+
+
 @pytest.mark.parametrize("kind", ["lowest", "floor", "frontier", "random"])
-def test_selected_questions_join_the_first_ones(kind, cli, tmp_path):
-    argv = [
-        *PPO,
-        "--limit-train",
-        2250,
-        "--select",
-        kind,
-        "--select-samples",
-        2,
-        "--select-fraction",
-        0.1,
-    ]
-    assert cli(ppo, *argv, "--out", tmp_path / "own")[0] == 0
-    selection = json.loads((tmp_path / "own" / "selection.json").read_text())
-    assert (
-        len(selection["questions"]) == 54
-        and sum(row["chosen"] for row in selection["questions"]) == 5
-    )
-    written = rows_of(tmp_path / "own" / "samples" / "pool.jsonl")
-    passed = {}
-    for row in written:
-        passed.setdefault(row["problem"], []).append(row["correct"] and row["finished"])
-    assert all(
-        row["passed"] == row["score"] == np.mean(passed[row["id"]])
-        for row in selection["questions"]
-    )
-    if kind != "lowest":
-        return
-    given = ["--selection", tmp_path / "own" / "selection.json", "--out", tmp_path / "given"]
-    assert cli(ppo, *argv, *given)[0] == 0
-    assert without_time(tmp_path / "own" / "metrics.jsonl") == without_time(
-        tmp_path / "given" / "metrics.jsonl"
-    )
-    assert not (tmp_path / "given" / "samples" / "pool.jsonl").exists()
-    itself = [
-        "--selection",
-        tmp_path / "own" / "selection.json",
-        "--out",
-        tmp_path / "own",
-        "--overwrite",
-    ]
-    code, message = cli(ppo, *argv, *itself, "--limit-train", 2200)
-    assert (
-        code == 2
-        and "has no score for" in message
-        and (tmp_path / "own" / "metrics.jsonl").exists()
-    )
-    assert (
-        cli(ppo, *argv, *itself)[0] == 0
-    )  # the file is read before the run that it belongs to is replaced
-    assert without_time(tmp_path / "own" / "metrics.jsonl") == without_time(
-        tmp_path / "given" / "metrics.jsonl"
-    )
+def test_the_written_selection_is_the_one_of_its_kind(kind, scored):
+    flags = ["--limit-train", "20", "--select", kind, "--scores", scored]
+    train, selected = ppo.load_questions(ppo.parse_args(flags))
+    assert train[:20] == PROBLEMS[:20] and train[20:] == [row["problem"] for row in selected]
+    assert len(selected) == 4
+    allowed = {"lowest": {0}, "floor": {0.5}, "frontier": {0.5}, "random": {0, 0.5, 1}}[kind]
+    assert {row["correct"] for row in selected} <= allowed
+    again = ppo.load_questions(ppo.parse_args(flags))
+    other = ppo.load_questions(ppo.parse_args([*flags, "--seed", "1"]))
+    assert again == (train, selected) and other != again, "ties are broken at random, by the seed"
 
 
-def test_a_pool_of_another_set_is_a_domain_of_its_own(cli, tmp_path):
-    argv = [
-        *PPO,
-        "--limit-train",
-        20,
-        "--select",
-        "lowest",
-        "--select-samples",
-        1,
-        "--select-fraction",
-        0.05,
-    ]
-    file = tmp_path / "more.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps({"question": p.question, "answer": str(p.answer)}) + "\n" for p in PROBLEMS
-        )
-    )
-    other = tmp_path / "other.jsonl"
-    other.write_text(file.read_text())
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "more.jsonl").write_text(file.read_text())
-    assert cli(ppo, *argv, "--pool", file, other, "--out", tmp_path / "run")[0] == 0
-    rows = json.loads((tmp_path / "run" / "selection.json").read_text())["questions"]
-    assert {row["domain"] for row in rows} == {str(file), str(other)}
-    assert all(row["id"].startswith(row["domain"].rsplit("/", 1)[1]) for row in rows)
-    assert not {row["id"].rsplit("/", 1)[1] for row in rows} & {
-        str(i) for i in range(20)
-    }  # those are trained on anyway
-    code, message = cli(ppo, *argv, "--pool", file, file, "--out", tmp_path / "twice")
-    assert code == 2 and "twice" in message
-
-
-def test_pools_whose_files_have_the_same_name_are_told_apart(tmp_path):
-    """As those of folders must have; the training questions are such a folder, too."""
-    names = [str(tmp_path / name) for name in ("one", "two", "three")]
-    for name in names:
-        Path(name).mkdir()
-        rows = [{"question": f"{name} {i}", "answer": "1"} for i in range(30)]
-        Path(name, "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = common.load_problems(names[0], "train")
-    for others in (names[1:], names[1:2]):
-        pool, domains = ppo.load_pool(SimpleNamespace(dataset=names[0], pool=others), train)
-        assert set(domains) == set(others) and len({p.id for p in train + pool}) == len(
-            train + pool
-        ) == 27 * (1 + len(others))
-        assert all(p.id.startswith(f"{name}: ") for p, name in zip(pool, domains, strict=True))
-
-
-def test_a_pool_of_its_own_is_taken_from_its_first_question_on(tmp_path):
-    """That of the training set from the first question after those to train on."""
-    file, train = tmp_path / "pool.jsonl", PROBLEMS[:20]
-    file.write_text(
-        "".join(json.dumps({"question": f"n{i}", "answer": str(i)}) + "\n" for i in range(40))
-    )
-    pool, domains = ppo.load_pool(SimpleNamespace(dataset="arithmetic", pool=[str(file)]), train)
-    assert [p.question for p in pool] == [f"n{i}" for i in range(33)] and set(domains) == {
-        str(file)
-    }
-    pool, domains = ppo.load_pool(SimpleNamespace(dataset="arithmetic", pool=[]), train)
-    assert pool == common.load_problems("arithmetic", "train")[20:] and set(domains) == {
-        "arithmetic"
-    }
-
-
-def test_the_scores_of_another_run_are_found_by_the_question(tmp_path):
-    """Its pool may have been larger, and in another order."""
-    file = tmp_path / "selection.json"
-    rows = [{"id": p.id, "score": i / 10, "passed": i / 5} for i, p in enumerate(PROBLEMS[:5])]
-    for _ in range(2):
-        file.write_text(json.dumps({"questions": rows[::-1]}))
-        assert ppo.read_scores(str(file), PROBLEMS[1:4]) == ([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
-        rows = [
-            row | {"question": p.question} for row, p in zip(rows, PROBLEMS[:5], strict=True)
-        ]  # as it is written now
-    other = [dataclasses.replace(PROBLEMS[1], question="another one of this name"), *PROBLEMS[2:4]]
-    with pytest.raises(runtime.UserError, match="1 missing"):
-        ppo.read_scores(str(file), other)
-
-
-def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path):
-    for flags in (
-        ["--select", "lowest"],
-        ["--select", "lowest", "--limit-train", "100000"],
-        ["--select", "lowest", "--limit-train", "10", "--pool", "nowhere"],
-        ["--select", "lowest", "--limit-train", "2300", "--selection", tmp_path / "missing.json"],
-        ["--curriculum", "verifiable_first"],
-        ["--curriculum", "backtracking", "--reward", "hybrid"],
-        ["--selection", tmp_path / "missing.json"],
-        ["--select", "floor", "--limit-train", "10", "--reward", "genrm"],
-        ["--add-outcome"],
-        ["--curriculum", "verifiable_first", "--reward", "hybrid", "--hide-answers", "1"],
-        ["--reward", "genrm", "--genrm", "nowhere/at/all"],
-        ["--orm", "tiny"],  # a reward model that no reward asks would be left out without a word
-        ["--reward", "orm", "--genrm", "tiny"],
+def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path, scored):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"questions": []}\n')
+    for flags, part in (
+        (["--select", "lowest"], "--scores has no question"),
+        (["--select", "lowest", "--limit-train", "60", "--scores", scored], "no question beyond"),
+        (["--select", "lowest", "--scores", "nowhere"], "nowhere: no such file"),
+        (["--select", "lowest", "--scores", broken], "broken.jsonl line 1: not a sample"),
+        (["--scores", scored], "--select"),
+        (["--references", scored], "--reward genrm or hybrid"),
+        (["--reward", "genrm", "--hide", "1", "1"], "has no gold solution"),
+        (["--reward", "genrm", "--hide", "1"], "expected 2 arguments"),
+        (["--reward", "genrm", "--hide", "2", "0"], "from 0 to 1"),
+        (["--curriculum", "verifiable_first"], "--reward genrm or hybrid"),
+        (["--curriculum", "backtracking", "--reward", "hybrid"], "runs/genrm/model"),
+        (["--add-outcome"], "--reward orm"),
+        (["--reward", "genrm", "--genrm", "nowhere/at/all"], "nowhere/at/all"),
+        # A reward model that no reward asks would be left out without a word.
+        (["--orm", "tiny"], "--reward orm"),
+        (["--reward", "orm", "--genrm", "tiny"], "--reward genrm"),
     ):
         code, message = cli(ppo, *PPO, *flags, "--out", tmp_path / "run")
-        assert code == 2 and message.count("\n") == 1, message
-    wrong_file = tmp_path / "selection.json"
-    wrong_file.write_text(json.dumps({"questions": [{"id": "other", "score": 1, "passed": 1}]}))
-    argv = [
-        *PPO,
-        "--limit-train",
-        2300,
-        "--select",
-        "lowest",
-        "--selection",
-        wrong_file,
-        "--out",
-        tmp_path / "run",
-    ]
-    code, message = cli(ppo, *argv)
-    assert code == 2 and "no score for" in message
-    wrong_file.write_text(json.dumps({"questions": [{"id": "other"}]}))
-    code, message = cli(ppo, *argv)
-    assert code == 2 and "not a selection.json" in message and message.count("\n") == 1
+        assert code == 2 and part in message and message.count("\n") == 1, message
+    assert not (tmp_path / "run").exists()
+    staged = ["--curriculum", "verifiable_first", "--reward", "genrm", "--hide", "1", "1"]
+    staged += ["--limit-train", "20", "--references", scored]
+    code, message = cli(ppo, *PPO, *staged, "--out", tmp_path / "run")
+    assert code == 2 and "no question to begin with" in message and message.count("\n") == 1
+
+
+def test_an_evaluation_scores_its_samples_next_to_the_gold_solutions(
+    cli, tmp_path, folders, monkeypatch
+):
+    out, scored = tmp_path / "report.json", tmp_path / "report.samples.jsonl"
+    argv = [*SMALL, "--limit-eval", 4, "--samples", 3, "--out", out]
+    assert cli(evaluate, *argv)[0] == 0
+    before, texts = json.loads(out.read_text()), [row["text"] for row in rows_of(scored)]
+    assert "score" not in before and "score" not in rows_of(scored)[0]
+    monkeypatch.setattr(common, "generate", lambda *_, **__: pytest.fail("sampled again"))
+    assert cli(evaluate, *argv, "--genrm", folders.genrm, "--resume")[0] == 0
+    report, rows = json.loads(out.read_text()), rows_of(scored)
+    assert [row["text"] for row in rows] == texts
+    assert all(report[key] == before[key] for key in before if "@" in key)
+    new = report.keys() - before.keys()
+    assert new == {"score", "genrm_fingerprint"}, "no rerank@n, no weighted@n"
+    samples = common.read_samples(scored, common.load_problems("arithmetic", "test", 4))
+    references = {s.problem.id: s.problem.reference for s in samples}
+    genrm = reward_model.GenerativeRewardModel(folders.genrm, "cpu")
+    expected = genrm.scores(samples, references)
+    assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-5)
+    assert report["score"]["value"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert all("score" in row for row in rows_of(tmp_path / "report.greedy.jsonl"))
+    assert report["genrm_fingerprint"] == runtime.fingerprint(folders.genrm)
+    # The scores would stay in the files of a report that names no reward model.
+    code, message = cli(evaluate, *argv, "--resume")
+    assert code == 2 and "other settings" in message
+
+
+def test_an_evaluation_with_a_generative_reward_model_needs_gold_solutions(
+    cli, tmp_path, folders, monkeypatch
+):
+    file = tmp_path / "answers.jsonl"
+    rows = [{"question": f"q{i}", "answer": f"1+0=1\n#### {i}"} for i in range(4)]
+    rows[2]["answer"] = "2"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(common, "Policy", lambda *_: pytest.fail("loaded"))
+    argv = [*SMALL, "--dataset", file, "--split", "all", "--out", tmp_path / "out" / "report.json"]
+    code, message = cli(evaluate, *argv, "--genrm", folders.genrm)
+    assert code == 2 and "gold solutions" in message and message.count("\n") == 1
+    code, message = cli(evaluate, *argv, "--genrm", folders.genrm, "--orm", folders.orm)
+    assert code == 2 and "one score" in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):
@@ -643,93 +738,34 @@ def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_dev_split_without_written_solutions_shows_before_the_sampling(
-    cli, tmp_path, monkeypatch
-):
-    file = tmp_path / "answers.jsonl"
-    rows = [json.dumps({"question": f"q{i}", "answer": i}) for i in range(60)]
-    file.write_text("\n".join(rows) + "\n")
-    monkeypatch.setattr(common, "sample_to_file", lambda *_, **__: pytest.fail("sampled"))
-    argv = ["--kind", "genrm", "--model", "tiny", "--dataset", file]
-    code, message = cli(reward_model, *argv, "--out", tmp_path / "run")
-    assert code == 2 and "no dev question has a written solution" in message
-    assert message.count("\n") == 1 and not (tmp_path / "run").exists()
-
-
-def test_a_pool_with_questions_of_dev_and_test_does_not_train_on_them(cli, tmp_path):
-    rows, more = (
-        [json.dumps({"question": f"{name}{i}", "answer": f"#### {i}"}) + "\n" for i in range(40)]
-        for name in "qn"
+def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_path, monkeypatch):
+    """No solutions, and none of the dev questions is ever solved."""
+    file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"question": f"q{i}", "answer": i // 40 * 98765 + 1}) + "\n"
+            for i in range(60)
+        )
     )
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl").write_text("".join(rows[:20]))
-    (tmp_path / "set" / "test.jsonl").write_text("".join(rows[20:30]))
-    (tmp_path / "pool.jsonl").write_text("".join(rows + more))
+    train = common.load_problems(str(file), "train")
+    rows = [
+        common.Sample(p, k, f"1+0=<<1+0=1>>1\n#### {k}", True).to_json()
+        for p in train[:30]
+        for k in (1, 2)
+    ]
+    samples.write_text("\n".join(rows) + "\n")
+    monkeypatch.setattr(reward_model, "train_step", lambda *_: pytest.fail("trained"))
     argv = [
-        *PPO,
+        "--kind",
+        "genrm",
+        "--model",
+        "tiny",
         "--dataset",
-        tmp_path / "set",
-        "--select",
-        "lowest",
-        "--select-samples",
-        1,
-        "--select-fraction",
-        1,
+        file,
+        "--eval-samples",
+        2,
+        "--train-samples",
+        samples,
     ]
-    assert cli(ppo, *argv, "--pool", tmp_path / "pool.jsonl", "--out", tmp_path / "run")[0] == 0
-    pool = [
-        json.loads(line)["question"]
-        for line in (tmp_path / "run" / "samples" / "pool.jsonl").read_text().splitlines()
-    ]
-    given = {
-        p.question
-        for split in ("train", "dev", "test")
-        for p in common.load_problems(str(tmp_path / "set"), split)
-    }
-    assert len(given) == 30 and pool and not given & set(pool) and {"n5", "q35"} <= set(pool)
-
-
-def test_questions_with_a_gold_solution_join_before_those_without(
-    cli, tmp_path, folders, monkeypatch
-):
-    """Whatever the order of the two shares."""
-    stages = []
-
-    def begun(self, kind, problems, seed, given=()):
-        stages.extend(given)
-        raise KeyboardInterrupt  # that is all that is asked
-
-    monkeypatch.setattr(ppo.Curriculum, "__init__", begun)
-    argv = [
-        *PPO,
-        "--limit-train",
-        24,
-        "--phases",
-        10,
-        "--reward",
-        "hybrid",
-        "--hide-solutions",
-        0.5,
-    ]
-    argv += ["--reference-samples", 1]
-    argv += [
-        "--curriculum",
-        "verifiable_first",
-        "--switch",
-        0.6,
-        0.2,
-        "--genrm",
-        folders.genrm,
-        "--orm",
-        folders.orm,
-    ]
-    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 130
-    route = ppo.reward_sources(PROBLEMS[:24], 0.5, 0.5, 0)
-    verifier, gold, best = (
-        {i for i, r in enumerate(route) if r == kind}
-        for kind in ("verifier", "genrm_gold", "genrm_sampled")
-    )
-    assert [(begin, set(asked)) for begin, asked in stages] == [
-        (1, verifier), (3, verifier | gold), (7, verifier | gold | best)
-    ]  # fmt: skip
-    assert verifier and gold and best
+    code, message = cli(reward_model, *argv, "--max-new-tokens", 20, "--out", tmp_path / "run")
+    assert code == 2 and "no dev question has a gold solution or a correct sample" in message

@@ -334,10 +334,11 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
         save(run, **state)
 
     monkeypatch.setattr(runtime.Run, "checkpoint", checkpoint)
+    monkeypatch.setattr(ppo, "LR_WARMUP", 12)
     argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4]
     argv += ["--phases", 3, "--epochs", 2, "--batch-size", 10, "--temperature", 1.2]
-    argv += ["--kl-coef", 0.3, "--gae-lambda", 0.9, "--clip-range", 0.15, "--value-clip-range", 0.1]
-    argv += ["--lr", 2e-3, "--lr-warmup", 12, "--eval-every", 1, "--lora-rank", rank]
+    argv += ["--kl-coef", 0.3, "--gae-lambda", 0.9, "--clip-range", 0.15]
+    argv += ["--lr", 2e-3, "--eval-every", 1, "--lora-rank", rank]
     argv += ["--max-new-tokens", 52, "--token-budget", 100000, "--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
     monkeypatch.undo()  # what follows is not spied on
@@ -390,7 +391,7 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
             policy, value = seen["policy_loss"][step], seen["value_loss"][step]
             n_tokens = sum(lengths[i] for i in minibatch)
             assert policy.result.shape == value.result.shape == (n_tokens,)
-            clips = (0.15, math.inf if p == 0 else 0.1)
+            clips = (0.15, math.inf if p == 0 else 0.15)
             for loss, clip, tables in zip(
                 (policy, value), clips, ((logprobs, advantages), (values, returns)), strict=True
             ):
@@ -444,11 +445,7 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
 def run(tmp_path) -> runtime.Run:
     """A run that has begun."""
     handler = signal.getsignal(signal.SIGINT)
-    run = runtime.Run(
-        argparse.Namespace(
-            out=tmp_path / "run", checkpoint_every=100, resume=False, overwrite=False
-        )
-    )
+    run = runtime.Run(argparse.Namespace(out=tmp_path / "run", checkpoint_every=100, resume=False))
     run.begin()
     yield run
     signal.signal(signal.SIGINT, handler)
@@ -461,7 +458,7 @@ def test_the_time_of_samples_that_are_read_back_counts(tiny, run):
     run.started -= 50
     common.sample_to_file(tiny, problems, run.out / "samples" / "round_1.jsonl", run, **how)
     again = runtime.Run(
-        argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False)
+        argparse.Namespace(out=run.out, checkpoint_every=100, resume=True)
     )
     again.begin()
     assert again.clock() < 25
@@ -470,9 +467,7 @@ def test_the_time_of_samples_that_are_read_back_counts(tiny, run):
 
 
 def resumed(run) -> runtime.Run:
-    again = runtime.Run(
-        argparse.Namespace(out=run.out, checkpoint_every=100, resume=True, overwrite=False)
-    )
+    again = runtime.Run(argparse.Namespace(out=run.out, checkpoint_every=100, resume=True))
     again.begin()
     return again
 
@@ -513,7 +508,7 @@ def test_a_checkpoint_is_written_when_it_is_due_and_at_ctrl_c(run):
 
 
 def test_a_run_goes_on_on_another_device_and_after_a_model_was_half_replaced(run):
-    settings = dict(out=run.out.with_name("other"), lr=0.1, resume=True, overwrite=False)
+    settings = dict(out=run.out.with_name("other"), lr=0.1, resume=True)
     first = runtime.Run(argparse.Namespace(**settings, device="cpu", checkpoint_every=100))
     first.begin()
     first.checkpoint(now=True)
@@ -562,68 +557,6 @@ def test_sampling_goes_on_with_whole_groups_and_leaves_no_line_twice(tiny, tmp_p
         ]
         content = file.read_text()
         assert content == "".join(s.to_json() + "\n" for s in samples)
-
-
-def test_the_reference_of_a_question_without_a_solution_is_its_best_sample(tiny, run, drawn):
-    class Judge:
-        def grade(self, samples, token_budget):
-            for sample in samples:
-                sample.score = (
-                    (sample.number * 3 + 2) % 5 / 5
-                )  # 0.4, 0, 0.6, 0.2, 0.8: the fifth is the best
-
-    problems = common.load_problems("arithmetic", "train", 3)
-    args = argparse.Namespace(
-        reference_samples=5,
-        temperature=0.7,
-        max_new_tokens=30,
-        gen_batch_size=16,
-        seed=4,
-        few_shot=False,
-        token_budget=1024,
-    )
-    best = ppo.best_of_n(tiny, problems, Judge(), run, args)
-    samples = [s for call in drawn for s in call.samples]
-    assert best == {s.problem.id: s.solution for s in samples if s.number == 4} and len(best) == 3
-    assert [call.seed for call in drawn] == [[4, 0, 1]], (
-        "not the samples that the reward model was trained on"
-    )
-
-
-def test_a_pool_is_not_scored_on_the_samples_that_its_judge_was_trained_on(tiny, run, drawn):
-    problems = common.load_problems("arithmetic", "train", 2)
-    args = argparse.Namespace(
-        select_samples=2,
-        temperature=0.7,
-        max_new_tokens=30,
-        gen_batch_size=16,
-        seed=4,
-        few_shot=False,
-        reward="sparse",
-        add_outcome=False,
-    )
-    for judges in (
-        ppo.RewardModels(),
-        ppo.RewardModels(orm=reward_model.RewardModel("tiny", "cpu", new=True)),
-    ):
-        args.reward = "orm" if judges.orm else "sparse"
-        scores, passed = ppo.score_pool(tiny, problems, judges, run, args)
-        (run.out / "samples" / "pool.jsonl").unlink()
-        good = [
-            [s.correct and s.finished for s in group]
-            for group in common.by_problem(drawn[-1].samples)
-        ]
-        ended = [[s.finished for s in group] for group in common.by_problem(drawn[-1].samples)]
-        assert (
-            passed == np.mean(good, 1).tolist()
-        )  # a new reward model says 0.5 of whatever was not cut
-        assert scores == (np.mean(ended, 1) / 2 if judges.orm else np.mean(good, 1)).tolist()
-    assert [call.seed for call in drawn] == [[4, 0], [4, 0, 2]]
-    args.add_outcome = True  # then the reward that is trained on has it, too
-    assert ppo.score_pool(tiny, problems, judges, run, args) == (
-        (np.mean(ended, 1) / 2 + np.mean(good, 1)).tolist(),
-        passed,
-    )
 
 
 # ---- return-conditioned RL
@@ -796,6 +729,47 @@ def test_an_evaluation_is_one_greedy_and_n_drawn_solutions(cli, tmp_path, drawn)
     assert report["maj@1"]["value"] == pytest.approx(np.mean([s.correct for s in greedy]))
 
 
+def test_training_questions_are_sampled_for_a_selection_with_a_seed_of_their_own(
+    cli, tmp_path, drawn
+):
+    """Samples of --split train without a reward model are those of the seed [seed, 0].
+
+    A reward model was trained on these samples, so it scores others.
+    """
+    reward_model.RewardModel("tiny", "cpu", new=True).save(tmp_path / "orm")
+    argv = ["--model", "tiny", *SMALL, "--limit-eval", 4, "--samples", 2, "--split", "train"]
+    for name, flags in (("plain", []), ("scored", ["--orm", tmp_path / "orm"])):
+        assert cli(evaluate, *argv, *flags, "--out", tmp_path / f"{name}.json")[0] == 0
+    assert [(call.temperature, call.seed) for call in drawn] == [
+        (0, 7), (0.7, [7, 0]), (0, 7), (0.7, 7)
+    ]  # fmt: skip
+    assert cli(evaluate, *argv[:-1], "dev", "--out", tmp_path / "dev.json")[0] == 0
+    assert [call.seed for call in drawn[4:]] == [7, 7]
+    written = common.read_samples(tmp_path / "plain.samples.jsonl")
+    assert [s.text for s in written] == [s.text for s in drawn[1].samples]
+    again = common.generate(
+        common.Policy("tiny", "cpu"),
+        common.load_problems("arithmetic", "train", 4),
+        samples=2,
+        max_new_tokens=60,
+        temperature=0.7,
+        seed=[7, 0],
+    )
+    assert [s.text for s in written] == [s.text for s in again]
+
+
+def test_a_single_sample_of_a_question_is_scored_and_there_is_nothing_to_choose(cli, tmp_path):
+    reward_model.RewardModel("tiny", "cpu", new=True).save(tmp_path / "orm")
+    argv = ["--model", "tiny", *SMALL, "--limit-eval", 4, "--samples", 1, "--max-new-tokens", 46]
+    assert cli(evaluate, *argv, "--orm", tmp_path / "orm", "--out", tmp_path / "one.json")[0] == 0
+    report, rows = (
+        json.loads((tmp_path / "one.json").read_text()),
+        rows_of(tmp_path / "one.samples.jsonl"),
+    )
+    assert report["score"]["value"] == np.mean([row["score"] for row in rows]) == 0.5
+    assert not [key for key in report if key.startswith(("rerank", "weighted"))]
+
+
 def test_dev_is_measured_greedily(tiny, tmp_path, drawn):
     problems = common.load_problems("arithmetic", "dev", 13)  # odd: no share of them is a half
     args = argparse.Namespace(max_new_tokens=46, gen_batch_size=16, seed=5, temperature=0.9)
@@ -883,8 +857,9 @@ def test_the_value_function_has_a_learning_rate_of_its_own(cli, tmp_path, measur
         return optimizer
 
     monkeypatch.setattr(common, "adam_w", watched)
+    monkeypatch.setattr(ppo, "LR_WARMUP", 1)
     argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 2, "--samples", 2]
-    argv += ["--phases", 2, "--epochs", 1, "--lr", 1e-3, "--lr-warmup", 1, "--value-lr", 3e-3]
+    argv += ["--phases", 2, "--epochs", 1, "--lr", 1e-3, "--value-lr", 3e-3]
     argv += ["--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
     assert rates == [[0.0, 3e-3], [5e-4, 3e-3]]

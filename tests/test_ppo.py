@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,11 +70,13 @@ def test_kl_estimators_against_the_exact_kl_near_and_far(distance):
     log_ref = (log_pi + distance * torch.randn(6)).log_softmax(0)
     exact = (log_pi.exp() * (log_pi - log_ref)).sum()
     reverse = (log_ref.exp() * (log_ref - log_pi)).sum()
-    for estimator in (ppo.kl_k1, ppo.kl_k3):
-        expected = (log_pi.exp() * estimator(log_pi, log_ref)).sum()
+    kl_k1 = -ppo.penalised_rewards(torch.zeros(6), log_pi, log_ref, kl_coef=1.0)
+    kl_k3 = ppo.kl_k3(log_pi, log_ref)
+    for estimate in (kl_k1, kl_k3):
+        expected = (log_pi.exp() * estimate).sum()
         torch.testing.assert_close(expected, exact, atol=1e-6, rtol=1e-5)
     assert distance < 3 or abs(exact - reverse) > 0.2
-    assert (ppo.kl_k3(log_pi, log_ref) >= 0).all() and (ppo.kl_k1(log_pi, log_ref) < 0).any()
+    assert (kl_k3 >= 0).all() and (kl_k1 < 0).any()
 
 
 def test_clipped_policy_loss_by_hand():
@@ -117,6 +120,10 @@ def test_whitening_and_penalty():
 # ---- rewards
 
 
+def reward_args(reward: str, add_outcome: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(reward=reward, add_outcome=add_outcome, token_budget=1024)
+
+
 def sampled(policy, problem, text, finished=True, prefix="") -> common.Sample:
     ids = policy.encode_solution(text.removeprefix(prefix))[: None if finished else -1]
     return common.Sample(problem, 0, text, finished, np.array(ids), (), (), prefix)
@@ -135,38 +142,34 @@ def test_the_sparse_reward_is_on_the_last_token_and_a_cut_solution_has_none(tiny
     )
     assert right.tokens[-1] == tiny.tokenizer.eos_token_id and cut.correct
     for sample, total in ((right, 1.0), (wrong, 0.0), (cut, 0.0)):
-        (reward,) = ppo.task_rewards("sparse", tiny, [sample], ppo.RewardModels())
+        (reward,) = ppo.task_rewards(reward_args("sparse"), tiny, [sample])
         assert len(reward) == len(sample.tokens) and reward[-1] == total and not reward[:-1].any()
 
 
 def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of_its_line(tiny):
     text = "2+3=<<2+3=5>>5\n7+3=<<7+3=10>>10\n2+3=<<2+3=5>>5\n9+9=<<9+9=18>>18\n#### 30"
+    dense = reward_args("dense")
     sample = sampled(tiny, REFERENCE, text)
-    (reward,) = ppo.task_rewards("dense", tiny, [sample], ppo.RewardModels())
+    (reward,) = ppo.task_rewards(dense, tiny, [sample])
     credit = {place: float(r) for place, r in enumerate(reward) if r}
-    lines = [i for i, token in enumerate(sample.tokens) if tiny.breaks_line[token]]
+    lines = tiny.line_ends(sample.tokens)
     assert credit == {
         lines[0]: pytest.approx(1 / 3),
         lines[1]: pytest.approx(1 / 3),
         len(reward) - 1: 1.0,
     }
     prefix = "2+3=<<2+3=5>>5\n"
-    assert not ppo.task_rewards(
-        "dense", tiny, [sampled(tiny, REFERENCE, text, finished=False)], ppo.RewardModels()
-    )[0].any()
-    (reward,) = ppo.task_rewards(
-        "dense", tiny, [sampled(tiny, REFERENCE, text, prefix=prefix)], ppo.RewardModels()
-    )
+    truncated = sampled(tiny, REFERENCE, text, finished=False)
+    assert not ppo.task_rewards(dense, tiny, [truncated])[0].any()
+    (reward,) = ppo.task_rewards(dense, tiny, [sampled(tiny, REFERENCE, text, prefix=prefix)])
     assert reward.sum() == pytest.approx(1 + 1 / 3), "what was given away earns nothing"
     run_on = sampled(tiny, REFERENCE, "2+3=<<2+3=5>>5\n#### 5\n\nQuestion: 5*2=<<5*2=10>>10?")
-    (reward,) = ppo.task_rewards("dense", tiny, [run_on], ppo.RewardModels())
+    (reward,) = ppo.task_rewards(dense, tiny, [run_on])
     assert reward.sum() == pytest.approx(1 / 3), (
         "nor does the next question, made up after the answer"
     )
     whole = sampled(tiny, REFERENCE, REFERENCE.reference)
-    assert ppo.task_rewards("dense", tiny, [whole], ppo.RewardModels())[0].sum() == pytest.approx(
-        2.0
-    )
+    assert ppo.task_rewards(dense, tiny, [whole])[0].sum() == pytest.approx(2.0)
 
 
 # ---- value function and adapters
@@ -179,18 +182,18 @@ def test_the_value_branch_is_the_top_of_the_policy_and_starts_at_zero(name, tmp_
     That is before the final norm. The value is exactly 0 and does not depend on padding.
     """
     policy = random_policy(name, tmp_path_factory)
-    critic = ppo.ValueFunction(policy, 4, detach=True)
+    critic = ppo.ValueFunction(policy, detach=True)
     assert len(critic.layers) == 1
 
     def run(examples):
-        with critic.listening():
-            common.response_logprobs(policy, examples)
-        return critic.values(policy, examples)
+        logprobs, values = critic(policy, examples, 1.0)
+        assert torch.equal(logprobs, common.response_logprobs(policy, examples))
+        return values
 
     with torch.no_grad():
         assert (run(EXAMPLES) == 0).all()
         last = {}
-        top = ppo.decoder_layers(policy.model)[-1]
+        top = common.decoder_layers(policy.model)[-1]
         hook = top.register_forward_hook(
             lambda m, i, out: last.update(out=out[0] if isinstance(out, tuple) else out)
         )
@@ -208,11 +211,9 @@ def test_the_value_branch_is_the_top_of_the_policy_and_starts_at_zero(name, tmp_
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_value_loss_reaches_the_policy_only_when_attached(detach, nano):
     policy = common.Policy(nano)
-    critic = ppo.ValueFunction(policy, 1, detach=detach)
+    critic = ppo.ValueFunction(policy, detach=detach)
     torch.nn.init.normal_(critic.head.weight)
-    with critic.listening():
-        common.response_logprobs(policy, EXAMPLES)
-    critic.values(policy, EXAMPLES).sum().backward()
+    critic(policy, EXAMPLES, 1.0)[1].sum().backward()
     assert all(p.grad is not None for p in critic.layers.parameters())
     touched = [
         name for name, p in policy.model.named_parameters() if p.grad is not None and p.grad.any()
@@ -229,7 +230,7 @@ def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_fact
     policy = common.Policy(policy.model.config._name_or_path, device="cpu", dtype="float32")
     with torch.no_grad():
         initial = common.response_logprobs(policy, EXAMPLES)
-        lora = ppo.Lora(policy, 3)
+        lora = common.Lora(policy, 3)
         assert torch.equal(common.response_logprobs(policy, EXAMPLES), initial)
     common.response_logprobs(policy, EXAMPLES).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in lora.up) and not any(
@@ -271,7 +272,7 @@ def test_adapters_are_not_rounded_off_in_bfloat16(tiny):
         for weight in policy.model.parameters():
             weight.data = weight.data.bfloat16().float()
         torch.manual_seed(0)
-        lora = ppo.Lora(policy, 16)
+        lora = common.Lora(policy, 16)
         with torch.no_grad():
             before = common.response_logprobs(policy, examples)
         if not signs:
@@ -288,7 +289,7 @@ def test_adapters_are_not_rounded_off_in_bfloat16(tiny):
 
 def test_adapters_begin_as_the_initial_policy_in_bfloat16(tiny):
     policy = common.Policy("tiny", "cpu", "bfloat16")
-    lora, problem = ppo.Lora(policy, 4), common.load_problems("arithmetic", "train", 1)[0]
+    lora, problem = common.Lora(policy, 4), common.load_problems("arithmetic", "train", 1)[0]
     example = (
         tiny.encode_prompt(common.prompt_text(problem)),
         tiny.encode_solution(problem.reference),
@@ -314,7 +315,7 @@ def test_adapters_leave_the_cache_in_bfloat16(monkeypatch):
         )
         return slots
 
-    ppo.Lora(policy, 3)
+    common.Lora(policy, 3)
     monkeypatch.setattr(engine.cache.PagedCache, "keep_prompts", watching)
     common.generate(policy, common.load_problems("arithmetic", "dev", 2), max_new_tokens=4)
     assert dtypes == {torch.bfloat16}
@@ -328,7 +329,7 @@ def test_experts_and_their_routers_get_no_adapters(family, tmp_path):
     policy = common.Policy(str(tmp_path), "cpu")
     with torch.no_grad():
         initial = common.response_logprobs(policy, EXAMPLES)
-        lora = ppo.Lora(policy, 3)
+        lora = common.Lora(policy, 3)
         assert torch.equal(common.response_logprobs(policy, EXAMPLES), initial)
     assert len(lora.targets) == 2 * 4  # the projections of the attention
 
@@ -336,9 +337,14 @@ def test_experts_and_their_routers_get_no_adapters(family, tmp_path):
 # ---- curricula
 
 
+def curriculum_of(kind: str, problems, seed: int = 0) -> ppo.Curriculum:
+    args = SimpleNamespace(curriculum=kind, seed=seed)
+    return ppo.Curriculum(args, problems, {problem.id: "verifier" for problem in problems})
+
+
 def test_backtracking_gives_away_all_but_the_answer_and_less_after_success():
     problems = common.load_problems("arithmetic", "train", 4)
-    curriculum = ppo.Curriculum("backtracking", problems, 0)
+    curriculum = curriculum_of("backtracking", problems)
     chosen, prefixes = curriculum.draw(1, 4)
     assert sorted(chosen) == [0, 1, 2, 3]
     for i, prefix in zip(chosen, prefixes, strict=True):
@@ -362,7 +368,7 @@ def test_backtracking_gives_away_all_but_the_answer_and_less_after_success():
 
 def test_prioritised_replay_prefers_large_value_errors_and_still_shows_new_questions():
     problems = common.load_problems("arithmetic", "train", 400)
-    curriculum = ppo.Curriculum("plr", problems, 0)
+    curriculum = curriculum_of("plr", problems)
     chosen, _ = curriculum.draw(1, 40)
     errors = [1.0 if rank < 5 else 0.0 for rank in range(40)]
     curriculum.update(chosen, [0.5] * 40, errors)
@@ -376,7 +382,7 @@ def test_prioritised_replay_prefers_large_value_errors_and_still_shows_new_quest
         "more than twice what chance gives the five questions with an error"
     )
     assert len(new) == 8 * 10
-    alone = ppo.Curriculum("plr", problems[:4], 0)  # one question a phase: new ones first
+    alone = curriculum_of("plr", problems[:4])  # one question a phase: new ones first
     asked = []
     for phase in range(1, 5):
         asked += alone.draw(phase, 1)[0]
@@ -385,7 +391,7 @@ def test_prioritised_replay_prefers_large_value_errors_and_still_shows_new_quest
 
 
 def test_without_curriculum_every_question_comes_once_a_pass():
-    curriculum = ppo.Curriculum("none", common.load_problems("arithmetic", "train", 30), 0)
+    curriculum = curriculum_of("none", common.load_problems("arithmetic", "train", 30))
     drawn = [curriculum.draw(phase, 10)[0] for phase in range(1, 7)]
     for turn in (drawn[:3], drawn[3:]):
         assert sorted(itertools.chain(*turn)) == list(range(30))
@@ -591,7 +597,7 @@ def test_bad_combinations_end_in_one_line(cli, tiny, tmp_path):
         )
     )
     argv = ["--model", "tiny", "--samples", 1, "--limit-eval", 2, "--phases", 1, "--epochs", 1]
-    argv += ["--value-warmup", 0, "--max-new-tokens", 8]
+    argv += ["--max-new-tokens", 8]
     code, message = cli(ppo, *argv, "--dataset", long, "--out", tmp_path / "long")
     assert code == 2 and "positions" in message and message.count("\n") == 1
     # The questions alone fit, the worked examples do not.
@@ -611,7 +617,6 @@ def test_bad_combinations_end_in_one_line(cli, tiny, tmp_path):
     assert code == 2 and "positions" in message and message.count("\n") == 1
     for flags in (
         ["--temperature", "0"],
-        ["--value-layers", "0"],
         ["--clip-range", "-1"],
         ["--gae-lambda", "2"],
         ["--reward", "nothing"],
@@ -630,22 +635,6 @@ def test_the_explained_variance_of_nothing_is_none():
     )
     for same in (torch.zeros(4), torch.ones(1)):
         assert ppo.explained_variance(same, torch.zeros(len(same))) is None
-
-
-def test_phases_in_which_the_policy_does_not_train_are_said(cli, nano, tmp_path):
-    argv = [
-        *TINY_RUN,
-        "--model",
-        nano,
-        "--max-new-tokens",
-        8,
-        "--phases",
-        1,
-        "--out",
-        tmp_path / "run",
-    ]
-    code, message = cli(ppo, *argv)
-    assert code == 0 and "only the value function trains" in message
 
 
 @pytest.mark.parametrize("token_budget", [1, 18, 9999])
@@ -694,22 +683,24 @@ def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its
     monkeypatch.setattr(
         common, "response_logprobs", lambda _, e, *__: look_up(e, old_logprobs, logprobs)
     )
-    monkeypatch.setattr(
-        ppo.ValueFunction, "values", lambda *args: look_up(args[2], old_values, values)
-    )
+
+    def forward(self, policy, examples, temperature):
+        return look_up(examples, old_logprobs, logprobs), look_up(examples, old_values, values)
+
+    monkeypatch.setattr(ppo.ValueFunction, "forward", forward)
     monkeypatch.setattr(ppo, "gae", lambda *_: (advantages.clone(), returns))
     monkeypatch.setattr(common, "sum_gradients", spied)
-    argv = ["--model", nano, "--phases", 1, "--questions", 2, "--samples", 2, "--epochs", 1]
+    phases = 1 if value_only else 2  # only the value function trains in the first phase
+    argv = ["--model", nano, "--phases", phases, "--questions", 2, "--samples", 2, "--epochs", 1]
     argv += ["--batch-size", 3, "--limit-train", 2, "--token-budget", token_budget]
-    argv += ["--value-clip-range", 0.3, "--value-warmup", int(value_only)]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
 
     advantages[real] = ppo.whiten(advantages[real])
-    order, logged = common.shuffled(4, 0, 1, 0), []
-    assert 2 in order[:3]
-    for minibatch, (sums, *gradients) in zip((order[:3], order[3:]), seen, strict=True):
+    order, logged = common.shuffled(4, 0, phases, 0), []
+    assert 2 in order[:3] and len(seen) == 2 * phases
+    for minibatch, (sums, *gradients) in zip((order[:3], order[3:]), seen[-2:], strict=True):
         wanted = real & torch.isin(torch.arange(4), torch.tensor(minibatch))[:, None]
-        value_clip = np.inf if value_only else 0.3
+        value_clip = np.inf if value_only else 0.2
         policy_loss = ppo.policy_loss(logprobs, old_logprobs, advantages, 0.2)[wanted].mean()
         value_loss = ppo.value_loss(values, old_values, returns, value_clip)[wanted].mean()
         change = (logprobs - old_logprobs)[wanted].detach()
@@ -737,39 +728,22 @@ def test_a_policy_that_did_not_get_better_is_not_handed_over_without_a_word(cli,
     assert code == 0 and "no phase was better on dev" in message
 
 
-def test_a_phase_ends_when_the_policy_has_gone_too_far(cli, tmp_path):
+def test_a_phase_ends_when_the_policy_has_gone_too_far(cli, tmp_path, monkeypatch):
     """Not the first one, in which it does not move."""
-    argv = [
-        *TINY_RUN,
-        "--phases",
-        2,
-        "--lr",
-        1e-2,
-        "--lr-warmup",
-        1,
-        "--kl-limit",
-        0.01,
-        "--out",
-        tmp_path / "run",
-    ]
-    assert cli(ppo, *argv)[0] == 0
+    monkeypatch.setattr(ppo, "LR_WARMUP", 1)
+    argv = [*TINY_RUN, "--phases", 2, "--lr", 1e-2, "--kl-limit", 0.01]
+    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     _, first, second = rows_of(tmp_path / "run" / "metrics.jsonl")
     assert first["minibatches"] == 6 > second["minibatches"] > 0
 
 
-def test_a_layer_that_is_derived_from_a_linear_one_gets_an_adapter_if_it_is_linear(tmp_path):
+def test_a_model_without_plain_linear_layers_is_refused_adapters(tmp_path):
+    """The layers of Falcon are of a class of their own."""
     write_model(
         lambda v: transformers.FalconConfig(
             vocab_size=v, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2
         ),
         tmp_path,
     )
-    policy = common.Policy(str(tmp_path), "cpu")
-    assert len(ppo.Lora(policy, 3).targets) == 2 * 4, (
-        "of the attention and of the network, two each"
-    )
-    policy.model.requires_grad_(False)
-    for layer in ppo.decoder_layers(policy.model):
-        layer.self_attention = layer.mlp = torch.nn.Identity()
-    with pytest.raises(runtime.UserError, match="no linear layers"):
-        ppo.Lora(policy, 3)
+    with pytest.raises(runtime.UserError, match="--lora-rank: .* no plain linear layers"):
+        common.Lora(common.Policy(str(tmp_path), "cpu"), 3)

@@ -274,9 +274,8 @@ def test_metrics_of_hand_made_samples():
     right, other, wrong = "2+2=<<2+2=4>>4\n#### 4", "2*2=<<2*2=4>>4\n#### 4.0", "#### 5"
     samples = [make_sample(p, i, t) for i, t in enumerate([right, wrong, other, right])]
     samples += [make_sample(q, i, t) for i, t in enumerate(["no", "#### 9", "#### 8", "cut"])]
-    values = evaluate.metrics_per_problem(
-        [make_sample(p, 0, right), make_sample(q, 0, wrong)], samples
-    )
+    greedy = [make_sample(p, 0, right), make_sample(q, 0, wrong)]
+    values = evaluate.metrics_per_problem(greedy, samples, rerank=False)
     assert values["maj@1"] == [1, 0] and values["maj@4"] == [1, 1]
     assert (
         values["pass@1"] == [0.75, 0.25]

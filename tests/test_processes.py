@@ -28,7 +28,7 @@ import runtime
 
 SMALL = "--model tiny --device cpu --limit-eval 12 --max-new-tokens 60 --gen-batch-size 48"
 TRAIN = f"{SMALL} --limit-train 40"
-PPO = "--questions 7 --samples 3 --phases 3 --value-warmup 1 --eval-every 1 --batch-size 5"
+PPO = "--questions 7 --samples 3 --phases 3 --eval-every 1 --batch-size 5"
 RUNS = {
     "sft": f"{SMALL} --epochs 2 --batch-size 8",
     "expert_iteration": f"{TRAIN} --samples 2 --rounds 1 --epochs 2 --pass-k 2",

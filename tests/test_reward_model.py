@@ -437,6 +437,10 @@ def test_the_reward_model_keeps_to_the_token_budget(cli, orm_folder, tmp_path, m
     assert budgets == {200}
 
 
+def reward_args(reward: str, add_outcome: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(reward=reward, add_outcome=add_outcome, token_budget=1024)
+
+
 def sampled(policy, problem, text, finished=True, prefix="") -> common.Sample:
     ids = policy.encode_prefix(text[len(prefix) :]) + [policy.tokenizer.eos_token_id] * finished
     return common.Sample(problem, 0, text, finished, np.array(ids, np.int32), prefix=prefix)
@@ -453,10 +457,10 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
         sampled(tiny, problem, wrong(problem), finished=False),
     ]
     (scores, _) = orm.scores(samples)
-    whole, cut = ppo.task_rewards("orm", tiny, samples, ppo.RewardModels(orm))
+    whole, cut = ppo.task_rewards(reward_args("orm"), tiny, samples, orm)
     assert whole[-1] == pytest.approx(scores[-1]) and not whole[:-1].any() and not cut.any()
-    dense, cut = ppo.task_rewards("orm_dense", tiny, samples, ppo.RewardModels(orm))
-    ends = ppo.line_ends(tiny, samples[0].tokens)
+    dense, cut = ppo.task_rewards(reward_args("orm_dense"), tiny, samples, orm)
+    ends = tiny.line_ends(samples[0].tokens)
     assert set(np.flatnonzero(dense)) == set(ends) and len(ends) == 4 and not cut.any()
     assert dense.sum() == pytest.approx(scores[-1], abs=1e-6)
     assert dense[ends[0]] == pytest.approx(
@@ -464,7 +468,7 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
     )  # the same tokenizer, the same places
     assert dense[ends[1]] == pytest.approx(scores[ends[1]] - scores[ends[0]], abs=1e-6)
     for kind, plain in (("orm", whole), ("orm_dense", dense)):
-        added = ppo.task_rewards(kind, tiny, samples, ppo.RewardModels(orm), True)[0]
+        added = ppo.task_rewards(reward_args(kind, True), tiny, samples, orm)[0]
         assert added[-1] == pytest.approx(plain[-1] + 1) and (added[:-1] == plain[:-1]).all()
 
 
@@ -487,20 +491,19 @@ def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others
     first = right(problem).splitlines(keepends=True)[0]
     sample = sampled(tiny, problem, right(problem), prefix=first)
     scores = orm.scores([sample])[0]
-    places = ppo.line_ends(orm, orm.encode(sample)[1])
-    ends = ppo.line_ends(tiny, sample.tokens)
+    places = orm.line_ends(orm.encode(sample)[1])
+    ends = tiny.line_ends(sample.tokens)
     reward = ppo.potential_rewards(tiny, sample, orm, scores)
     assert len(ends) == 3 and reward.sum() == pytest.approx(scores[-1], abs=1e-6)
     assert reward[ends[0]] == pytest.approx(scores[places[1]], abs=1e-6)
 
     text = right(problem)  # a policy whose tokens are characters
-    letters = SimpleNamespace(
-        decode=lambda ids: "".join(map(chr, ids)),
-        breaks_line=np.array([chr(i) == "\n" for i in range(128)]),
-    )
+    letters = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    letters.breaks_line = np.array([chr(i) == "\n" for i in range(128)])
+    letters.line_ends = lambda ids: common.Policy.line_ends(letters, ids)
     spelled = common.Sample(problem, 0, text, True, np.array([ord(c) for c in text]))
     reward = ppo.potential_rewards(letters, spelled, orm, scores)
-    ends = ppo.line_ends(letters, spelled.tokens)
+    ends = letters.line_ends(spelled.tokens)
     assert len(ends) == 4 and np.flatnonzero(reward).tolist() == ends
     np.testing.assert_allclose(
         reward[ends[:3]], np.diff(scores[places[:3]], prepend=0.0), atol=1e-6
@@ -754,6 +757,7 @@ def test_a_cut_solution_is_worth_nothing_to_either_judge(tiny, orm):
         sampled(tiny, problem, right(problem) + "\n", finished=False),
     ]
     assert samples[1].correct
-    assert ppo.RewardModels().scores("sparse", samples) == [1, 0]
-    first, cut = ppo.RewardModels(orm).scores("orm", samples)
+    first, cut = ppo.task_rewards(reward_args("sparse"), tiny, samples)
+    assert first.sum() == 1 and cut.sum() == 0
+    first, cut = (r.sum() for r in ppo.task_rewards(reward_args("orm"), tiny, samples, orm))
     assert first == pytest.approx(orm.scores(samples[:1])[0][-1]) and first > 0 and cut == 0

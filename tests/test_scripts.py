@@ -139,7 +139,7 @@ def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
         low, high = report[key]["ci95"]
         assert low <= report[key]["value"] <= high
     code, message = cli(evaluate, *argv)
-    assert code == 2 and "--overwrite" in message
+    assert code == 2 and "is there already" in message and "--resume" in message
     lenient = [
         *argv[:-4],
         "--lenient",
@@ -154,7 +154,7 @@ def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
     assert said == pytest.approx(sum(row["answer"] is None for row in read) / 40)
     assert any(row["answer"] is not None and "####" not in row["text"] for row in read)
     assert cli(evaluate, *argv, "--resume")[0] == 0
-    assert json.loads(report_file.read_text()) == report  # the seconds that it took to sample, too
+    assert json.loads(report_file.read_text()) == report | {"seconds": None}
 
 
 def test_expert_iteration_from_the_base_continue_and_without_sft_data(cli, tmp_path):
@@ -198,7 +198,7 @@ BAD = {
     "model folder": (["--model", "runs/none/model"], "no such folder"),
     "model name": (["--model", "runs/none"], "no such folder"),  # not looked for on the hub
     "run folder": (["--model", "RUN"], "did you mean"),
-    "both ways": (["--resume", "--overwrite"], "give one of them"),
+    "a flag that deletes": (["--overwrite"], "unrecognized"),
     "empty model folder": (["--model", "EMPTY"], "no config.json"),
     "too long": (["--dataset", "LONG"], "tokens long; the model has 1024 positions"),
     "device": (["--device", "toaster"], "cannot be used"),
@@ -253,7 +253,7 @@ def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, n
     assert cli(sft, *argv)[0] == 0
     before = contents(tmp_path / "run")
     code, message = cli(sft, *argv)
-    assert code == 2 and "--resume" in message and "--overwrite" in message
+    assert code == 2 and "already holds a run" in message and "--resume" in message
     code, message = cli(sft, *argv, "--lr", "1e-3", "--resume")
     assert code == 2 and "other settings (lr)" in message
     assert contents(tmp_path / "run") == before
@@ -262,10 +262,26 @@ def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, n
     )  # as on a smaller machine
     assert cli(sft, *argv, "--resume")[0] == 0
     assert contents(tmp_path / "run") == before
-    assert cli(sft, *argv, "--lr", "1e-3", "--overwrite")[0] == 0
-    assert (
-        contents(tmp_path / "run")["model/model.safetensors"] != before["model/model.safetensors"]
-    )
+
+
+@pytest.mark.parametrize("script", [ppo, evaluate], ids=lambda m: m.__name__)
+def test_the_results_of_another_run_are_refused_without_resume(script, cli, tmp_path):
+    """With other settings as well, before a model is loaded. Nothing is deleted."""
+    if script is ppo:
+        argv, name = [*short_run(ppo), "--out", tmp_path / "run"], "already holds a run"
+    else:
+        argv = ["--model", "tiny", "--limit-eval", 2, "--samples", 2, "--max-new-tokens", 20]
+        argv, name = [*argv, "--out", tmp_path / "report.json"], "is there already"
+    assert cli(script, *argv)[0] == 0
+    before = contents(tmp_path)
+    for flags in ([], ["--seed", 1], ["--dataset", "arithmetic-hard"]):
+        code, message = cli(script, *argv, *flags)
+        assert code == 2 and name in message and message.count("\n") == 1
+        assert contents(tmp_path) == before
+    for flags in (["--seed", 1], ["--dataset", "arithmetic-hard"]):
+        code, message = cli(script, *argv, *flags, "--resume")
+        assert code == 2 and "other settings" in message and message.count("\n") == 1
+        assert contents(tmp_path) == before
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path):
@@ -276,7 +292,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path)
     fcntl.flock(
         other, fcntl.LOCK_EX
     )  # belongs to the open file, so this process is refused like any other
-    code, message = cli(sft, *argv, "--overwrite")
+    code, message = cli(sft, *argv)
     assert code == 2 and "another process" in message and not list(tmp_path.iterdir())
     os.close(other)
     assert cli(sft, *argv)[0] == 0
@@ -313,18 +329,9 @@ def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(
         code, message = cli(evaluate, *argv, "--out", tmp_path / "a.json")
         assert code == 2 and "is there already" in message
         assert (tmp_path / "a.samples.jsonl").read_text() == "theirs"
-    assert cli(evaluate, *argv, "--out", tmp_path / "a.json", "--overwrite")[0] == 0
+    (tmp_path / "a.samples.jsonl").unlink()
+    assert cli(evaluate, *argv, "--out", tmp_path / "a.json")[0] == 0
     assert not list(tmp_path.glob("*.lock"))
-
-
-def test_overwriting_leaves_nothing_of_the_other_run(cli, nano, tmp_path):
-    argv = [*SFT, "--model", nano, "--out", tmp_path, "--max-new-tokens", "8"]
-    assert cli(sft, *argv)[0] == 0
-    for name in ("quality.json", "selection.json", "notes.txt"):
-        (tmp_path / name).write_text("{}")
-    assert cli(sft, *argv, "--overwrite")[0] == 0
-    assert (tmp_path / "notes.txt").exists()
-    assert not (tmp_path / "quality.json").exists() and not (tmp_path / "selection.json").exists()
 
 
 def short_run(script) -> list[str]:
@@ -444,21 +451,6 @@ def test_expert_iteration_says_when_it_gained_nothing(first, cli, tmp_path, monk
     assert code == 2 and "--pass-k 0" in message
 
 
-def test_what_a_run_reads_is_not_overwritten(cli, nano, tmp_path):
-    """The base is loaded again in every round, when the folder would long have been emptied."""
-    out = tmp_path / "run"
-    assert cli(sft, *SFT, "--model", nano, "--out", out, "--max-new-tokens", "8")[0] == 0
-    before = contents(out)
-    argv = [*EI, "--out", out, "--overwrite"]
-    for flags in (
-        ["--model", out / "model", "--base", out / "model"],
-        ["--model", nano, "--base", out / "model"],
-    ):
-        code, message = cli(expert_iteration, *argv, *flags)
-        assert code == 2 and "would delete" in message and message.count("\n") == 1
-    assert contents(out) == before
-
-
 def test_expert_iteration_refuses_long_solutions_and_knows_the_base_by_another_name(
     cli, tmp_path, monkeypatch
 ):
@@ -527,8 +519,8 @@ def test_flags_that_would_do_nothing_are_refused(cli, tmp_path):
     for script, flags in (
         (expert_iteration, ["--orm-threshold", "0.9"]),
         (rcrl, ["--labels", "outcome", "--check-labels", "5"]),
-        (ppo, ["--reward", "genrm", "--hide-answers", "0.1"]),
-        (ppo, ["--hide-solutions", "0.5"]),
+        (ppo, ["--kl-coef", "0.1", "--references", "x.jsonl"]),
+        (ppo, ["--reward", "orm", "--switch", "0.5"]),
     ):
         code, message = cli(script, "--model", "tiny", *flags, "--out", tmp_path / "run")
         assert (
@@ -580,14 +572,14 @@ def test_a_folder_that_holds_only_metrics_is_not_touched(cli, nano, tmp_path):
     (tmp_path / "args.json").write_text("{}")
     before = contents(tmp_path)
     code, message = cli(sft, *SFT, "--model", nano, "--out", tmp_path)
-    assert code == 2 and "--overwrite" in message and contents(tmp_path) == before
+    assert code == 2 and "already holds a run" in message and contents(tmp_path) == before
 
 
-def test_a_bad_model_does_not_cost_the_run_that_it_would_replace(cli, nano, tmp_path):
+def test_a_bad_model_does_not_cost_the_run_that_is_there(cli, nano, tmp_path):
     argv = [*SFT, "--model", nano, "--out", tmp_path / "run", "--max-new-tokens", "8"]
     assert cli(sft, *argv)[0] == 0
     before = contents(tmp_path / "run")
-    assert cli(sft, *argv, "--model", tmp_path, "--overwrite")[0] == 2
+    assert cli(sft, *argv, "--model", tmp_path, "--resume")[0] == 2
     assert contents(tmp_path / "run") == before
 
 
@@ -613,7 +605,10 @@ def test_samples_of_another_question_or_model_are_not_mixed_in(cli, nano, tmp_pa
     common.Policy(nano).save(tmp_path / "m")
     assert cli(evaluate, *argv)[0] == 0
     before = contents(tmp_path)
-    assert cli(evaluate, *argv, "--resume")[0] == 0 and contents(tmp_path) == before
+    assert cli(evaluate, *argv, "--resume")[0] == 0
+    after = contents(tmp_path)
+    reports = [json.loads(files.pop("report.json")) for files in (before, after)]
+    assert after == before and reports[1] == reports[0] | {"seconds": None}
     for i, change in (
         (2, {"question": "changed"}),
         (1, {"answer": "77"}),
@@ -661,8 +656,6 @@ def test_a_reward_model_scores_samples_that_are_there_already(cli, nano, tmp_pat
         assert [row["text"] for row in rows] == texts
         scores.append([row["score"] for row in rows])
     assert scores[0] != scores[1]
-    code, message = cli(evaluate, *argv, "--orm", orms[0], "--samples", 1)
-    assert code == 2 and "--samples of at least 2" in message
     code, message = cli(
         evaluate, *argv, "--resume"
     )  # would leave their scores out of a report that names none

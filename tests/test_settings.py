@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from test_generation import SMALL as SIZES
 from test_generation import write_model
 from test_genrm import PPO, folders  # noqa: F401
 from test_loops import SMALL, drawn, measured, saved_weights, start, weights_of  # noqa: F401
+from test_ppo import curriculum_of
 from test_scripts import cli, rows_of  # noqa: F401
 
 import common
@@ -52,22 +52,6 @@ def test_samples_are_drawn_at_the_temperature(script, cli, tmp_path, drawn, meas
     }[script]
     assert cli(script, *argv, "--out", tmp_path / "run")[0] == 0
     assert [call.temperature for call in drawn] == [1.3] * (1 if script is expert_iteration else 2)
-
-
-def test_references_and_scores_of_a_pool_are_drawn_like_the_rollouts(
-    cli, tmp_path, folders, drawn, measured
-):
-    pool = tmp_path / "pool.jsonl"
-    pool.write_text(
-        "".join(json.dumps({"question": f"n{i}", "answer": str(i)}) + "\n" for i in range(12))
-    )
-    argv = [*PPO, "--phases", 1, "--questions", 2, "--limit-train", 20, "--temperature", 1.3]
-    argv += ["--few-shot"]
-    argv += ["--reward", "genrm", "--hide-solutions", 1, "--genrm", folders.genrm]
-    argv += ["--orm", folders.orm]
-    argv += ["--reference-samples", 1, "--select", "lowest", "--select-samples", 1, "--pool", pool]
-    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
-    assert [(call.temperature, call.few_shot) for call in drawn] == [(1.3, True)] * 3
 
 
 @pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, reward_model], **scripts)
@@ -110,8 +94,9 @@ def test_each_group_of_weights_is_clipped_by_its_own_gradient(cli, tmp_path, mea
     adam_w, sum_gradients, optimizers, clipped = common.adam_w, common.sum_gradients, [], []
 
     def norms(optimizer):
-        gradients = ([w.grad for w in group["params"]] for group in optimizer.param_groups)
-        return [torch.nn.utils.get_total_norm(group).item() for group in gradients]
+        groups = ([w.grad for w in group["params"]] for group in optimizer.param_groups)
+        groups = ([gradient for gradient in group if gradient is not None] for group in groups)
+        return [torch.nn.utils.get_total_norm(group).item() for group in groups]
 
     def watched(*args):
         optimizers.append(adam_w(*args))
@@ -121,16 +106,18 @@ def test_each_group_of_weights_is_clipped_by_its_own_gradient(cli, tmp_path, mea
     def scaled(*args):
         groups = optimizers[0].param_groups
         for group, norm, wanted in zip(groups, norms(optimizers[0]), (3, 0.5), strict=True):
-            for weight in group["params"]:
+            for weight in group["params"] if norm else ():
                 weight.grad *= wanted / norm
         return sum_gradients(*args)
 
     monkeypatch.setattr(common, "adam_w", watched)
     monkeypatch.setattr(common, "sum_gradients", scaled)
     argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 8, "--samples", 4]
-    argv += ["--phases", 1, "--value-warmup", 0, "--epochs", 2]
+    argv += ["--phases", 2, "--epochs", 2]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
-    assert clipped == [pytest.approx([1, 0.5], rel=1e-4)] * 2
+    # In the first phase only the value function has gradients.
+    expected = [pytest.approx(both, rel=1e-4) for both in ([0, 0.5], [1, 0.5])]
+    assert clipped == [expected[0]] * 2 + [expected[1]] * 2
     row = last_row(tmp_path / "run")
     assert (row["grad_norm"], row["value_grad_norm"]) == pytest.approx((3, 0.5), rel=1e-4)
 
@@ -148,7 +135,7 @@ def test_of_equally_good_ones_the_first_is_kept(script, cli, tmp_path, monkeypat
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
     argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 2, "--epochs", 2]
-    phases = ["--phases", 2, "--questions", 8, "--value-warmup", 0, "--eval-every", 1]
+    phases = ["--phases", 3, "--questions", 8, "--eval-every", 2]
     argv += phases if script is ppo else ["--labels", "outcome"]
     assert cli(script, *argv, "--out", tmp_path / "run")[0] == 0
     assert (
@@ -230,13 +217,14 @@ def begin(args) -> None:
 
 
 @pytest.mark.parametrize("script, flags, condition", [
-    (ppo, ["--switch", "0.1", "0.2"], "--curriculum verifiable_first"),
+    (ppo, ["--switch", "0.1"], "--curriculum verifiable_first"),
     (ppo, ["--select-fraction", "0.5"], "--select"),
-    (ppo, ["--select-samples", "3"], "--select"),
-    (ppo, ["--selection", "x.json"], "--select"),
-    (ppo, ["--reference-samples", "3"], "--reward genrm"),
-    (ppo, ["--hide-solutions", "0.5"], "--reward genrm"),
-    (ppo, ["--hide-answers", "0.5", "--reward", "genrm"], "--reward hybrid"),
+    (ppo, ["--scores", "x.jsonl"], "--select"),
+    (ppo, ["--references", "x.jsonl"], "--reward genrm"),
+    (ppo, ["--hide", "0.5", "0"], "--reward genrm"),
+    (ppo, ["--curriculum", "verifiable_first"], "--reward genrm"),
+    (ppo, ["--genrm", "x"], "--reward genrm"),
+    (ppo, ["--orm", "x"], "--reward orm"),
     (ppo, ["--add-outcome"], "--reward orm"),
     (reward_model, ["--pairs", "3"], "--kind genrm"),
     (rcrl, ["--labels", "outcome", "--check-labels", "3"], "--labels step"),
@@ -260,10 +248,10 @@ def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsy
     (sft, []), (expert_iteration, []), (expert_iteration, ["--sft-data"]), (rcrl, []), (ppo, []),
     (reward_model, ["--kind", "genrm"]), (evaluate, []),
 ])  # fmt: skip
-def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(
+def test_what_does_not_fit_shows_before_anything_is_written_or_sampled(
     script, flags, split, cli, tmp_path, drawn
 ):
-    """One question of 30 is too long. It shows before anything is replaced or sampled."""
+    """One question of 30 is too long. It shows before anything is written or sampled."""
     rows = [{"question": f"q{i}", "answer": f"1+1=2\n#### {i}"} for i in range(30)]
     # sft.py trains on written solutions alone. A GenRM is measured next to them.
     written = script is reward_model or (script is sft and split == "train")
@@ -272,14 +260,11 @@ def test_what_does_not_fit_shows_before_anything_is_replaced_or_sampled(
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / ("run.json" if script is evaluate else "run")
-    before = tmp_path / ("run.samples.jsonl" if script is evaluate else "run/model/config.json")
-    before.parent.mkdir(parents=True, exist_ok=True)
-    before.write_text("{}")
     argv = ["--model", "tiny", "--dataset", tmp_path / "data", "--samples", 2, "--out", out]
     argv += ["--split", split] if script is evaluate else []
-    code, message = cli(script, *argv, "--overwrite", *flags)
+    code, message = cli(script, *argv, *flags)
     assert code == 2 and "positions" in message and message.count("\n") == 1
-    assert not drawn and before.read_text() == "{}"
+    assert not drawn and [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize("key", ["model", "base", "orm", "genrm"])
@@ -289,7 +274,6 @@ def test_a_run_does_not_go_on_with_another_model(key, tmp_path):
     args = argparse.Namespace(
         out=tmp_path / "run",
         resume=True,
-        overwrite=False,
         checkpoint_every=100,
         **{key: str(given)},
     )
@@ -328,9 +312,10 @@ def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
     )
     argv = ["--model", "tiny", *SMALL, "--limit-train", 64, "--questions", 6, "--samples", 4]
     argv += ["--phases", 2, "--epochs", 2, "--batch-size", 10, "--eval-every", 9]
-    argv += ["--lora-rank", 3, "--token-budget", 100000, "--lr", 2e-3, "--lr-warmup", 1]
+    argv += ["--lora-rank", 3, "--token-budget", 100000, "--lr", 2e-3]
+    monkeypatch.setattr(ppo, "LR_WARMUP", 1)
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
-    curriculum = ppo.Curriculum("none", TRAIN, 7)
+    curriculum = curriculum_of("none", TRAIN, 7)
     for i, row in enumerate(rows_of(tmp_path / "run" / "metrics.jsonl")[1:]):
         samples = drawn[i].samples
         chosen = [group[0].problem for group in common.by_problem(samples)]
@@ -360,19 +345,15 @@ def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
     assert states[-2]["trained"]["down.0"].shape[0] == 3
 
 
-@pytest.mark.parametrize("warmup", [0, 2])
-def test_the_policy_trains_after_the_phases_of_the_value_function_alone(
-    warmup, cli, tmp_path, measured
-):
+def test_the_policy_trains_after_the_phase_of_the_value_function_alone(cli, tmp_path, measured):
     argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 4, "--samples", 4]
-    argv += ["--phases", 3]
-    argv += ["--epochs", 1, "--eval-every", 9, "--value-warmup", warmup, "--out", tmp_path / "run"]
+    argv += ["--phases", 3, "--epochs", 1, "--eval-every", 9, "--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
     rows = rows_of(tmp_path / "run" / "metrics.jsonl")[1:]
-    assert [row["grad_norm"] > 0 for row in rows] == [phase > warmup for phase in (1, 2, 3)]
+    assert [row["grad_norm"] > 0 for row in rows] == [False, True, True]
 
 
-def test_the_value_function_has_the_layers_that_it_is_given_but_no_more_than_half(tmp_path):
+def test_the_value_function_has_its_number_of_layers_but_no_more_than_half(tmp_path, monkeypatch):
     sizes = SIZES | {"num_hidden_layers": 6}
     write_model(
         lambda v: transformers.LlamaConfig(vocab_size=v, num_key_value_heads=2, **sizes), tmp_path
@@ -380,19 +361,19 @@ def test_the_value_function_has_the_layers_that_it_is_given_but_no_more_than_hal
     examples = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 1])]
     for asked, n in ((1, 1), (2, 2), (4, 3)):
         policy, last = common.Policy(str(tmp_path), "cpu"), []
-        critic = ppo.ValueFunction(policy, asked, detach=True)
+        monkeypatch.setattr(ppo, "VALUE_LAYERS", asked)
+        critic = ppo.ValueFunction(policy, detach=True)
         assert len(critic.layers) == n
         torch.nn.init.normal_(critic.head.weight)
-        ppo.decoder_layers(policy.model)[-1].register_forward_hook(
+        common.decoder_layers(policy.model)[-1].register_forward_hook(
             lambda module, given, out, last=last: last.append(out)
         )
         with torch.no_grad():
-            with critic.listening():
-                common.response_logprobs(policy, examples)
+            values = critic(policy, examples, 1.0)[1]
             top = last[0][0] if isinstance(last[0], tuple) else last[0]
             rows, columns = common.response_positions(examples, policy.device)
             expected = critic.head(critic.norm(top[rows, columns - 1]))[:, 0]
-            torch.testing.assert_close(critic.values(policy, examples), expected)
+            torch.testing.assert_close(values, expected)
 
 
 def test_the_outcome_is_added_to_the_score_of_the_reward_model(cli, tmp_path, folders):
@@ -416,8 +397,8 @@ def test_dev_is_measured_with_the_worked_examples_of_the_rollouts(cli, tmp_path,
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
     argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 2, "--samples", 2]
     argv += ["--phases", 1]
-    assert cli(ppo, *argv, "--few-shot", "--pass-k", 3, "--out", tmp_path / "run")[0] == 0
-    assert shown == [(3, True)] * 2
+    assert cli(ppo, *argv, "--few-shot", "--out", tmp_path / "run")[0] == 0
+    assert shown == [(0, True)] * 2
 
 
 def test_a_sampler_that_disagrees_with_training_shows(cli, tmp_path, monkeypatch):
@@ -473,7 +454,7 @@ def test_what_backtracking_gives_away_is_not_trained_on(cli, tmp_path, drawn, me
 
 
 def test_backtracking_goes_back_where_half_of_the_samples_are_right():
-    curriculum = ppo.Curriculum("backtracking", TRAIN[:2], 0)
+    curriculum = curriculum_of("backtracking", TRAIN[:2])
     curriculum.update([0, 1], [0.75, 0.25], [0.0, 0.0])
     assert curriculum.state["hidden"] == 2
 
@@ -481,64 +462,21 @@ def test_backtracking_goes_back_where_half_of_the_samples_are_right():
 # ---- the rewards and the selection of Shen et al.
 
 
-def test_the_shares_that_are_hidden_are_those_of_the_flags(cli, tmp_path, folders, monkeypatch):
+def test_the_fractions_that_are_hidden_are_those_of_the_flags(cli, tmp_path, folders, monkeypatch):
     asked = []
 
-    def routes(problems, *shares_and_seed):
-        asked.append(shares_and_seed)
+    def sources(problems, *fractions_and_seed):
+        asked.append(fractions_and_seed)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppo, "reward_sources", routes)
+    monkeypatch.setattr(ppo, "reward_sources", sources)
     argv = [*PPO, "--genrm", folders.genrm, "--seed", 5, "--limit-train", 8]
     argv += ["--out", tmp_path / "run"]
-    for flags in (["hybrid", "--hide-answers", 0.25], ["hybrid"], ["genrm"]):
+    for flags in (["hybrid", "--hide", 0.25, 0.1], ["hybrid"], ["genrm"]):
         assert cli(ppo, *argv, "--reward", *flags)[0] == 130
-    assert asked == [(0.25, 0, 5), (0.5, 0, 5), (1.0, 0, 5)]
-
-
-def test_a_selected_question_keeps_its_route_and_each_route_is_a_domain(
-    cli, tmp_path, folders, monkeypatch
-):
-    begun = []
-
-    def curriculum(self, kind, problems, seed, stages=()):
-        begun.append((problems, stages))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ppo.Curriculum, "__init__", curriculum)
-    argv = [*PPO, "--limit-train", 2290, "--reward", "hybrid", "--curriculum", "verifiable_first"]
-    argv += ["--select", "lowest"]
-    argv += ["--select-samples", 1, "--select-fraction", 0.5, "--genrm", folders.genrm]
-    assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 130
-    (problems, stages), everything = begun[0], common.load_problems("arithmetic", "train")
-    route = dict(
-        zip((p.id for p in everything), ppo.reward_sources(everything, 0.5, 0, 0), strict=True)
-    )
-    assert {problems[i].id for i in stages[0][1]} == {
-        p.id for p in problems if route[p.id] == "verifier"
-    }
-    rows = json.loads((tmp_path / "run" / "selection.json").read_text())["questions"]
-    assert all(row["domain"] == f"arithmetic, {route[row['id']]}" for row in rows)
-    assert len({row["domain"] for row in rows}) == 2
-
-
-def test_with_a_generative_reward_model_a_half_has_passed(tiny, tmp_path, monkeypatch):
-    samples = [common.Sample(p, k, LOST, True) for p in TRAIN[:2] for k in range(2)]
-    monkeypatch.setattr(common, "sample_to_file", lambda *_, **__: samples)
-    genrm = SimpleNamespace(scores=lambda *_: [0.5, 0.4, 0.6, 0.7])
-    judges = ppo.RewardModels(genrm=genrm, references={p.id: "x" for p in TRAIN[:2]})
-    args = argparse.Namespace(
-        select_samples=2,
-        temperature=1,
-        max_new_tokens=9,
-        gen_batch_size=9,
-        seed=0,
-        few_shot=False,
-        reward="genrm",
-        add_outcome=False,
-    )
-    scores, passed = ppo.score_pool(tiny, TRAIN[:2], judges, SimpleNamespace(out=tmp_path), args)
-    assert scores == pytest.approx([0.45, 0.65]) and passed == [0.5, 1.0]
+    assert asked == [([0.25, 0.1], 5), ([0.5, 0], 5), ([1, 0], 5)]
+    assert ppo.parse_args([]).hide == [0, 0]
+    assert ppo.parse_args(["--reward", "genrm", "--hide", "0", "0"]).hide == [0, 0]
 
 
 def test_so_many_comparisons_are_made_as_are_asked_for(cli, tmp_path, monkeypatch):

@@ -295,7 +295,7 @@ def test_a_full_memory_is_one_line_that_names_the_token_budget(
     assert "out of memory" in message and "--token-budget" in message and "20 GiB" in message
     error = RuntimeError("shapes do not fit")
     with pytest.raises(RuntimeError, match="shapes"):
-        cli(sft, *argv, "--overwrite")
+        cli(sft, *argv[:-1], tmp_path / "other")
 
 
 def test_weights_are_float32_whatever_the_checkpoint_holds(nano, tmp_path):
