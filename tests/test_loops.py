@@ -6,6 +6,7 @@ weights, which weights are kept, and what is logged.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -451,21 +452,6 @@ def run(tmp_path) -> runtime.Run:
     signal.signal(signal.SIGINT, handler)
 
 
-def test_the_time_of_samples_that_are_read_back_counts(tiny, run):
-    """Of a run that was killed while it sampled there is no checkpoint that knows the time."""
-    problems = common.load_problems("arithmetic", "dev", 2)
-    how = dict(samples=1, max_new_tokens=4, batch_size=2, progress="")
-    run.started -= 50
-    common.sample_to_file(tiny, problems, run.out / "samples" / "round_1.jsonl", run, **how)
-    again = runtime.Run(
-        argparse.Namespace(out=run.out, checkpoint_every=100, resume=True)
-    )
-    again.begin()
-    assert again.clock() < 25
-    common.sample_to_file(tiny, problems, run.out / "samples" / "round_1.jsonl", again, **how)
-    assert 50 < again.clock() < 75
-
-
 def resumed(run) -> runtime.Run:
     again = runtime.Run(argparse.Namespace(out=run.out, checkpoint_every=100, resume=True))
     again.begin()
@@ -557,6 +543,32 @@ def test_sampling_goes_on_with_whole_groups_and_leaves_no_line_twice(tiny, tmp_p
         ]
         content = file.read_text()
         assert content == "".join(s.to_json() + "\n" for s in samples)
+
+
+def test_ctrl_c_while_sampling_stops_after_the_group_and_loses_none(tiny, run, monkeypatch):
+    problems, asked = common.load_problems("arithmetic", "train", 40), []
+
+    def made(policy, problems, *, samples, **how):
+        run.interrupted = not asked
+        asked.append(len(problems))
+        return [common.Sample(p, k, p.reference, True) for p in problems for k in range(samples)]
+
+    monkeypatch.setattr(common, "generate", made)
+    file, how = run.out / "samples" / "x.jsonl", dict(samples=2, batch_size=1, progress="")
+    with pytest.raises(KeyboardInterrupt):
+        common.sample_to_file(tiny, problems, file, run, **how)
+    assert asked == [16] and len(rows_of(file)) == 32
+    assert len(common.sample_to_file(tiny, problems, file, run, **how)) == 80
+    assert asked == [16, 16, 8]
+
+
+def test_samples_of_a_file_belong_to_problems_with_the_same_question_and_answer(tmp_path):
+    problem, file = common.load_problems("arithmetic", "train", 1)[0], tmp_path / "x.jsonl"
+    common.write_samples(file, [common.Sample(problem, 0, problem.reference, True)])
+    assert common.read_samples(file, [problem])[0].correct
+    for change in ({"question": "another?"}, {"answer": problem.answer + 1}, {"id": "other"}):
+        with pytest.raises(runtime.UserError, match="line 1: not a sample of"):
+            common.read_samples(file, [dataclasses.replace(problem, **change)])
 
 
 # ---- return-conditioned RL

@@ -97,6 +97,17 @@ def test_the_tokenizer_gives_every_text_back(tiny):
     assert len(tiny.tokenizer(" Ann has 14 apples.\n").input_ids) == 8
 
 
+def test_the_two_worked_examples_end_in_the_answer_line_that_they_teach():
+    first, second = common.FEW_SHOT.removesuffix("\n\n").split("\n\n")
+    assert [common.extract_answer(text.partition("Answer:\n")[2]) for text in (first, second)] == [
+        19,
+        30,
+    ]
+    assert common.prompt_text(common.Problem("p", "2+2?", 4), few_shot=True) == (
+        common.FEW_SHOT + "Question: 2+2?\nAnswer:\n"
+    )
+
+
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -195,11 +206,11 @@ def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined
          "line 2: not a JSON object"),
         ('{"question": "a", "answer": "1"}\n{"q": 1}\n{"question": "c", "answer": "1"}',
          'line 2: needs "question"'),
-        ('{"question": "a", "answer": "1"}', "problems; train, dev and test need 3"),
-        ("", "problems; train, dev and test need 3"),
+        ('{"question": "a", "answer": "1"}', "too few problems"),
+        ("", "too few problems"),
         ('{"question": "a", "answer": [5]}\n' * 3, 'line 1: needs "question"'),
         ('{"question": null, "answer": "1"}', 'line 1: needs "question"'),
-        ('{"question": "", "answer": "1"}', "line 1: 'question' is not a text"),
+        ('{"question": "", "answer": "1"}', 'line 1: needs "question"'),
         ('{"question": "a", "answer": ' + "9" * 5000 + "}", "line 1: broken JSON"),
         ("[" * 100_000, "line 1: broken JSON"),
         ('{"question": "a", "answer": "3 pens and 4.\\nSo it is 7"}\n' * 3,

@@ -583,7 +583,7 @@ def test_samples_of_several_files_are_trained_on_and_are_no_rollouts(
 def test_a_sample_that_was_cut_is_read_back_as_one(tmp_path):
     samples = [common.Sample(p, k, p.reference + "\n", k > 0) for p in TRAIN[:2] for k in range(2)]
     common.write_samples(tmp_path / "samples.jsonl", samples)
-    assert [s.finished for s in common.read_samples(tmp_path / "samples.jsonl", TRAIN[:2], 2)] == [
+    assert [s.finished for s in common.read_samples(tmp_path / "samples.jsonl", TRAIN[:2])] == [
         False,
         True,
     ] * 2
