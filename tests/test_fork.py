@@ -41,7 +41,7 @@ def run(folder: Path, command: str, *argv) -> str:
 
 def test_a_fork_trains_with_ppo(fork):
     command = "ppo.py --model tiny --phases 2 --questions 4 --samples 2 --limit-train 32"
-    command += " --limit-eval 4 --max-new-tokens 60 --eval-every 1"
+    command += " --limit-eval 4 --max-new-tokens 60 --eval-every 1 --lr 4e-3"
     printed = run(fork, f"{command} --out run")
     assert printed.count("plain loop") == 1, printed
     lines = (fork / "run" / "metrics.jsonl").read_text().splitlines()
