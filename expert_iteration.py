@@ -138,7 +138,6 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.model, args.device, args.dtype)
-    # Fail now rather than after hours of sampling if training will not fit or --base is wrong.
     common.check_memory(policy.model)
     if not args.from_previous:
         common.check_base(policy, common.Policy(args.base, "cpu", flag="--base"), args.base)
@@ -168,6 +167,8 @@ def main(argv: list[str]) -> None:
         file, started = run.out / "samples" / f"round_{round_number}.jsonl", run.clock()
         if run.state:
             samples = common.read_samples(file, train)
+            is_whole = len(samples) == len(train) * args.samples
+            runtime.require(is_whole, f"--resume: {file} has lost samples")
         else:
             how = common.sampling(args) | dict(few_shot=args.few_shot and round_number == 1)
             how |= dict(seed=[args.seed, round_number], progress=f"round {round_number}")
@@ -185,8 +186,7 @@ def main(argv: list[str]) -> None:
         if not args.from_previous:
             del policy
             policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
-        # A model of rcrl.py may sample the first round with its labels. Training has no labels.
-        policy.condition("none")
+        policy.condition("none")  # without the labels of rcrl.py
         examples, limit = [], args.max_per_question
         for i, p in enumerate(train, 1):
             seed = args.seed, round_number, 0, i

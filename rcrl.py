@@ -243,7 +243,7 @@ def main(argv: list[str]) -> None:
 
     # 2. Mix correct and incorrect solutions.
     correct, incorrect = ([s for s in solutions if s.correct == y] for y in (True, False))
-    runtime.require(correct, "no sample is finished and correct: raise --samples")
+    runtime.require(correct, "no sample is finished and correct: raise --samples, --max-new-tokens")
     mixture = mix(correct, incorrect, args.ratio, args.train_size, args.seed)
 
     # 3. Label every line of the mixture. A resumed run reads samples and completions back.

@@ -518,7 +518,7 @@ def test_another_model_is_not_trained_from_tiny(script, cli, nano, tmp_path):
 def test_flags_that_would_do_nothing_are_refused(cli, tmp_path):
     for script, flags in (
         (expert_iteration, ["--orm-threshold", "0.9"]),
-        (rcrl, ["--labels", "outcome", "--check-labels", "5"]),
+        (rcrl, ["--labels", "outcome", "--label-rule", "any"]),
         (ppo, ["--kl-coef", "0.1", "--references", "x.jsonl"]),
         (ppo, ["--reward", "orm", "--switch", "0.5"]),
     ):
