@@ -1,6 +1,6 @@
-"""What every script does besides its algorithm: processes, run folder and command line.
+"""What every script does besides its algorithm: processes, files, run folder and command line.
 
-It knows nothing of problems, models and losses. common.py and the scripts build on it.
+No line of an algorithm is in this file. common.py and the scripts build on it.
 """
 
 import argparse
