@@ -3,7 +3,7 @@ r"""PPO on reasoning problems: a KL-penalised policy gradient with a learned val
 Objective, for question q and sampled solution s with tokens s_1 ... s_T:
 
     maximise  E_{q, s ~ pi} [ R(q, s) - kl_coef * sum_t KL_t ]
-    KL_t = log pi(s_t | q, s_<t) - log pi_ref(s_t | q, s_<t)
+    KL_t = log pi(s_t | q, s_<t) - log pi_ref(s_t | q, s_<t)        (both at --temperature)
 
 This is the PPO of "Teaching Large Language Models to Reason with Reinforcement Learning" (Havrilla
 et al. 2024), with the clipped surrogate of Schulman et al. (2017). In every phase:
@@ -18,25 +18,24 @@ et al. 2024), with the clipped surrogate of Schulman et al. (2017). In every pha
     8. Log the phase and save a checkpoint.
 
 Rewards. A truncated solution gets 0.
-    sparse     1 at the end of a solution with the correct answer. The verifier checks the answer.
-    dense      sparse, plus 1/n at the first appearance of each of the reference's n values.
-    orm        The probability that an outcome reward model (ORM) gives the solution.
+    sparse     1 at the last token if the answer is correct. The verifier checks the answer.
+    dense      sparse, plus 1/n at the end of a line that first has one of the reference's n values.
+    orm        At the last token the probability that an outcome reward model (ORM) gives.
     orm_dense  The same by line: each line gets the rise of that probability.
-    genrm      The score of a generative reward model (GenRM) that compares with the gold solution,
-               or with the best sample of --references if there is none.
-    hybrid     sparse for questions with a checkable answer, genrm for the others.
+    genrm      At the last token the score of a generative reward model (GenRM) that compares with
+               the gold solution, or if it is missing or hidden with a sample of --references.
+    hybrid     genrm for the questions whose answer is hidden (--hide), sparse for the others.
 Curricula.
     backtracking      Begin within the reference solution. Reveal less as success grows.
     plr               Prefer questions whose value was wrong (Prioritized Level Replay).
-    verifiable_first  Up to --switch leave out questions without a gold solution (genrm, hybrid).
+    verifiable_first  Up to --switch leave out the questions that are compared with a sample.
 Selection of questions to add to --limit-train, by --scores (samples of the initial policy).
-    lowest    Questions with the lowest scores (Pre-PPO). floor: at least one sample is correct.
-    frontier  Questions that are solved nearest to half of the time. random: any questions.
+    lowest    The lowest scores (Pre-PPO). floor: the lowest with at least one correct sample.
+    frontier  Solved nearest to half of the time. random: any, as a control.
 
 genrm, hybrid, verifiable_first and --select follow "Exploring Data Scaling Trends and Effects in
-RLHF" (Shen et al. 2025). Where this differs from the first paper: Learning rates are larger, a
-phase has fewer rollouts, and lambda of GAE is 1. In the first phase only the value function trains.
-The learning rate of the policy rises over 20 steps and falls linearly towards 0.
+RLHF" (Shen et al. 2025). Our choices: lambda of GAE is 1, only the value function trains in the
+first phase, and the learning rate of the policy rises over 20 steps and falls linearly towards 0.
 
 CPU, six minutes on one core after `python sft.py`, maj@1 on the test split from .75 to .87:
     python ppo.py
@@ -77,7 +76,7 @@ def parse_args(argv: list[str]):
     add, rank = parser.group("problem and model").add_argument, runtime.number(int, 0)
     about = "of adapters; 0: none (default: 128 above 10 million weights)"
     add("--lora-rank", type=rank, help=about)
-    add("--few-shot", action="store_true", help="two worked examples in every prompt")
+    add("--few-shot", action="store_true", help="two worked examples (paper: temperature 0.2)")
     add = parser.group("sampling").add_argument
     add("--questions", type=whole, default=128, help="questions per phase (paper: 256)")
     kinds = ["none", "backtracking", "plr", "verifiable_first"]
@@ -97,9 +96,9 @@ def parse_args(argv: list[str]):
     add("--orm", help="folder of the ORM (default, if needed: runs/reward_model/model)")
     add("--genrm", help="folder of the GenRM (default, if needed: runs/genrm/model)")
     add("--add-outcome", action="store_true", help="orm, orm_dense: add 1 for a correct answer")
-    about = "fractions of hidden answers and hidden solutions (default: genrm 1 0, hybrid 0.5 0)"
+    about = "fractions: hidden answers, of these hidden solutions (genrm: 1 0, hybrid: 0.5 0)"
     add("--hide", type=fraction, nargs=2, metavar=("ANSWERS", "SOLUTIONS"), help=about)
-    add("--references", metavar="FILE", help="scored samples that replace gold solutions")
+    add("--references", metavar="FILE", help="scored samples for missing or hidden solutions")
     add = parser.group("selection").add_argument
     kinds = ["lowest", "floor", "frontier", "random"]
     add("--select", choices=kinds, help="add questions of --scores; see above")
@@ -108,14 +107,14 @@ def parse_args(argv: list[str]):
     add = parser.group("run").add_argument
     add("--eval-every", type=whole, default=4, help="phases between evaluations on dev")
     args = parser.parse_args(argv)
-
     uses_orm, uses_genrm = args.reward.startswith("orm"), args.reward in ("genrm", "hybrid")
     is_staged = args.curriculum == "verifiable_first"
     if args.temperature == 0:
         parser.error("--temperature 0: greedy samples are all the same, so nothing is learned")
+    if is_staged and not uses_genrm:
+        parser.error("--curriculum verifiable_first needs --reward genrm or hybrid")
     parser.only_with("--reward orm or orm_dense", uses_orm, args, "orm", "add_outcome")
     parser.only_with("--reward genrm or hybrid", uses_genrm, args, "genrm", "hide", "references")
-    parser.only_with("--reward genrm or hybrid", uses_genrm or not is_staged, args, "curriculum")
     parser.only_with("--curriculum verifiable_first", is_staged, args, "switch")
     parser.only_with("--select", bool(args.select), args, "scores", "select_fraction")
     args.orm = (args.orm or "runs/reward_model/model") if uses_orm else None
@@ -197,14 +196,14 @@ def reward_sources(problems, hide: list[float], seed: int) -> dict[str, str]:
 def find_references(problems, sources: dict[str, str], file: str | None) -> dict[str, str]:
     """Return the solution to compare with, by id, of every problem that the GenRM scores.
 
-    file: scored samples. The best finished one takes the place of a missing gold solution.
+    file: scored samples. The best one, finished if any is, takes the place of a gold solution.
     """
     references = {p.id: p.reference for p in problems if sources[p.id] == "genrm_gold"}
     samples = [s for s in common.read_samples(Path(file)) if s.score is not None] if file else []
     samples.sort(key=lambda sample: (sample.finished, sample.score))
     best = {sample.problem.question: sample.solution for sample in samples}
     for problem in [p for p in problems if sources[p.id] == "genrm_sampled"]:
-        reason = "has no gold solution and no sample in --references that evaluate.py --orm scored"
+        reason = "has no gold solution and no sample with a score in --references"
         runtime.require(problem.question in best, f"{problem.id} {reason}")
         references[problem.id] = best[problem.question]
     return references
@@ -303,7 +302,7 @@ class ValueFunction(torch.nn.Module):
     def forward(self, policy, examples: list, temperature: float) -> tuple[Tensor, Tensor]:
         """Run the policy once. Return log-probabilities and values: both [response tokens].
 
-        A value is the expected return before its token.
+        A value is the expected return from its token on.
         """
         self.calls = []
         logprobs = common.response_logprobs(policy, examples, temperature)
@@ -361,8 +360,8 @@ def read_scores(args, train: list[common.Problem]) -> list[dict]:
             row["standardised"] = (row["score"] - scores.mean()) / (scores.std() + 1e-8)
         questions += rows
     runtime.require(questions, "--select: --scores has no question beyond train, dev and test")
-    ids = {question["problem"].id for question in questions}
-    runtime.require(len(ids) == len(questions), "--scores: two files hold the same question")
+    texts = {question["problem"].question for question in questions}
+    runtime.require(len(texts) == len(questions), "--scores: two files hold the same question")
     return questions
 
 
@@ -385,13 +384,16 @@ class Curriculum:
         # verifiable_first asks these in its first phases.
         self.n_early = round(args.switch * args.phases) if self.kind == "verifiable_first" else 0
         self.early = [i for i, p in enumerate(problems) if sources[p.id] != "genrm_sampled"]
-        runtime.require(self.early or not self.n_early, "--curriculum: no question to begin with")
+        mixed = not self.n_early or 0 < len(self.early) < len(problems)
+        runtime.require(mixed, "verifiable_first needs questions with and without gold (--hide)")
         self.state = {"next": 0, "score": [-1.0] * len(problems), "hidden": 1}
 
     def draw(self, phase: int, count: int) -> tuple[list[int], list[str]]:
         """Return the indices of a phase's questions, and the prefix given with each."""
         candidates = self.early if phase <= self.n_early else list(range(len(self.problems)))
         scores, n = self.state["score"], len(candidates)
+        if phase == self.n_early + 1:
+            self.state["next"] = 0
         # A question that is asked twice in a phase would get the same samples twice.
         n_new = count = min(count, n)
         # plr: half of the questions are new as long as there are any.
@@ -421,7 +423,7 @@ class Curriculum:
         """Take each question's fraction of correct samples and the mean error of its values."""
         for i, error in zip(chosen, errors, strict=True):
             self.state["score"][i] = error
-        # Begin one line earlier from now on (Salimans and Chen 2018).
+        # If half of the samples are correct, begin one line earlier (Salimans and Chen 2018).
         if np.mean(solved) >= 0.5:
             self.state["hidden"] += 1
 
@@ -555,9 +557,9 @@ def main(argv: list[str]) -> None:
         examples = [(list(sample.prompt), sample.tokens.tolist()) for sample in samples]
         lengths = [len(response) for _, response in examples]
         columns = compute_old_logprobs(policy, critic, reference, lora, examples, args)
-        tables = [[torch.from_numpy(row) for row in rows] for rows in (*columns, rewards)]
-        tables = (pad_sequence(table, batch_first=True) for table in tables)
-        old_logprobs, old_values, ref_logprobs, task = tables  # each [samples, longest]
+        columns = [[torch.from_numpy(row) for row in rows] for rows in (*columns, rewards)]
+        padded = (pad_sequence(rows, batch_first=True) for rows in columns)
+        old_logprobs, old_values, ref_logprobs, task = padded  # each [samples, longest]
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
         # 4. Subtract the KL penalty.
@@ -596,8 +598,8 @@ def main(argv: list[str]) -> None:
                     clipped = (distance > args.clip_range).float()
                     logged = pi_loss, v_loss, clipped, kl_k3(old_logprob, logprobs)
                     sums += [x.sum().item() / n_tokens for x in logged]
-            sums = common.sum_gradients(weights + critic_weights, *sums)
-            pi_loss, v_loss, _, approx_kl = sums
+            means = common.sum_gradients(weights + critic_weights, *sums)
+            pi_loss, v_loss, _, approx_kl = means
             deviations.append(deviation)
             if 0 < args.kl_limit < approx_kl:
                 optimizer.zero_grad(set_to_none=True)
@@ -612,7 +614,7 @@ def main(argv: list[str]) -> None:
             common.require_finite(pi_loss, v_loss, grad_norm, value_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            stats.append([*sums, grad_norm, value_grad_norm])
+            stats.append([*means, grad_norm, value_grad_norm])
             progress["step"] += 1
             progress["tokens"] += n_tokens
 
