@@ -1,4 +1,4 @@
-"""What the scripts share, in the order in which data flows through them.
+"""What the scripts share: problems, answers, the policy, generation and training.
 
     problems -> prompt ids -> generate -> samples -> answer check -> token sequences -> loss
 
@@ -55,7 +55,7 @@ class Problem:
     id: str
     question: str
     answer: Fraction
-    solution: str | None = None  # written solution that ends in "#### answer", if there is one
+    solution: str | None = None  # written solution with its line "#### answer", if there is one
     reference: str | None = None  # for rewards and metrics only; equals `solution` if there is one
 
 
@@ -136,7 +136,7 @@ def _read_problem(name: str, where: str, row: dict) -> Problem:
         texts[0] += "."
     marked = [line for line in answer.splitlines() if MARKER in line]
     is_clear = marked or "\n" not in answer
-    require(is_clear, f"{where}: the answer has several lines, and none begins with {MARKER}")
+    require(is_clear, f"{where}: the answer has several lines, and none holds {MARKER}")
     agree = len({extract_answer(line) for line in marked}) < 2
     require(agree, f"{where}: the lines with {MARKER} do not agree")
     value = extract_answer(answer if marked else f"{MARKER} {answer}")
@@ -159,7 +159,7 @@ _PLAIN = str.maketrans("x\u00d7\u00f7\u2212", "**/-", " $,")
 
 
 def first_solution(text: str) -> str:
-    """Return the text up to the end of its answer line, or up to a next "Question:"."""
+    """Return the text up to the end of its answer line, or up to a line "Question: ..."."""
     text = ("\n" + text).partition("\nQuestion:")[0][1:]
     before, marker, after = text.partition(MARKER)
     return before + marker + after.partition("\n")[0]
@@ -775,7 +775,7 @@ LOGITS_AT_ONCE = 1 << 24  # above this many, compute them again in the backward 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
     """Yield this process's share of the sequences, as lists of indices within the budget."""
-    # Sequences of similar length share a micro-batch. A sequence beyond the budget is one alone.
+    # Sequences of similar length share a micro-batch. A sequence beyond the budget has its own.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     order = order[runtime.process_rank() :: runtime.process_count()]
     while order:
@@ -828,7 +828,6 @@ def by_example(flat: torch.Tensor, examples: Sequence[Example]) -> list[np.ndarr
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], *sums: float) -> list[float]:
     """Add up the gradients of all processes, and the numbers in `sums`, as one flat tensor."""
-    # A parameter without any gradient keeps None. With zeros the moments of AdamW would move it.
     if runtime.process_count() == 1:
         return list(sums)
     parameters = [p for p in parameters if p.requires_grad]
@@ -839,6 +838,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], *sums: float) -> lis
     dist.all_reduce(total)
     *gradients, numbers = total.split([len(part) for part in flat])
     numbers = numbers.tolist()
+    # A parameter without any gradient keeps None. With zeros the moments of AdamW would move it.
     for p, gradient, has in zip(parameters, gradients, numbers[len(sums) :], strict=True):
         p.grad = gradient.view_as(p) if has else None
     return numbers[: len(sums)]
@@ -934,7 +934,7 @@ def sample_to_file(policy: Policy, problems, path: Path, run=None, **how):
     """Call `generate` for a group of problems at a time and append the samples to a file.
 
     Groups that are complete in the file are read back. So an interruption loses one group at most,
-    and with the same batch size the samples are identical, bit for bit. They have no token ids.
+    and with the same batch size the samples are identical, bit for bit.
     """
     n, prefixes = how["samples"], how.pop("prefixes", None) or [""] * len(problems)
     # Large groups, because the batch runs half empty at the end of each.
@@ -964,7 +964,7 @@ def sample_to_file(policy: Policy, problems, path: Path, run=None, **how):
         for sample in new:
             sample.tokens, sample.logprobs = (), ()
         samples += new
-        if run and any(gather([run.interrupted])):
+        if run and runtime.any_process(run.interrupted):
             raise KeyboardInterrupt
     return samples
 

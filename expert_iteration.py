@@ -14,8 +14,8 @@ D_{i-1}, and D_0 is the SFT data. The objective, starting from the pretrained ba
     4. Measure greedy accuracy on dev. Keep the best round as model/. Stop when a round does not
        improve on the one before. The first policy is measured but never chosen.
 
-Where the paper is silent: the SFT data stays in the mix, unless --model is the base itself. There is
-no de-duplication. With it a lucky solution counts as much as a frequent derivation.
+Where the paper is silent: the SFT data stays in the mix, unless --model is the base itself. There
+is no de-duplication. It would make a lucky solution count as much as a frequent derivation.
 --max-per-question N is from ReST-EM (Singh et al. 2023) and VinePPO (Kazemnejad et al. 2024). Both
 take 10, so that easy questions do not dominate. Every round chooses N of all solutions so far, at
 random by seed, round and question. The written solution always stays.

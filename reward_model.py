@@ -14,7 +14,7 @@ et al. 2024). It follows "Training Verifiers to Solve Math Word Problems" (Cobbe
     0. Load the problems, the student policy and the weights that the reward model starts from.
     1. Sample K solutions per training question from the student, or read samples from files.
        Sample 16 per dev question from the same student.
-    2. Label the samples by the answer check. Both classes of a question weigh the same (our choice).
+    2. Label the samples by the answer check. Both classes of a question weigh the same (ours).
     3. Train all weights by binary cross-entropy on every solution token.
     4. After every epoch, measure the quality on dev. The epoch with the best AUC becomes model/.
 
@@ -258,8 +258,8 @@ def comparisons(samples: list[common.Sample], n_pairs: int, seed: int) -> list[t
         correct, incorrect = (shuffled_solutions(group, kind, rng) for kind in (True, False))
         pairs = []
         if gold:
-            # The question, another question's solution, and the beginning of gold. The beginning has
-            # 1 to 4 characters as often as 10 to 40.
+            # The question, another question's solution, and the beginning of gold, which has 1 to 4
+            # characters as often as 10 to 40.
             others = [text for text in (problem.question, previous_gold) if text]
             others = [text for text in others if common.extract_answer(text) != problem.answer]
             longest = max(1, gold.find(common.MARKER))

@@ -93,6 +93,14 @@ def gather(part: list) -> list:
     return list(itertools.chain(*parts))
 
 
+def any_process(flag: bool) -> bool:
+    """Return whether the flag is set in at least one process."""
+    total = torch.tensor(float(flag))
+    if process_count() > 1:
+        dist.all_reduce(total)
+    return total.item() > 0
+
+
 def on_first(action: Callable):
     """Run `action`, which uses files, on rank 0. All processes get its result or its error."""
     if process_count() == 1:
@@ -264,7 +272,11 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        print("\nstopping once all is saved; Ctrl-C stops at once", file=sys.stderr, flush=True)
+        print(
+            "\nstopping once everything is saved; a second Ctrl-C stops at once",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def clock(self) -> float:
         """Return the seconds of this run, interruptions left out."""
@@ -280,7 +292,7 @@ class Run:
 
     def checkpoint(self, now: bool = False, **state) -> None:
         """Save `state` if it is time, if `now` is set, or after Ctrl-C. After Ctrl-C stop."""
-        self.interrupted = any(gather([self.interrupted]))
+        self.interrupted = any_process(self.interrupted)
         is_time = time.monotonic() - self.saved >= self.checkpoint_every
         if (now or self.interrupted or is_time) and process_rank() == 0:
             state["run"] = {"lines": self.lines, "seconds": self.clock()}
@@ -292,7 +304,7 @@ class Run:
                     raise UserError(f"{self.state_file}: could not be written ({reason})") from None
             self.saved = time.monotonic()
         if self.interrupted:
-            gather([])  # wait until rank 0 has saved
+            any_process(True)  # wait until rank 0 has saved
             raise KeyboardInterrupt
 
     def finish(self, **state) -> None:
