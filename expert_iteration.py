@@ -61,7 +61,7 @@ def parse_args(argv: list[str]):
     return args
 
 
-def keep_accepted(samples, kept: dict, threshold: float | None, deduplicate=False) -> list:
+def keep_accepted(samples, kept: dict, threshold: float | None = None, deduplicate=False) -> list:
     """Add the accepted solutions to `kept`, and return their samples.
 
     A finished sample is accepted if it is correct, or with `threshold` if a reward model scored it
@@ -73,7 +73,7 @@ def keep_accepted(samples, kept: dict, threshold: float | None, deduplicate=Fals
         accepted = [s for s in answered if s.score >= threshold]
     new = []
     for sample in accepted:
-        solutions = kept[sample.problem.id]
+        solutions = kept.setdefault(sample.problem.id, {})
         key = common.equations(sample.text) if deduplicate else (len(solutions),)
         if key not in solutions:
             solutions[key] = sample.solution
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
         new = keep_accepted(samples, kept, args.orm_threshold if orm else None, args.deduplicate)
         if round_number < progress["round"]:
             continue
-        runtime.require(any(kept.values()), "no sample was accepted; raise --samples")
+        runtime.require(any(kept.values()), "nothing to keep; raise --samples, --max-new-tokens")
 
         # 3. Train from the base again. There may be room for one model only.
         if not args.from_previous:

@@ -944,7 +944,7 @@ def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny,
     give_back, keep_prompts, warn = (
         engine.cache.Pool.give_back,
         engine.cache.PagedCache.keep_prompts,
-        runtime.warn,
+        common.warn,
     )
 
     def counting(self, numbers):
@@ -967,7 +967,7 @@ def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny,
     )
     at_the_warning = []
     monkeypatch.setattr(
-        runtime,
+        common,
         "warn",
         lambda *what, **how: (
             at_the_warning.append((len(ended), len(delivered))) or warn(*what, **how)
@@ -983,7 +983,7 @@ def test_a_real_memory_limit_is_survived(tmp_path):
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(common.__file__)!r}.rsplit("/", 1)[0])
-import torch, transformers, common
+import torch, transformers, common, runtime
 torch.set_num_threads(1)
 tokenizer = transformers.AutoTokenizer.from_pretrained(runtime.model_folder("tiny"))
 config = transformers.LlamaConfig(

@@ -72,7 +72,7 @@ def measured(monkeypatch) -> list:
     """Made-up accuracies on dev, of which the third is the best, and the weights that had them."""
     accuracies, states = iter([0.1, 0.2, 0.5, 0.3]), []
 
-    def dev_metrics(policy, *_):
+    def dev_metrics(policy, *_, **__):
         states.append(weights_of(policy))
         return {"maj@1": next(accuracies), "no_answer": 0.0, "truncated": 0.0}
 
@@ -111,7 +111,7 @@ def test_of_equally_good_epochs_the_more_readable_one_is_kept(cli, tmp_path, mon
     """
     unreadable, states = iter([1.0, 0.9, 0.2, 0.4]), []
 
-    def dev_metrics(policy, *_):
+    def dev_metrics(policy, *_, **__):
         states.append(weights_of(policy))
         return {"maj@1": 0.0, "no_answer": next(unreadable), "truncated": 0.0}
 
@@ -781,8 +781,11 @@ def test_a_single_sample_of_a_question_is_scored_and_there_is_nothing_to_choose(
 def test_dev_is_measured_greedily(tiny, tmp_path, drawn):
     problems = common.load_problems("arithmetic", "dev", 13)  # odd: no share of them is a half
     args = argparse.Namespace(max_new_tokens=46, gen_batch_size=16, seed=5, temperature=0.9)
-    common.dev_metrics(tiny, problems[:2], args, 1, tmp_path / "few.jsonl", True)
-    metrics = common.dev_metrics(tiny, problems, args, 4, tmp_path / "dev.jsonl")
+    args.samples, args.out = 2, tmp_path
+    (tmp_path / "samples").mkdir()
+    common.dev_metrics(tiny, problems[:2], args, 1, samples=1, few_shot=True)
+    metrics = common.dev_metrics(tiny, problems, args, 2, samples=4)
+    assert len(rows_of(tmp_path / "samples" / "dev_2.jsonl")) == 13
     *_, greedy, samples = drawn
     assert (greedy.temperature, samples.temperature, samples.samples[-1].number) == (0, 0.9, 3)
     assert [call.few_shot for call in drawn] == [True, True, False, False] and {
@@ -901,7 +904,7 @@ def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
     """Not in what is trained on, nor where what was trained is measured."""
     shown = []
 
-    def dev_metrics(policy, problems, args, samples, file, few_shot=False):
+    def dev_metrics(policy, problems, args, number, samples=0, few_shot=False):
         shown.append(few_shot)
         return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
@@ -919,7 +922,7 @@ def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
 def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, monkeypatch):
     accuracies, states = iter([0.1, 0.5, 0.5, 0.9]), []
 
-    def dev_metrics(policy, *_):
+    def dev_metrics(policy, *_, **__):
         states.append(weights_of(policy))
         return {"maj@1": next(accuracies), "no_answer": 0.0, "truncated": 0.0}
 
@@ -933,7 +936,7 @@ def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, m
 def test_rcrl_measures_its_policy_conditioned_on_good(cli, tmp_path, monkeypatch):
     labels = []
 
-    def dev_metrics(policy, *_):
+    def dev_metrics(policy, *_, **__):
         labels.append(policy.tokenizer.convert_ids_to_tokens(policy.label))
         return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 

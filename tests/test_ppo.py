@@ -559,7 +559,7 @@ def test_what_is_measured_on_dev_is_what_is_saved(cli, tmp_path, monkeypatch):
     """With adapters as well. In bfloat16 the weights that hold them are another policy."""
     measured = []
 
-    def dev_metrics(policy, *args):
+    def dev_metrics(policy, *_, **__):
         measured.append(
             {name: weight.clone() for name, weight in policy.model.state_dict().items()}
         )
@@ -678,7 +678,7 @@ def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its
         return sum_gradients(parameters, *sums)
 
     metrics = {"maj@1": 0.0, "no_answer": 0.0, "truncated": 0.0}
-    monkeypatch.setattr(common, "dev_metrics", lambda *_: metrics)
+    monkeypatch.setattr(common, "dev_metrics", lambda *_, **__: metrics)
     monkeypatch.setattr(common, "generate", lambda *_, **__: drawn)
     monkeypatch.setattr(
         common, "response_logprobs", lambda _, e, *__: look_up(e, old_logprobs, logprobs)

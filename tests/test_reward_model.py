@@ -617,7 +617,7 @@ def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
         row["kept"] > 0 and row["kept_correct"] < 1
     )  # at threshold 0 every readable solution is kept
     code, message = cli(expert_iteration, *argv, "--orm-threshold", "1", "--out", tmp_path / "none")
-    assert code == 2 and "no sample was accepted" in message
+    assert code == 2 and "nothing to keep" in message
 
 
 def test_only_accepted_solutions_are_kept():

@@ -438,7 +438,7 @@ def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(
 @pytest.mark.parametrize("first", [0.2, 0.9])
 def test_expert_iteration_says_when_it_gained_nothing(first, cli, tmp_path, monkeypatch):
     measured = iter([0.9, first, 0.1])
-    monkeypatch.setattr(common, "dev_metrics", lambda *args: {"maj@1": next(measured)})
+    monkeypatch.setattr(common, "dev_metrics", lambda *_, **__: {"maj@1": next(measured)})
     code, message = cli(
         expert_iteration, *EI, "--limit-train", "24", "--epochs", "1", "--out", tmp_path / "run"
     )
@@ -533,7 +533,7 @@ def test_flags_that_would_do_nothing_are_refused(cli, tmp_path):
 
 def test_where_every_sample_was_cut_the_length_is_to_blame(cli, tmp_path):
     code, message = cli(expert_iteration, *EI, "--max-new-tokens", 1, "--out", tmp_path / "run")
-    assert code == 2 and "raise --max-new-tokens" in message
+    assert code == 2 and "--max-new-tokens" in message
 
 
 @pytest.mark.parametrize(
@@ -711,7 +711,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(cli, nano, tmp
         "--max-new-tokens",
         "8",
         "--lr",
-        "1e25",
+        "1e18",
         "--checkpoint-every",
         "0",
     ]

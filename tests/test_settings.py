@@ -129,7 +129,7 @@ def test_each_group_of_weights_is_clipped_by_its_own_gradient(cli, tmp_path, mea
 def test_of_equally_good_ones_the_first_is_kept(script, cli, tmp_path, monkeypatch):
     states = []
 
-    def dev_metrics(policy, *_):
+    def dev_metrics(policy, *_, **__):
         states.append(weights_of(policy))
         return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
@@ -160,7 +160,8 @@ def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_k
         {"n": 2, "orm": 0.1, "majority": 0.2, "oracle": 0.3},
     ]
     monkeypatch.setattr(reward_model, "train_step", spied)
-    monkeypatch.setattr(reward_model, "quality", lambda *_: {"auc": 0.6, "best_of_n": blocks})
+    monkeypatch.setattr(reward_model, "best_of_n", lambda *_: blocks)
+    monkeypatch.setattr(reward_model, "auc", lambda *_: 0.6)
     argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 2, "--eval-samples", 2]
     argv += ["--epochs", 2]
     assert cli(reward_model, *argv, "--batch-size", 1000, "--out", tmp_path / "run")[0] == 0
@@ -390,7 +391,7 @@ def test_the_outcome_is_added_to_the_score_of_the_reward_model(cli, tmp_path, fo
 def test_dev_is_measured_with_the_worked_examples_of_the_rollouts(cli, tmp_path, monkeypatch):
     shown = []
 
-    def dev_metrics(policy, problems, args, samples, file, few_shot=False):
+    def dev_metrics(policy, problems, args, number, samples=0, few_shot=False):
         shown.append((samples, few_shot))
         return {"maj@1": 0.5, "no_answer": 0.0, "truncated": 0.0}
 
