@@ -246,6 +246,22 @@ def test_the_quality_of_a_judge_that_is_known():
     assert report["nonsense_worst"] == pytest.approx(0.1)
 
 
+def test_a_correct_sample_stands_for_a_missing_gold_solution_and_is_not_scored():
+    bare = [common.Problem(p.id, p.question, p.answer) for p in PROBLEMS[:2]]
+    other = f"0+0=<<0+0=0>>0\n{PROBLEMS[0].reference}"
+    texts = [wrong(bare[0]), PROBLEMS[0].reference, PROBLEMS[0].reference, other]
+    samples = [sample_of(bare[0], text, k) for k, text in enumerate(texts)]
+    samples += [sample_of(bare[1], "1", 2), sample_of(PROBLEMS[2], PROBLEMS[2].reference)]
+    kept = reward_model.with_references(samples)
+    # The question that nothing solves is left out. Next to itself a sample would score 0.5.
+    assert [sample.solution for sample in kept] == [texts[0], other, PROBLEMS[2].reference]
+    references = [sample.problem.reference for sample in kept]
+    assert references == [PROBLEMS[0].reference] * 2 + [PROBLEMS[2].reference]
+    assert reward_model.genrm_quality(kept[:2], Oracle(), 1000)["base_rate"] == 0.5
+    with pytest.raises(runtime.UserError, match="no dev question"):
+        reward_model.with_references([samples[4]])
+
+
 # ---- rewards
 
 
@@ -524,8 +540,10 @@ def test_a_run_needs_a_question_before_the_switch():
     args = SimpleNamespace(curriculum="verifiable_first", seed=0, phases=10, switch=0.0)
     assert sorted(ppo.Curriculum(args, PROBLEMS[:4], sources).draw(1, 4)[0]) == [0, 1, 2, 3]
     args.switch = 0.1
-    with pytest.raises(runtime.UserError, match="no question to begin with"):
-        ppo.Curriculum(args, PROBLEMS[:4], sources)
+    # Without both kinds the switch would change nothing.
+    for sources in (sources, {p.id: "genrm_gold" for p in PROBLEMS[:4]}):
+        with pytest.raises(runtime.UserError, match="with and without gold"):
+            ppo.Curriculum(args, PROBLEMS[:4], sources)
 
 
 # ---- the scripts
@@ -667,7 +685,7 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path, scored):
     staged = ["--curriculum", "verifiable_first", "--reward", "genrm", "--hide", "1", "1"]
     staged += ["--limit-train", "20", "--references", scored]
     code, message = cli(ppo, *PPO, *staged, "--out", tmp_path / "run")
-    assert code == 2 and "no question to begin with" in message and message.count("\n") == 1
+    assert code == 2 and "with and without gold" in message and message.count("\n") == 1
 
 
 def test_an_evaluation_scores_its_samples_next_to_the_gold_solutions(
