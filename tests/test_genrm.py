@@ -541,9 +541,9 @@ def test_a_run_needs_a_question_before_the_switch():
     assert sorted(ppo.Curriculum(args, PROBLEMS[:4], sources).draw(1, 4)[0]) == [0, 1, 2, 3]
     args.switch = 0.1
     # Without both kinds the switch would change nothing.
-    for sources in (sources, {p.id: "genrm_gold" for p in PROBLEMS[:4]}):
+    for kinds in (sources, {p.id: "genrm_gold" for p in PROBLEMS[:4]}):
         with pytest.raises(runtime.UserError, match="with and without gold"):
-            ppo.Curriculum(args, PROBLEMS[:4], sources)
+            ppo.Curriculum(args, PROBLEMS[:4], kinds)
 
 
 # ---- the scripts
