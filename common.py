@@ -746,11 +746,11 @@ def decode_batch(
         if not np.isfinite(logprob).all():
             raise FloatingPointError("the model's probabilities are not finite")
         # 3. Yield what has ended.
-        for row in np.flatnonzero(running):
-            token, finished = next_tokens[row], next_tokens[row] in eos_ids
-            if is_complete and breaks_line[token] and not finished:
-                finished = is_complete(tokens[row, : age + 1])
-            if finished or age + 1 >= limit[row]:
+        ended, at_limit = np.isin(next_tokens, eos_ids), age + 1 >= limit
+        breaks = breaks_line[next_tokens] if is_complete else ended
+        for row in np.flatnonzero(running & (ended | at_limit | breaks)):
+            finished = bool(ended[row] or breaks[row] and is_complete(tokens[row, : age + 1]))
+            if finished or at_limit[row]:
                 running[row] = False
                 sample = tokens[row, : age + 1].copy(), logprobs[row, : age + 1].copy()
                 yield *jobs[row], *sample, finished
