@@ -556,6 +556,8 @@ def check_base(policy: Policy, base: Policy, name: str) -> None:
 
 def torch_device(name: str) -> torch.device:
     """Return the device of a flag. "auto" is the GPU of this process if there is one."""
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1 or not name.startswith("cuda:")
+    require(alone, f"--device {name}: several processes need a GPU each; leave it at auto")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:

@@ -140,12 +140,26 @@ def fused_attention(
     sizes = heads // key_heads, width, value_width
     out = query.new_empty(rows, heads, value_width, dtype=own[1].dtype)
     _attend_and_store[rows, key_heads](
-        query.contiguous(), key.new.contiguous(), value.new.contiguous(), *prompts, *own,
-        view.slot, view.table.contiguous(), cache.ages, cache.starts, out, scaling or width**-0.5,
-        1 << 30 if window is None else window, longest, view.table.shape[1], *sizes,
-        *(max(16, 1 << (size - 1).bit_length()) for size in sizes), own[0].shape[2],
-        num_warps=2 if max(width, value_width) <= 128 else 4, num_stages=1,
-    )  # fmt: skip
+        query.contiguous(),
+        key.new.contiguous(),
+        value.new.contiguous(),
+        *prompts,
+        *own,
+        view.slot,
+        view.table.contiguous(),
+        cache.ages,
+        cache.starts,
+        out,
+        scaling or width**-0.5,
+        1 << 30 if window is None else window,
+        longest,
+        view.table.shape[1],
+        *sizes,
+        *(max(16, 1 << (size - 1).bit_length()) for size in sizes),
+        own[0].shape[2],
+        num_warps=2 if max(width, value_width) <= 128 else 4,
+        num_stages=1,
+    )
     return out
 
 
