@@ -464,7 +464,9 @@ class Policy:
             self.tokenizer.save_pretrained(new)
         except Exception as error:  # a full disk shows as an error of the safetensors library
             raise UserError(f"{new}: could not be written ({first_line(error)})") from None
-        if folder.exists():
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -900,16 +902,19 @@ def parse_sample(line: str, problems: dict[str, Problem] | None) -> Sample | Non
     """
     try:
         row = json.loads(line)
-        problem = Problem(row["problem"], row["question"], Fraction(row["reference"]))
+        keys = "problem", "question", "text"
+        name, question, text = (row[key].encode(errors="replace").decode() for key in keys)
+        problem = Problem(name, question, extract_answer(f"{MARKER} {row['reference']}"))
+        fits = problem.answer is not None and question.strip()
         if problems is not None:
-            own = problems[row["problem"]]
-            fits = problem.question == own.question and problem.answer == own.answer
-            problem = own if fits else None
-        text = row["text"].encode(errors="replace").decode()  # no half of a surrogate pair
-        sample = problem and Sample(problem, int(row["sample"]), text, bool(row["finished"]))
-        if sample and row.get("score") is not None:
+            own = problems[name]
+            fits = (problem.question, problem.answer) == (own.question, own.answer)
+            problem = own
+        sample = Sample(problem, int(row["sample"]), text, bool(row["finished"]))
+        if row.get("score") is not None:
             sample.score = float(row["score"])
-        return sample
+            fits = fits and math.isfinite(sample.score)
+        return sample if fits else None
     except Exception:  # the line may hold anything
         return None
 
@@ -929,6 +934,8 @@ def read_samples(path: Path, problems: Sequence[Problem] | None = None) -> list[
             samples.append(sample)
     require(samples, f"{path}: holds no samples")
     order = {name: i for i, name in enumerate(by_id or (s.problem.id for s in samples))}
+    n_questions = len({(s.problem.id, s.problem.question) for s in samples})
+    require(by_id or n_questions == len(order), f"{path}: different questions have the same id")
     return sorted(samples, key=lambda sample: (order[sample.problem.id], sample.number))
 
 

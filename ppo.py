@@ -361,7 +361,7 @@ def read_scores(args, train: list[common.Problem]) -> list[dict]:
         questions += rows
     runtime.require(questions, "--select: --scores has no question beyond train, dev and test")
     texts = {question["problem"].question for question in questions}
-    runtime.require(len(texts) == len(questions), "--scores: two files hold the same question")
+    runtime.require(len(texts) == len(questions), "--scores: a question occurs twice")
     return questions
 
 
@@ -486,7 +486,7 @@ def load_questions(args) -> tuple[list[common.Problem], list[dict]]:
     if not args.select:
         return train, []
     selected = choose(args.select, read_scores(args, train), args.select_fraction, args.seed)
-    print(f"{len(train)} questions and {len(selected)} of --scores to train on")
+    runtime.require(selected, f"--select {args.select}: no question of --scores is solved")
     return train + [question["problem"] for question in selected], selected
 
 
@@ -504,8 +504,8 @@ def main(argv: list[str]) -> None:
         return
     policy = common.Policy(args.model, args.device, args.dtype)
     policy.condition("none")  # without the labels of rcrl.py
-    is_large = sum(map(torch.numel, policy.model.parameters())) > 10**7
-    lora_rank = 128 * is_large if args.lora_rank is None else args.lora_rank
+    lora_rank = 128 * (policy.model.num_parameters() > 10**7)
+    lora_rank = lora_rank if args.lora_rank is None else args.lora_rank
     # Copy the reference and the top layers before hooks are added.
     reference = copy.copy(policy)
     if not lora_rank:

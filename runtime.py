@@ -188,14 +188,20 @@ def model_folder(name: str, flag: str = "--model") -> str:
     return name
 
 
-def fingerprint(name: str, flag: str = "--model") -> str:
-    """Return a checksum of the weights in a model folder, or the name of a hub model."""
-    files, size, crc = sorted(Path(model_folder(name, flag)).glob("*.safetensors")), 0, 0
+def checksum(files: list) -> str:
+    """Return size and CRC-32 of the content of some files."""
+    size, crc = 0, 0
     for path in files:
         with open(path, "rb") as file:
             while chunk := file.read(1 << 24):
                 size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return f"{size}-{crc:08x}" if files else name
+    return f"{size}-{crc:08x}"
+
+
+def fingerprint(name: str, flag: str = "--model") -> str:
+    """Return a checksum of the weights in a model folder, or the name of a hub model."""
+    files = sorted(Path(model_folder(name, flag)).glob("*.safetensors"))
+    return checksum(files) if files else name
 
 
 # ---- 3. The run folder ---------------------------------------------------------------------------
@@ -222,10 +228,12 @@ class Run:
         if args.resume and self.state_file.exists():
             try:
                 self.state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+                before = dict(self.state["run"])
             except Exception as error:
                 reason = f"not a checkpoint of this program ({first_line(error)})"
                 raise UserError(f"{self.state_file}: {reason}") from None
-        before = self.state["run"] if self.state else {"lines": 0, "seconds": 0.0}
+        else:
+            before = {"lines": 0, "seconds": 0.0}
         self.lines, self.saved = before["lines"], time.monotonic()
         self.started = self.saved - before["seconds"]
         self.is_finished = bool(self.state and self.state.get("finished"))
@@ -235,12 +243,14 @@ class Run:
         for key in ("model", "base", "orm", "genrm"):
             if name := self.settings.get(key):
                 self.settings[f"{key}_fingerprint"] = fingerprint(name, f"--{key}")
+        for key in ("scores", "references", "train_samples"):
+            if files := self.settings.get(key):
+                files = [files] if isinstance(files, str) else files
+                self.settings[f"{key}_fingerprint"] = checksum(files)
         if self.out.is_dir():
             lock(self.out)
-        found = [self.out / name for name in self.OUTPUTS if (self.out / name).exists()]
-        advice = "add --resume to continue it, delete it, or choose another --out"
-        require(args.resume or not found, f"{self.out} already holds a run: {advice}")
-        if found:
+        self.resumes = args.resume
+        if self._holds_run():
             before, now = read_json(self.settings_file), self.settings
             changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
             changed -= {"token_budget", "gen_batch_size"}  # they only change rounding
@@ -248,6 +258,13 @@ class Run:
                 changed -= {may_grow}
             names = ", ".join(sorted(changed))
             require(not changed, f"--resume: {self.out} was started with other settings ({names})")
+
+    def _holds_run(self) -> bool:
+        """Return whether the folder holds a run. Raises UserError unless --resume is given."""
+        found = any((self.out / name).exists() for name in self.OUTPUTS)
+        advice = "add --resume to continue it, delete it, or choose another --out"
+        require(self.resumes or not found, f"{self.out} already holds a run: {advice}")
+        return found
 
     def begin(self) -> None:
         """Prepare the folder. Nothing in it is touched before the inputs have been loaded."""
@@ -257,6 +274,7 @@ class Run:
     def _prepare(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         lock(self.out)
+        self._holds_run()  # another run may have come and gone while the model was loaded
         write_json(self.settings_file, self.settings)
         for name in ("checkpoint", "samples"):
             (self.out / name).mkdir(exist_ok=True)
@@ -264,7 +282,8 @@ class Run:
         if old.exists() and not new.exists():  # killed between two renames
             old.rename(new)
         self.metrics_file.touch()
-        lines = self.metrics_file.read_text().splitlines(keepends=True)[: self.lines]
+        text = self.metrics_file.read_text(errors="replace")
+        lines = text.splitlines(keepends=True)[: self.lines]
         with atomic_write(self.metrics_file) as file:  # later lines will be logged again
             file.write("".join(lines).encode())
 

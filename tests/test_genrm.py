@@ -479,7 +479,7 @@ def test_two_files_with_the_same_question_are_refused(tmp_path):
     """Its samples would be the same, and would be trained on twice."""
     one = write_scores(tmp_path / "one.jsonl", PROBLEMS[:2], [0.1, 0.2])
     two = write_scores(tmp_path / "two.jsonl", PROBLEMS[1:3], [0.3, 0.4])
-    with pytest.raises(runtime.UserError, match="^--scores: two files hold the same question"):
+    with pytest.raises(runtime.UserError, match="^--scores: a question occurs twice"):
         questions_of(one, two)
 
 

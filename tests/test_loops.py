@@ -1004,3 +1004,76 @@ def test_the_interval_of_a_count_may_lie_above_one(cli, tmp_path, nano, monkeypa
     report = json.loads((tmp_path / "report.json").read_text())
     for name, highest in (("maj@1", 1), ("distinct@4", 4)):
         assert report[name]["ci95"] == evaluate.confidence_interval(columns[name], highest)
+
+
+def test_a_run_that_came_and_went_while_the_model_was_loaded_is_not_replaced(run):
+    late = runtime.Run(argparse.Namespace(out=run.out / "in", checkpoint_every=9, resume=False))
+    first = runtime.Run(argparse.Namespace(out=run.out / "in", checkpoint_every=9, resume=False))
+    first.begin()
+    first.log(step=1)
+    first.finish()
+    before = (run.out / "in" / "metrics.jsonl").read_text()
+    with pytest.raises(runtime.UserError, match="already holds a run"):
+        late.begin()
+    assert (run.out / "in" / "metrics.jsonl").read_text() == before
+
+
+def test_a_model_folder_that_is_a_link_is_replaced_and_its_target_kept(tiny, tmp_path):
+    tiny.save(tmp_path / "elsewhere")
+    (tmp_path / "model").symlink_to("elsewhere")
+    for _ in range(2):
+        tiny.save(tmp_path / "model")
+    assert not (tmp_path / "model").is_symlink() and (tmp_path / "model" / "config.json").exists()
+    assert (tmp_path / "elsewhere" / "config.json").exists()
+
+
+def test_a_run_does_not_go_on_with_other_files_of_samples(tmp_path):
+    file = tmp_path / "scores.jsonl"
+    for key, value in (("scores", [str(file)]), ("references", str(file))):
+        settings = dict(out=tmp_path / key, checkpoint_every=9, **{key: value})
+        file.write_text("one\n")
+        begun = runtime.Run(argparse.Namespace(**settings, resume=False))
+        begun.begin()
+        begun.log(step=1)
+        runtime.Run(argparse.Namespace(**settings, resume=True))
+        file.write_text("two\n")
+        with pytest.raises(runtime.UserError, match=f"other settings .{key}_fingerprint"):
+            runtime.Run(argparse.Namespace(**settings, resume=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"problem": [1]},
+        {"problem": {}},
+        {"question": None},
+        {"question": 5},
+        {"question": " "},
+        {"question": ["a"]},
+        {"reference": "1e100000000"},
+        {"reference": "x"},
+        {"score": float("nan")},
+        {"score": "high"},
+        {"text": None},
+        {"sample": "first"},
+    ],
+    ids=str,
+)
+def test_a_broken_line_of_samples_is_named(tmp_path, change):
+    problem, file = common.load_problems("arithmetic", "train", 1)[0], tmp_path / "x.jsonl"
+    row = json.loads(common.Sample(problem, 0, problem.reference, True, score=0.5).to_json())
+    file.write_text(json.dumps(row) + "\n")
+    (sample,) = common.read_samples(file)
+    assert sample.correct and sample.score == 0.5 and sample.problem.answer == problem.answer
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row | change) + "\n")
+    with pytest.raises(runtime.UserError, match="x.jsonl line 2: not a sample$"):
+        common.read_samples(file)
+
+
+def test_one_id_stands_for_one_question(tmp_path):
+    problems = common.load_problems("arithmetic", "train", 2)
+    rows = [json.loads(common.Sample(p, 0, p.reference, True).to_json()) for p in problems]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row | {"problem": "p"}) + "\n" for row in rows))
+    with pytest.raises(runtime.UserError, match="different questions have the same id"):
+        common.read_samples(file)
