@@ -292,7 +292,7 @@ def test_a_reference_is_the_best_finished_sample_and_the_gold_solution_where_the
 def test_a_question_with_neither_gold_solution_nor_scored_sample_is_named(tmp_path):
     file, sources = tmp_path / "samples.jsonl", dict.fromkeys([PROBLEMS[0].id], "genrm_sampled")
     samples = [sample_of(p, "1", k) for p in PROBLEMS[:2] for k in range(2)]
-    message = f"^{PROBLEMS[0].id} has no gold solution and no sample in --references"
+    message = f"^{PROBLEMS[0].id} has no gold solution and no sample with a score in --references"
     for scored in ([], samples[2:]):
         for sample in scored:
             sample.score = 0.5

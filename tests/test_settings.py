@@ -223,7 +223,6 @@ def begin(args) -> None:
     (ppo, ["--scores", "x.jsonl"], "--select"),
     (ppo, ["--references", "x.jsonl"], "--reward genrm"),
     (ppo, ["--hide", "0.5", "0"], "--reward genrm"),
-    (ppo, ["--curriculum", "verifiable_first"], "--reward genrm"),
     (ppo, ["--genrm", "x"], "--reward genrm"),
     (ppo, ["--orm", "x"], "--reward orm"),
     (ppo, ["--add-outcome"], "--reward orm"),
