@@ -224,7 +224,7 @@ def test_a_question_is_trained_on_with_at_most_n_solutions(cli, tmp_path, traine
     argv = ["--model", "tiny", *SMALL, "--limit-train", 24, "--samples", 6, "--rounds", 2]
     argv += ["--epochs", 1, "--pass-k", 0, "--sft-data", "--batch-size", 1000]
     argv += ["--max-per-question", 3]
-    for name, batch_size in (("run", 32), ("again", 7)):
+    for name, batch_size in (("run", 32), ("again", 16)):
         out = ["--gen-batch-size", batch_size, "--out", tmp_path / name]
         assert cli(expert_iteration, *argv, *out)[0] == 0
     problems = {common.prompt_text(p): p for p in common.load_problems("arithmetic", "train", 24)}
