@@ -217,15 +217,16 @@ class Run:
     OUTPUTS = "checkpoint", "samples", "model", "model.old", "metrics.jsonl", "quality.json"
 
     def __init__(self, args: argparse.Namespace, may_grow: str | None = None):
-        self.out, self.checkpoint_every = Path(args.out), args.checkpoint_every
+        self.out, self.resumes = Path(args.out), args.resume
+        self.checkpoint_every = args.checkpoint_every
         self.state_file = self.out / "checkpoint" / "state.pt"
         self.metrics_file, self.settings_file = self.out / "metrics.jsonl", self.out / "args.json"
         ignored = ("out", "resume", "device", "checkpoint_every")
         self.settings = {key: value for key, value in vars(args).items() if key not in ignored}
         self.settings["script"] = Path(sys.argv[0]).name
-        on_first(lambda: self._look(args, may_grow))
+        on_first(lambda: self._look(may_grow))
         self.state, self.interrupted = None, False
-        if args.resume and self.state_file.exists():
+        if self.resumes and self.state_file.exists():
             try:
                 self.state = torch.load(self.state_file, map_location="cpu", weights_only=True)
                 before = dict(self.state["run"])
@@ -238,7 +239,7 @@ class Run:
         self.started = self.saved - before["seconds"]
         self.is_finished = bool(self.state and self.state.get("finished"))
 
-    def _look(self, args: argparse.Namespace, may_grow: str | None) -> None:
+    def _look(self, may_grow: str | None) -> None:
         """Raise UserError if the folder holds a run that this one does not continue."""
         for key in ("model", "base", "orm", "genrm"):
             if name := self.settings.get(key):
@@ -249,7 +250,6 @@ class Run:
                 self.settings[f"{key}_fingerprint"] = checksum(files)
         if self.out.is_dir():
             lock(self.out)
-        self.resumes = args.resume
         if self._holds_run():
             before, now = read_json(self.settings_file), self.settings
             changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
