@@ -12,7 +12,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import zlib
@@ -103,21 +102,8 @@ def _read_rows(dataset: str, part: str) -> list[tuple[str, str, object]]:
         files = filter(Path.is_file, [path / f"{part}.jsonl", path / f"{part}.json"])
         path = next(files, None)
         require(path, f"--dataset {dataset}: the folder has no {part}.jsonl")
-    where, is_list, rows = str(path), path.suffix == ".json", []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        entries = json.loads(text) if is_list else text.split("\n")
-        require(isinstance(entries, list), f"{path}: not a list of problems")
-        for i, entry in enumerate(entries, 1):
-            where = f"{path} {'entry' if is_list else 'line'} {i}"
-            if is_list or entry.strip():
-                row = entry if is_list else json.loads(entry)
-                rows.append((f"{path.name}/{len(rows)}", where, row))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: broken JSON ({error})") from None
-    return rows
+    rows = runtime.read_rows(path)
+    return [(f"{path.name}/{i}", where, row) for i, (where, row) in enumerate(rows)]
 
 
 def _read_problem(name: str, where: str, row: dict) -> Problem:
@@ -325,7 +311,7 @@ class Policy:
     """
 
     def __init__(self, name: str, device: str = "auto", dtype: str = "auto", flag: str = "--model"):
-        self.device, self.max_batch_size = torch_device(device), 1 << 30
+        self.device, self.max_batch_size = runtime.torch_device(device), 1 << 30
         self.set_dtype("float32")
         folder = runtime.model_folder(name, flag)
         try:
@@ -554,23 +540,6 @@ def check_base(policy: Policy, base: Policy, name: str) -> None:
     one, other = ((c.model_type, c.hidden_size, c.num_hidden_layers) for c in configs)
     advice = "--model is of another shape; give the pretrained model that it was made of"
     require(name != "tiny" or one == other, f"--base tiny: {advice}")
-
-
-def torch_device(name: str) -> torch.device:
-    """Return the device of a flag. "auto" is the GPU of this process if there is one."""
-    alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1 or not name.startswith("cuda:")
-    require(alone, f"--device {name}: several processes need a GPU each; leave it at auto")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used here ({first_line(error)})") from None
-    if name.startswith("cuda"):
-        torch.cuda.set_device(name)  # CUDA graphs are recorded on the current device
-        # cuDNN's attention is slow here: it plans again for every new shape.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device(name)
 
 
 # ---- 4. Generation -------------------------------------------------------------------------------

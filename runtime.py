@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -83,6 +84,23 @@ def start_processes() -> None:
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
         sys.stderr.isatty = lambda: False  # no progress bars
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the device of a flag. "auto" is the GPU of this process if there is one."""
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1 or not name.startswith("cuda:")
+    require(alone, f"--device {name}: several processes need a GPU each; leave it at auto")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here ({first_line(error)})") from None
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)  # CUDA graphs are recorded on the current device
+        # cuDNN's attention is slow here: it plans again for every new shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device(name)
 
 
 def gather(part: list) -> list:
@@ -170,6 +188,27 @@ def read_json(path: Path) -> dict:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: missing or broken ({error})") from None
+
+
+def read_rows(path: Path) -> list[tuple[str, object]]:
+    """Read a JSON list, or one JSON value per line: [(position for errors, value)].
+
+    Numbers with a point or an exponent become Decimal. Raises UserError with file and line.
+    """
+    where, rows = str(path), []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        is_list = text.lstrip().startswith("[")
+        entries = json.loads(text, parse_float=Decimal) if is_list else text.split("\n")
+        for i, entry in enumerate(entries, 1):
+            where = f"{path} {'entry' if is_list else 'line'} {i}"
+            if is_list or entry.strip():
+                rows.append((where, entry if is_list else json.loads(entry, parse_float=Decimal)))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: broken JSON ({error})") from None
+    return rows
 
 
 def model_folder(name: str, flag: str = "--model") -> str:

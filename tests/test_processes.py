@@ -211,7 +211,7 @@ def test_a_gpu_is_chosen_by_its_number(name, rank, number, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert common.torch_device(name) == torch.device("cuda", number) and chosen == [number]
+    assert runtime.torch_device(name) == torch.device("cuda", number) and chosen == [number]
 
 
 def in_two_processes(work, folder: Path, *args) -> list:
