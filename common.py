@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -45,6 +44,8 @@ transformers.utils.logging.disable_progress_bar()
 MARKER = "####"  # begins the answer line of a solution
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "svamp": ("ChilleD/SVAMP",)}
 DATASETS = [*arithmetic.STEPS, *HUB]
+# Fields of a row that are no part of its question.
+IGNORED = {"id", "type", "equation", "question_concat", "code", "source"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +66,41 @@ def load_problems(dataset: str, split: str, limit: int | None = None) -> list[Pr
     tenth if there are few. Raises UserError, with file and line, for malformed data.
     """
     part = "test" if split == "test" else "train"
-    is_file = dataset not in DATASETS and Path(dataset).is_file()
-    if dataset in arithmetic.STEPS:
-        rows = arithmetic.rows(dataset, part)
-        problems = [Problem(answer=extract_answer(row["reference"]), **row) for row in rows]
-    else:
-        problems = [_read_problem(*row) for row in _read_rows(dataset, part)]
+    path = Path(dataset)
+    is_file = dataset not in DATASETS and path.is_file()
+    problems = _read_split(dataset, part)
     require(split != "all" or is_file, f"--split all: {dataset} has splits; name one of them")
+    # The test questions of a folder may repeat its training questions.
+    if part == "test" and any((path / f"train.{end}").is_file() for end in ("jsonl", "json")):
+        _warn_of_repeats(dataset, "test", _read_split(dataset, "train"), problems)
     # Hold out the last problems.
     for name in [] if split == "all" else ["test"] * is_file + ["dev"] * (split != "test"):
         is_large = name == "dev" and len(problems) >= 2560
         n = 256 if is_large else max(1, len(problems) // 10)
         rest, last = problems[:-n], problems[-n:]
-        n_known = len({p.question for p in rest} & {p.question for p in last})
-        if n_known:
-            warn(f"--dataset {dataset}: {n_known} questions of {name} are training questions too")
+        _warn_of_repeats(dataset, name, rest, last)
         problems = last if name == split else rest
     require(problems, f"--dataset {dataset}: too few problems, its {split} split is empty")
     return problems[:limit]
+
+
+def _warn_of_repeats(dataset: str, name: str, train: list[Problem], held_out: list[Problem]):
+    n_known = len({p.question for p in train} & {p.question for p in held_out})
+    if n_known:
+        warn(f"--dataset {dataset}: {n_known} questions of {name} are training questions too")
+
+
+def _read_split(dataset: str, part: str) -> list[Problem]:
+    """Return the problems of "train" or "test", in their order. A single file has one part."""
+    if dataset in arithmetic.STEPS:
+        rows = arithmetic.rows(dataset, part)
+        return [Problem(answer=extract_answer(row["reference"]), **row) for row in rows]
+    rows = _read_rows(dataset, part)
+    problems = [_read_problem(*row) for row in rows]
+    long = [row[1] for row, p in zip(rows, problems, strict=True) if p.answer.denominator > 10**9]
+    if long:
+        warn(f"{long[0]}: no solution will match an answer with so many decimals; round it")
+    return problems
 
 
 def _read_rows(dataset: str, part: str) -> list[tuple[str, str, object]]:
@@ -109,16 +127,22 @@ def _read_rows(dataset: str, part: str) -> list[tuple[str, str, object]]:
 def _read_problem(name: str, where: str, row: dict) -> Problem:
     """Read a row of GSM8K ("question", "answer") or SVAMP ("Body", "Question", "Answer")."""
     require(isinstance(row, dict), f"{where}: not a JSON object")
-    is_svamp = "Body" in row and "Question" in row
-    keys = ("Body", "Question", "Answer") if is_svamp else ("question", "answer")
-    *texts, answer = (row.get(key) for key in keys)
+    fields = {key.lower(): value for key, value in row.items()}
+    require(len(fields) == len(row), f"{where}: two fields differ only in upper case")
+    keys = ["body", "question"] if fields.get("body") else ["question"]
+    texts, answer = [fields.get(key) for key in keys], fields.get("answer")
     fits = all(isinstance(text, str) and text.strip() for text in texts)
-    fields = '"question" and "answer" (GSM8K) or "Body", "Question" and "Answer" (SVAMP)'
-    require(fits and isinstance(answer, str | int | float), f"{where}: needs {fields}")
+    needed = '"question" and "answer" (GSM8K) or "Body", "Question" and "Answer" (SVAMP)'
+    require(fits and isinstance(answer, str | int), f"{where}: needs {needed}")
+    for key, value in fields.items():
+        is_text = isinstance(value, list | dict) or len(str(value).split()) > 1
+        known = key in (*keys, "answer", *IGNORED) or not (value and is_text)
+        advice = "join it with the question, or remove it"
+        require(known, f'{where}: the field "{key}" may belong to the question; {advice}')
     # A lone half of a surrogate pair breaks tokenizers.
-    clean = [str(value).strip().encode(errors="replace").decode() for value in (*texts, answer)]
-    *texts, answer = clean
-    if is_svamp and not texts[0].endswith((".", "?", "!", ",")):
+    values = (str(value).strip() for value in (*texts, answer))
+    *texts, answer = (value.encode(errors="replace").decode() for value in values)
+    if len(texts) > 1 and not texts[0].endswith((".", "?", "!", ",")):
         texts[0] += "."
     marked = [line for line in answer.splitlines() if MARKER in line]
     is_clear = marked or "\n" not in answer
@@ -138,8 +162,16 @@ _SIGNED = re.compile(r"((?:[-+\u2212\u2010-\u2015]\s*){0,2})([0-9.,/]+)")
 _NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?|[0-9]+/0*[1-9][0-9]*")
 # Currency signs, brackets, stars and LaTeX commands may stand before a number or after its sign.
 _DECORATION = re.compile(r"(?<![0-9.,/])(?:\\[a-z]{1,16}|[$\u20ac\u00a3\u00a5*(\[{\\])+")
-# "1 001", "2^2", "18 / 2", "- / 5": it is not clear which number is meant.
-_UNCLEAR = re.compile(r"[0-9](?:[^0-9.,/][0-9]|[^0-9.,]/)|(?<![0-9])/[^a-zA-Z]?[0-9]|frac[0-9]")
+# "1 001", "2^2", "3 * 3", "18 / 2", "- / 5": it is not clear which number is meant.
+_UNCLEAR = re.compile(
+    r"[0-9](?:[^0-9.,/][0-9]|[^0-9.,]/|[ {]*[*^+x\u00d7][ {]*[0-9])"
+    r"|(?<![0-9])/[^a-zA-Z]?[0-9]|frac[0-9]|sqrt"
+)
+# "1.5 million" and "5k" are not 1.5 and 5.
+_MULTIPLIER = re.compile(
+    r"[ *)}-]*(?i:hundred|thousand|million|billion|trillion|dozen|lakh|crore)"
+    r"|(?:[kKMB]|[bm]n|mil)\b"
+)
 _fraction = functools.lru_cache(1024)(Fraction)
 _PLAIN = str.maketrans("x\u00d7\u00f7\u2212", "**/-", " $,")
 
@@ -160,8 +192,7 @@ def extract_answer(text: str, lenient: bool = False) -> Fraction | None:
     """
     line = first_solution(text).partition(MARKER)[2]
     if lenient and not any(c.isdigit() for c in line):
-        numbers = _numbers(first_solution(text.replace(MARKER, "")))
-        return next((x for x in reversed([*numbers]) if x is not None), None)
+        return ([None] + list(_numbers(first_solution(text.replace(MARKER, "")))))[-1]
     numbers = {None} if _UNCLEAR.search(line) else set(_numbers(line))
     return numbers.pop() if len(numbers) == 1 else None
 
@@ -170,18 +201,20 @@ def _numbers(line: str) -> Iterator[Fraction | None]:
     """Yield every number of a line, and None for digits that are not clearly one number."""
     if any(c.isnumeric() for c in line if not c.isascii()):
         yield None  # digits of other scripts, superscripts, fractions such as "\u00bd"
+    line = re.sub(r"(?<=[^\W\d_])\.(?=[0-9])", " ", line)  # the dot of "Rs.350"
     line = _DECORATION.sub("", line)
     for match in _SIGNED.finditer(line):
         signs, digits = match.groups()
         before = line[max(0, match.start() - 1) : match.start()]
         after = line[match.end() : match.end() + 1]
         digits = digits.removesuffix("/") if after.isalpha() else digits  # "18/hour"
+        multiplied = _MULTIPLIER.match(line, match.end())
         digits = digits.rstrip(".,")
         if not any(c.isdigit() for c in digits):
             continue
         # "- 5" and "18-20" may be differences. A long dash may not be a minus.
         unclear = len(signs) > 1 or (signs and (before.isalnum() or signs not in "+-\u2212"))
-        if unclear or len(digits) > 64 or not _NUMBER.fullmatch(digits):
+        if unclear or multiplied or len(digits) > 64 or not _NUMBER.fullmatch(digits):
             yield None
         else:
             value = _fraction(digits.replace(",", ""))
@@ -315,7 +348,8 @@ class Policy:
         self.set_dtype("float32")
         folder = runtime.model_folder(name, flag)
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            load = transformers.AutoTokenizer.from_pretrained
+            self.tokenizer = load(folder, trust_remote_code=False)
             self.model = self.load(folder).to(self.device).eval()
             if engine and self.device.type == "cuda":
                 engine.fuse_norms(self.model)
@@ -329,10 +363,9 @@ class Policy:
         self.condition("good" if self.labels else "none")
 
     def load(self, folder: str):
-        config = transformers.AutoConfig.from_pretrained(folder)
-        require(not is_reward_model(config), "this is a reward model, not a language model")
-        auto, how = transformers.AutoModelForCausalLM, dict(use_safetensors=True)
-        model = auto.from_pretrained(folder, dtype=torch.float32, **how)
+        config = runtime.load_config(folder)
+        require(not runtime.is_reward_model(config), "this is a reward model, not a language model")
+        model = runtime.load_weights(transformers.AutoModelForCausalLM, folder)
         if engine and engine.supports(config):
             model.set_attn_implementation("paged_attention")
         return model
@@ -349,18 +382,40 @@ class Policy:
         self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         config = self.model.config.get_text_config()
         self.max_length = getattr(config, "max_position_embeddings", None) or 1 << 30
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        known = eos is not None and eos < self.vocabulary
-        require(known, "its tokenizer has no end-of-text token that the model knows")
-        self.eos_ids = [eos]
+        self.check_tokenizer()
         if self.model.can_generate():
-            stops = self.model.generation_config.eos_token_id
-            stops = {*(stops if isinstance(stops, list) else [stops]), eos} - {None}
-            self.eos_ids = sorted(stop for stop in stops if stop < self.vocabulary)
+            eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
             # A saved model keeps these tokens and drops the sampling settings that it came with.
             ids = dict(bos_token_id=self.tokenizer.bos_token_id, eos_token_id=self.eos_ids)
             ids["pad_token_id"] = eos if pad is None else pad
             self.model.generation_config = transformers.GenerationConfig(**ids)
+
+    def check_tokenizer(self) -> None:
+        """Check that the tokenizer fits the model and can write solutions. Set eos_ids."""
+        eos, added = self.tokenizer.eos_token_id, self.tokenizer.added_tokens_decoder
+        known = eos is not None and eos < self.vocabulary
+        require(known, "its tokenizer has no end-of-text token that the model knows")
+        special = {i for i, token in added.items() if token.special}
+        tokens = self.tokenizer.get_vocab().items()
+        unknown = [token for token, i in tokens if i >= self.vocabulary and i not in special]
+        n, first = len(unknown), unknown[:1]
+        require(not n, f"the model does not know {n} tokens of its tokenizer, for example {first}")
+        # A model may name more tokens to stop at. An ordinary one would end solutions early.
+        config = getattr(self.model, "generation_config", None)
+        stops = getattr(config, "eos_token_id", None)
+        stops = {eos, *(stops if isinstance(stops, list) else [stops])}
+        self.eos_ids = sorted(i for i in stops if i == eos or i in special and i < self.vocabulary)
+        self.hidden_ids = {*self.eos_ids}
+        self.check_solution("12+30-4=38\n5*6/7.9=38\n#### 38")
+
+    def check_solution(self, text: str) -> None:
+        """Raise UserError if the tokenizer does not give answer, operations and lines back."""
+        ids = self.encode_prefix(text)
+        again = self.decode(ids)
+        wanted, found = ((extract_answer(t), equations(t), t.count("\n")) for t in (text, again))
+        known = not self.hidden_ids.intersection(ids) and max(ids, default=0) < self.vocabulary
+        message = f"its tokenizer makes {again[-80:]!r} of the solution {text[-80:]!r}"
+        require(known and found == wanted, message)
 
     def set_dtype(self, dtype: str) -> None:
         """Compute in "float32" or "bfloat16" from now on."""
@@ -379,6 +434,7 @@ class Policy:
             require(self.labels, "this model was not trained with return labels (rcrl.py)")
             config.return_labels = self.labels
             (self.label,) = self.encode_prefix(self.labels[on])
+            self.hidden_ids.update(*(self.encode_prefix(self.labels[k]) for k in ("good", "bad")))
             self.label_every_line = self.labels["by"] == "step"
 
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
@@ -420,8 +476,9 @@ class Policy:
         return example
 
     def decode(self, ids: Sequence[int]) -> str:
-        how = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return self.tokenizer.decode(ids, **how)
+        """Decode token ids without end-of-text tokens and return labels."""
+        shown = [int(i) for i in ids if i not in self.hidden_ids]
+        return self.tokenizer.decode(shown, clean_up_tokenization_spaces=False)
 
     @functools.cached_property
     def breaks_line(self) -> np.ndarray:
@@ -442,20 +499,14 @@ class Policy:
         """Write an ordinary Hugging Face folder. It appears complete or not at all."""
         if runtime.process_rank() > 0:
             return
-        new, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        new = folder.with_name(folder.name + ".part")
+        runtime.remove(new)
         try:
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
         except Exception as error:  # a full disk shows as an error of the safetensors library
             raise UserError(f"{new}: could not be written ({first_line(error)})") from None
-        if folder.is_symlink():
-            folder.unlink()
-        elif folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        runtime.replace_folder(folder, new)
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
@@ -528,18 +579,6 @@ class Lora(torch.nn.Module):
             for module, weight in zip(self.targets, kept, strict=True):
                 module.weight.data.copy_(weight)
             policy.set_dtype(dtype)
-
-
-def is_reward_model(config) -> bool:
-    return any(name.endswith("ForTokenClassification") for name in config.architectures or ())
-
-
-def check_base(policy: Policy, base: Policy, name: str) -> None:
-    """Raise UserError if --base is the default tiny and --model has another shape."""
-    configs = (each.model.config.get_text_config() for each in (policy, base))
-    one, other = ((c.model_type, c.hidden_size, c.num_hidden_layers) for c in configs)
-    advice = "--model is of another shape; give the pretrained model that it was made of"
-    require(name != "tiny" or one == other, f"--base tiny: {advice}")
 
 
 # ---- 4. Generation -------------------------------------------------------------------------------
@@ -624,6 +663,8 @@ def encode_prompts(policy: Policy, problems, few_shot=False, prefixes=None) -> l
         ids += policy.encode_prefix(prefix) + [policy.label] * (policy.label is not None)
     n, room = max(map(len, prompts), default=0), f"the model has {policy.max_length} positions"
     require(n < policy.max_length, f"the longest prompt is {n} tokens long; {room}")
+    known = all(max(ids) < policy.vocabulary for ids in prompts)
+    require(known, "a question holds a token of the tokenizer that the model does not know")
     return prompts
 
 
@@ -821,16 +862,6 @@ def require_finite(*values: float) -> None:
     """Raise UserError, before the weights change, if a loss or gradient norm is not finite."""
     message = f"loss or gradient norm is not finite {values}; try a smaller --lr"
     require(all(map(math.isfinite, values)), message)
-
-
-def check_memory(model: torch.nn.Module) -> None:
-    """Raise UserError if a GPU has no room for gradients and AdamW moments: 12 bytes a weight."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    if (device := weights[0].device).type == "cuda":
-        needed, free = 12 * sum(p.numel() for p in weights), torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        sizes = f"takes {needed / 2**30:.0f} GiB more, and the GPU has {free / 2**30:.0f} left"
-        require(needed <= free, f"to train all weights {sizes}")
 
 
 def adam_w(parameters: Iterable, lr: float) -> torch.optim.AdamW:

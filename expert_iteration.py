@@ -138,9 +138,9 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.model, args.device, args.dtype)
-    common.check_memory(policy.model)
+    runtime.check_memory(policy.model)
     if not args.from_previous:
-        common.check_base(policy, common.Policy(args.base, "cpu", flag="--base"), args.base)
+        runtime.check_base(policy, common.Policy(args.base, "cpu", flag="--base"), args.base)
     orm = None
     if args.orm:
         import reward_model

@@ -223,9 +223,9 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
-    common.check_memory(policy.model)
+    runtime.check_memory(policy.model)
     sampler = common.Policy(args.model, args.device, args.dtype)
-    common.check_base(sampler, policy, args.base)
+    runtime.check_base(sampler, policy, args.base)
     unlabelled = sampler.label is None and policy.label is None
     runtime.require(unlabelled, "--model and --base: take models that were trained without labels")
     if args.labels != "none":

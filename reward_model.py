@@ -83,26 +83,22 @@ class RewardModel(common.Policy):
         super().__init__(name, device, dtype, flag)
 
     def load(self, folder: str):
-        config = transformers.AutoConfig.from_pretrained(folder)
-        trained = self.new or common.is_reward_model(config)
+        config = runtime.load_config(folder)
+        trained = self.new or runtime.is_reward_model(config)
         runtime.require(trained, "this is not a reward model; reward_model.py trains one")
         known = type(config) in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
         runtime.require(known, f"there is no token classifier for the family {config.model_type}")
-        how = dict(dtype=torch.float32, num_labels=1, use_safetensors=True)
+        auto, new = transformers.AutoModelForTokenClassification, ("score.", "classifier.")
         # Print no table of warnings about the new head.
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
-        auto = transformers.AutoModelForTokenClassification
-        model, found = auto.from_pretrained(folder, output_loading_info=True, **how)
+        model = runtime.load_weights(auto, folder, new if self.new else (), num_labels=1)
         transformers.logging.set_verbosity(verbosity)
         layers = model.named_children()
-        name, self.linear = next(c for c in layers if getattr(c[1], "out_features", 0) == 1)
-        missing = sorted(found["missing_keys"])
+        self.linear = next(layer for _, layer in layers if getattr(layer, "out_features", 0) == 1)
         if self.new:
-            missing = [key for key in missing if not key.startswith(f"{name}.")]
             torch.nn.init.zeros_(self.linear.weight)
             torch.nn.init.zeros_(self.linear.bias)
-        runtime.require(not missing, f"it has no weights for {missing[:3]}")
         return model
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
 
 try:
@@ -103,6 +105,16 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_memory(model: torch.nn.Module) -> None:
+    """Raise UserError if a GPU has no room for gradients and AdamW moments: 12 bytes a weight."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if (device := weights[0].device).type == "cuda":
+        needed, free = 12 * sum(p.numel() for p in weights), torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        sizes = f"takes {needed / 2**30:.0f} GiB more, and the GPU has {free / 2**30:.0f} left"
+        require(needed <= free, f"to train all weights {sizes}")
+
+
 def gather(part: list) -> list:
     """Return the lists of all processes, joined."""
     parts = [part] * process_count()
@@ -153,6 +165,26 @@ def atomic_write(path: Path):
     os.replace(temporary, path)
 
 
+def remove(path: Path) -> None:
+    """Delete a folder and all that is in it, or a symbolic link to one."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_folder(folder: Path, new: Path) -> None:
+    """Rename `new` to `folder`. Killed in between, `Run` finds the old one under its name.old."""
+    old = folder.with_name(folder.name + ".old")
+    remove(old)
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    remove(old)
+
+
 _locks: dict[Path, int] = {}
 
 
@@ -190,20 +222,30 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: missing or broken ({error})") from None
 
 
-def read_rows(path: Path) -> list[tuple[str, object]]:
-    """Read a JSON list, or one JSON value per line: [(position for errors, value)].
+def plain_number(text: str) -> str:
+    """Write a number without its exponent, unless it has very many digits: "1e3" -> "1000"."""
+    number = Decimal(text)
+    return format(number, "f") if abs(number.adjusted()) < 64 else text
 
-    Numbers with a point or an exponent become Decimal. Raises UserError with file and line.
+
+def read_rows(path: Path) -> list[tuple[str, object]]:
+    """Read a JSON list, or one JSON object per line: [(position for errors, value)].
+
+    Numbers with a point or an exponent become text. Raises UserError with file and line.
     """
     where, rows = str(path), []
     try:
         text = path.read_text(encoding="utf-8-sig")
-        is_list = text.lstrip().startswith("[")
-        entries = json.loads(text, parse_float=Decimal) if is_list else text.split("\n")
+        # `Dataset.to_json` of datasets writes lines to a file of any name.
+        is_list = path.suffix == ".json" and not text.lstrip().startswith("{")
+        entries = json.loads(text, parse_float=plain_number) if is_list else text.split("\n")
+        require(isinstance(entries, list), f"{path}: not a list of problems")
         for i, entry in enumerate(entries, 1):
             where = f"{path} {'entry' if is_list else 'line'} {i}"
             if is_list or entry.strip():
-                rows.append((where, entry if is_list else json.loads(entry, parse_float=Decimal)))
+                rows.append(
+                    (where, entry if is_list else json.loads(entry, parse_float=plain_number))
+                )
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
@@ -213,7 +255,7 @@ def read_rows(path: Path) -> list[tuple[str, object]]:
 
 def model_folder(name: str, flag: str = "--model") -> str:
     """Return the folder or hub name of a model. "tiny" is the model in this repository."""
-    path = TINY if name == "tiny" else Path(name).expanduser()
+    path = TINY if name == "tiny" else Path(name)
     if path.is_dir():
         hint = f"; did you mean {path / 'model'}?" if (path / "model").is_dir() else ""
         is_model = (path / "config.json").is_file()
@@ -225,6 +267,35 @@ def model_folder(name: str, flag: str = "--model") -> str:
     on_hub = re.fullmatch(r"(?!tiny$|runs/)\w[\w.-]*(/[\w.-]+)?", name)
     require(on_hub, f"{flag} {name}: no such folder{hint}")
     return name
+
+
+def load_config(folder: str):
+    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_weights(auto, folder: str, new: tuple = (), **how) -> torch.nn.Module:
+    """Load a model in float32. Raises UserError if the folder lacks a weight.
+
+    transformers would make it up at random. new: how the names begin that may be missing.
+    """
+    how |= dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    model, found = auto.from_pretrained(folder, output_loading_info=True, **how)
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(new))
+    n, first = len(missing), missing[:1]
+    require(not n, f"the folder lacks {n} weights of the model, for example {first}")
+    return model
+
+
+def is_reward_model(config) -> bool:
+    return any(name.endswith("ForTokenClassification") for name in config.architectures or ())
+
+
+def check_base(policy, base, name: str) -> None:
+    """Raise UserError if --base is the default tiny and --model has another shape."""
+    configs = (each.model.config.get_text_config() for each in (policy, base))
+    one, other = ((c.model_type, c.hidden_size, c.num_hidden_layers) for c in configs)
+    advice = "--model is of another shape; give the pretrained model that it was made of"
+    require(name != "tiny" or one == other, f"--base tiny: {advice}")
 
 
 def checksum(files: list) -> str:
@@ -314,9 +385,9 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         lock(self.out)
         self._holds_run()  # another run may have come and gone while the model was loaded
-        write_json(self.settings_file, self.settings)
         for name in ("checkpoint", "samples"):
             (self.out / name).mkdir(exist_ok=True)
+        write_json(self.settings_file, self.settings)
         old, new = self.out / "model.old", self.out / "model"
         if old.exists() and not new.exists():  # killed between two renames
             old.rename(new)
@@ -431,6 +502,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, *argv):
         args = super().parse_args(*argv)
+        for flag, value in vars(args).items():
+            values = value if isinstance(value, list) else [value]
+            # Only a path begins with "~".
+            values = [os.path.expanduser(v) if isinstance(v, str) else v for v in values]
+            setattr(args, flag, values if isinstance(value, list) else values[0])
         name = args.device
         on_gpu = torch.cuda.is_available() if name == "auto" else name.startswith("cuda")
         args.gen_batch_size = args.gen_batch_size or (1024 if on_gpu else 256)

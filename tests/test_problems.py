@@ -236,10 +236,13 @@ def test_half_a_character_does_not_reach_the_tokenizer(tiny, tmp_path):
     assert tiny.encode_solution(problem.solution)
 
 
-@pytest.mark.parametrize("content", ["5", "null", '{"a": []}'])
-def test_a_json_file_that_is_no_list_is_an_error(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, message",
+    [("5", "not a list"), ("null", "not a list"), ('{"a": []}', "line 1: needs")],
+)
+def test_a_json_file_that_is_no_list_is_an_error(tmp_path, content, message):
     (tmp_path / "SVAMP.json").write_text(content)
-    with pytest.raises(runtime.UserError, match="not a list"):
+    with pytest.raises(runtime.UserError, match=message):
         common.load_problems(str(tmp_path / "SVAMP.json"), "train")
 
 

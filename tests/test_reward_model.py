@@ -251,7 +251,7 @@ def test_a_reward_model_is_trained_from_the_weights_of_the_policy(name, tmp_path
     assert reward_model.train_step(orm, optimizer, batch, 999)[1] > 0
     assert not np.allclose(before[0], orm.scores(samples)[0], atol=1e-4)
     orm.save(tmp_path / "orm")
-    assert common.is_reward_model(transformers.AutoConfig.from_pretrained(tmp_path / "orm"))
+    assert runtime.is_reward_model(transformers.AutoConfig.from_pretrained(tmp_path / "orm"))
     again = reward_model.RewardModel(str(tmp_path / "orm"), "cpu")
     with torch.no_grad():
         torch.testing.assert_close(

@@ -261,10 +261,10 @@ def test_a_model_that_the_gpu_cannot_train_is_refused_before_it_samples(monkeypa
     for free in (11 * 10**6, 11 * 10**6 - 1):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**8))
         if free == 11 * 10**6:
-            common.check_memory(model)
+            runtime.check_memory(model)
         else:
             with pytest.raises(runtime.UserError, match="to train all weights"):
-                common.check_memory(model)
+                runtime.check_memory(model)
 
 
 FULL = [
