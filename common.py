@@ -145,8 +145,8 @@ def _read_problem(name: str, where: str, row: dict) -> Problem:
     if len(texts) > 1 and not texts[0].endswith((".", "?", "!", ",")):
         texts[0] += "."
     marked = [line for line in answer.splitlines() if MARKER in line]
-    is_clear = marked or "\n" not in answer
-    require(is_clear, f"{where}: the answer has several lines, and none holds {MARKER}")
+    one_line = "\n" not in answer
+    require(marked or one_line, f"{where}: the answer has several lines, and none holds {MARKER}")
     agree = len({extract_answer(line) for line in marked}) < 2
     require(agree, f"{where}: the lines with {MARKER} do not agree")
     value = extract_answer(answer if marked else f"{MARKER} {answer}")
@@ -208,7 +208,7 @@ def _numbers(line: str) -> Iterator[Fraction | None]:
         before = line[max(0, match.start() - 1) : match.start()]
         after = line[match.end() : match.end() + 1]
         digits = digits.removesuffix("/") if after.isalpha() else digits  # "18/hour"
-        multiplied = _MULTIPLIER.match(line, match.end())
+        multiplied = not digits.endswith((".", ",")) and _MULTIPLIER.match(line, match.end())
         digits = digits.rstrip(".,")
         if not any(c.isdigit() for c in digits):
             continue
@@ -348,8 +348,7 @@ class Policy:
         self.set_dtype("float32")
         folder = runtime.model_folder(name, flag)
         try:
-            load = transformers.AutoTokenizer.from_pretrained
-            self.tokenizer = load(folder, trust_remote_code=False)
+            self.tokenizer = runtime.load_tokenizer(folder)
             self.model = self.load(folder).to(self.device).eval()
             if engine and self.device.type == "cuda":
                 engine.fuse_norms(self.model)
@@ -665,6 +664,8 @@ def encode_prompts(policy: Policy, problems, few_shot=False, prefixes=None) -> l
     require(n < policy.max_length, f"the longest prompt is {n} tokens long; {room}")
     known = all(max(ids) < policy.vocabulary for ids in prompts)
     require(known, "a question holds a token of the tokenizer that the model does not know")
+    for written in filter(None, (problem.solution for problem in problems)):
+        policy.check_solution(written)
     return prompts
 
 

@@ -269,8 +269,13 @@ def model_folder(name: str, flag: str = "--model") -> str:
     return name
 
 
+# Code that comes with a model folder is never run.
 def load_config(folder: str):
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_tokenizer(folder: str):
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_weights(auto, folder: str, new: tuple = (), **how) -> torch.nn.Module:
@@ -545,8 +550,32 @@ def common_parser(doc: str, **defaults) -> OneLineParser:
     return parser
 
 
+class Output:
+    """Standard output or error. The run goes on if nobody reads it any more.
+
+    After Ctrl-C in `python sft.py 2>&1 | tee log` tee is gone, and every print would fail.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, RuntimeError):  # a signal handler may interrupt a print
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, RuntimeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def run_main(main: Callable) -> None:
     """Run `main(sys.argv[1:])`. A UserError becomes one line and exit code 2, Ctrl-C code 130."""
+    if not isinstance(sys.stdout, Output):
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is written
     try:
         start_processes()

@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     policy.condition("none")
     examples = [policy.encode_example(p, p.solution) for p in train]
     dev_examples = [policy.encode_example(p, p.solution) for p in dev if p.solution]
-    common.encode_prompts(policy, dev)
+    common.encode_prompts(policy, train + dev)
     run.begin()
 
     def evaluate(epoch: int) -> dict:

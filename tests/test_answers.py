@@ -21,6 +21,9 @@ READ = {
     "-\u20ac5": -5, "\u00a35": 5, "-(18)": -18, "(-18)": -18, "$\u00a05": 5,
     "-\\$18": -18, "\\$-18": -18, "-$\\$18$": -18, "$-\\$5$": -5, "-\\boxed{18}": -18,
     "\\boxed{-18}": -18, "\\$18": 18,
+    "Rs.350": 350, "Rs. 350": 350, "Rs.1,350.50": Fraction(2701, 2), "No.7": 7, "$.5": Fraction(1, 2),
+    "is .5": Fraction(1, 2), "5km": 5, "5kg": 5, "5 m": 5, "5 kittens": 5, "5 Ks": 5,
+    "18. Millions watched": 18,
 }  # fmt: skip
 UNREAD = ["", " ", "none", "18/", "/18", "1,8", "12,34", "1234,567", "1,2345", "1.2.3", "1/0",
           "1/2/3", "1.5/2", "18 or 19",
@@ -28,7 +31,10 @@ UNREAD = ["", " ", "none", "18/", "/18", "1,8", "12,34", "1234,567", "1,2345", "
           "1 001", "1_001", "1e1", "2^2", "3*3", "10:10", "18 18", "\u0661\u0668", "\uff11\uff18",
           "5\u00b2",
           "\u00bd", "18\u0661", "nan", "inf", "9" * 65, "1\x002", "\\frac{1}{2}", "5, 6",
-          "\u4e94 5", "-\u00a05", "\u20135", "\u2014 5", "-(-5)"]  # fmt: skip
+          "\u4e94 5", "-\u00a05", "\u20135", "\u2014 5", "-(-5)",
+          "$1.5 million", "1.5 Million", "**1.5** million", "1.5-million", "5k", "5K", "$5k.", "$2M", "2bn",
+          "3 dozen", "2 hundred", "4 thousandths", "5 lakh rupees", "Rs.5 crore", "3 * 3", "3 x 3", "3 + 3", "2^{2}",
+          "\\sqrt{16}"]  # fmt: skip
 
 
 @pytest.mark.parametrize("space", ["", " "])
@@ -75,6 +81,7 @@ def test_the_lenient_reader_takes_the_last_number_only_when_asked():
     assert common.extract_answer("so 3 and 4, that is $7.") is None
     assert common.extract_answer("7 is wrong\n#### 8", lenient=True) == 8
     assert common.extract_answer("no number", lenient=True) is None
+    assert common.extract_answer("3 pens for $1.5 million", lenient=True) is None
     heading = "#### Solution\n10+8=18\n\nThe answer is 18.\nQuestion: 5?"
     assert (
         common.extract_answer(heading, lenient=True) == 18

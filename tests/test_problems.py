@@ -183,6 +183,9 @@ def test_a_question_that_is_trained_on_and_measured_is_told_once(tmp_path, capsy
     (tmp_path / "train.jsonl").write_text((tmp_path / "one.jsonl").read_text())
     common.load_problems(str(tmp_path), "dev")
     assert "4 questions of dev" in capsys.readouterr().err
+    write_lines(tmp_path / "test.jsonl", [*rows[5:8], {"question": "new", "answer": "1"}])
+    common.load_problems(str(tmp_path), "test")
+    assert "3 questions of test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -218,6 +221,14 @@ def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined
         ('{"question": "a", "answer": "#### 1. Pens\\n3+4=7\\n#### 7"}\n' * 3,
          "line 1: the lines with #### do not agree"),
         ("\xff\xfe".encode("latin-1"), "not UTF-8"),
+        *((f'{{"question": "a", "answer": "{answer}"}}', f"the answer '{answer}' is no number")
+          for answer in ("$1.5 million", "5k", "3 dozen", "1e16")),
+        *((f'{{"question": "a", "answer": {answer}}}', "line 1") for answer in ("1e99", "NaN", "true")),
+        ('{"question": "a", "context": "A farmer has 12 sheep.", "answer": "1"}',
+         'line 1: the field "context" may belong to the question'),
+        ('{"question": "a", "options": ["1", "2"], "answer": "1"}', 'the field "options" may belong'),
+        ('{"question": "a", "solution": "3 - 2 = 1", "answer": "1"}', 'the field "solution" may'),
+        ('{"question": "a", "Question": "b", "answer": "1"}', "differ only in upper case"),
     ],
 )  # fmt: skip
 def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
@@ -226,6 +237,55 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
     with pytest.raises(runtime.UserError, match="bad.jsonl") as error:
         common.load_problems(str(path), "train")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", [("body", "question", "answer"), ("Body", "Question", "Answer"),
+                                   ("BODY", "question", "Answer")])  # fmt: skip
+def test_a_story_belongs_to_its_question_whatever_the_case_of_its_name(names, tmp_path):
+    story, asked = "A farmer has 12 sheep and buys 5 more.", "How many sheep does the farmer have?"
+    row = dict(zip(names, (story, asked, "17 (sheep)"), strict=True))
+    file = write_lines(tmp_path / "p.jsonl", [row])
+    (problem,) = common.load_problems(file, "all")
+    assert problem.question == f"{story} {asked}" and problem.answer == 17
+
+
+def test_fields_that_are_no_part_of_a_question_are_ignored(tmp_path):
+    """SVAMP and GSM-Hard have some of these. A single word is no story."""
+    more = {"ID": "chal-1", "Type": "Common Division", "Equation": "( 8.0 / 2.0 )", "level": "easy"}
+    more |= {"question_concat": "Eight pens. How many?", "code": "def solution(): return 4", "n": 3}
+    more |= {"context": "", "passage": None}
+    row = {"Body": "Eight pens.", "Question": "How many?", "Answer": "4.0"} | more
+    file = write_lines(tmp_path / "p.jsonl", [row])
+    assert common.load_problems(file, "all")[0].question == "Eight pens. How many?"
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+@pytest.mark.parametrize(
+    "written, value",
+    [("0.00001", "1/100000"), ("1e16", 10**16), ("1.5e3", 1500), ("-2.50", "-5/2"),
+     ("1e-05", "1/100000"), ("12345678901234567890", 12345678901234567890), ("2E0", 2)],
+)  # fmt: skip
+def test_a_json_number_is_the_number_that_is_written(written, value, name, tmp_path):
+    row = f'{{"question": "a", "answer": {written}}}'
+    (tmp_path / name).write_text(row if name == "p.jsonl" else f"[{row}]")
+    (problem,) = common.load_problems(str(tmp_path / name), "all")
+    assert problem.answer == Fraction(value)
+
+
+def test_lines_in_a_json_file_are_read_as_the_datasets_library_writes_them(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(20)]
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "train.json")
+    assert [int(p.answer) for p in common.load_problems(str(tmp_path), "train")] == [*range(18)]
+
+
+def test_an_answer_that_nothing_can_match_is_told_once(tmp_path, capsys):
+    rows = ['{"question": "a", "answer": 0.3}', '{"question": "b", "answer": 0.30000000000000004}']
+    (tmp_path / "p.jsonl").write_text("\n".join([*rows, rows[1]]))
+    for split in ("all", "all", "train"):
+        common.load_problems(str(tmp_path / "p.jsonl"), split)
+    told = capsys.readouterr().err
+    assert told.count("so many decimals") == 1 and "p.jsonl line 2" in told
 
 
 def test_half_a_character_does_not_reach_the_tokenizer(tiny, tmp_path):

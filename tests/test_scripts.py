@@ -753,6 +753,10 @@ def run_script(path: Path, argv: list, output: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(output.parent)
+    run_in_process(path, argv)
+
+
+def run_in_process(path: Path, argv: list) -> None:
     sys.argv = [str(path), *map(str, argv)]
     runpy.run_path(str(path), run_name="__main__")
 
@@ -787,9 +791,12 @@ def stop_after_changes(
             last, changes = now, changes - 1
             if changes <= 0:
                 time.sleep(delay)
-                os.kill(process.pid, how)
+                try:
+                    os.kill(process.pid, how)
+                except ProcessLookupError:  # it ended meanwhile
+                    return False
                 process.join()
-                return True
+                return process.exitcode != 0
         time.sleep(0.002)
     return False
 
