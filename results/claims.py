@@ -147,9 +147,8 @@ def samples_per_question() -> None:
             show(f"{small}, dev maj@1 after round {n}, K = 16 ({what}) - K = 4", *both)
         for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
             show_test(f"{small}, test {metric}, K = 16 ({what}) - K = 4", metric, large, small)
-    print(
-        "   all right solutions against de-duplicated, and against de-duplicated for longer (long_dedup)"
-    )
+    longer = "against de-duplicated for longer (long_dedup)"
+    print(f"   all right solutions against de-duplicated, and {longer}")
     for method, control in (
         ("arithmetic/ei", "arithmetic/ei_dedup"),
         ("hard/ei", "hard/ei_dedup"),
@@ -320,10 +319,9 @@ def gsm8k() -> None:
 
 
 def hours() -> None:
-    """Print the hours of each experiment. Runs on the H200 shared it, so they are left out."""
-    print(
-        "hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)"
-    )
+    """Print the hours of each experiment. The runs on the H200 shared it: left out."""
+    note = "some runs with two threads, most with one beside another job"
+    print(f"hours, as recorded: training, evaluation ({note})")
     for file in sorted(RESULTS.glob("*.jsonl"), key=lambda file: file.stem):
         if file.stem in ("defaults", "gsm8k_smollm2_h200"):
             continue

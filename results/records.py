@@ -66,7 +66,7 @@ def test_metric(method: str | Path, metric: str, kind: str = "test") -> dict[int
 
 
 def over_phases(method: str | Path, key: str, first: int, last: int) -> dict[int, float]:
-    """Return the mean of a metric over some phases of PPO by seed. Phases without it are left out."""
+    """Return the mean of a metric over some phases of PPO by seed. Phases may lack it."""
     means = {}
     for seed, log in metrics(method).items():
         rows = [row for row in log if row.get(key) is not None and first <= row["phase"] <= last]
@@ -81,7 +81,7 @@ def mean(values: dict[int, float]) -> float:
 
 
 def spread(values: dict[int, float], digits: int = 3) -> str:
-    """Return the mean of the seeds as text, with the lowest and the highest if there are several."""
+    """Return the mean of the seeds as text. Several seeds: with the lowest and the highest."""
     low, high = min(values.values()), max(values.values())
     spread = f" ({low:.{digits}f} - {high:.{digits}f})" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"

@@ -42,7 +42,7 @@ def is_false(text: str) -> bool:
                 value = value_of(ast.parse(found[1].strip(), mode="eval").body)
                 if abs(value - float(found[2])) > 1e-6:
                     return True
-        except (SyntaxError, ZeroDivisionError, KeyError, ValueError):
+        except (SyntaxError, ZeroDivisionError, KeyError, ValueError, AttributeError):
             return True
     return False
 

@@ -3,7 +3,7 @@
 # seeds. *_dedup: of the right solutions of a question with the same sequence of operations one is kept.
 # Restartable: what is finished is skipped, what was interrupted goes on.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 
 declare -A flags=(
     [sft]="sft.py"
@@ -15,11 +15,11 @@ declare -A flags=(
     [ppo_base]="ppo.py --model tiny"
     [sft_more]="sft.py --batch-size 1 --epochs 35" # control: 840 updates on the 24 written solutions alone
 )
-[ -f "$here/base/test.json" ] || { mkdir -p "$work/base" && test_and_record "$work/base" base 0 tiny; }
+is_recorded base 0 || { mkdir -p "$work/base" && test_and_record "$work/base" base 0 tiny; }
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-sft ei ei_dedup ei_base ei_base_dedup ppo ppo_base sft_more}; do
-        [ -f "$here/${name}_$seed/test.json" ] && continue
-        train_and_test "$work/${name}_$seed" ${name}_$seed $seed ${flags[$name]//SFT/$work/sft_$seed/model}
+        is_recorded $name $seed && continue
+        train_and_test "$work/${name}_$seed" $name $seed ${flags[$name]//SFT/$work/sft_$seed/model}
     done
 done
-python results/table.py "$here"
+python results/table.py "$records"

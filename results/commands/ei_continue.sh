@@ -2,10 +2,9 @@
 # Expert iteration, de-duplicated, that trains on from the policy of the round before, three seeds; restarting from the base
 # in every round, as by default, is ei_dedup of results/arithmetic, where the policies of SFT come from, too. Restartable.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 for seed in ${SEEDS:-0 1 2}; do
-    name=continue_dedup_$seed
-    [ -f "$here/$name/test.json" ] && continue
-    train_and_test "$work/ei_$name" $name $seed expert_iteration.py --model "$work/sft_$seed/model" --continue --deduplicate
+    is_recorded continue_dedup $seed && continue
+    train_and_test "$work/ei_continue_dedup_$seed" continue_dedup $seed expert_iteration.py --model "$work/sft_$seed/model" --continue --deduplicate
 done
-python results/table.py "$here"
+python results/table.py "$records"

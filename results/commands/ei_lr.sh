@@ -4,31 +4,31 @@
 # from the base, one seed, beside those of results/arithmetic, and on the harder task, three seeds, beside those of
 # results/hard. Restartable; LR= leaves out the first.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 for lr in ${LR-1e-3 3e-4}; do
     for tokens in 512 768 1024 1536; do
         run=$work/ei_lr_${lr}_$tokens
-        [ -f "$here/round_${lr}_$tokens/test.json" ] && continue
+        is_recorded round_$lr $tokens && continue
         fine_tune "$work/sft_0" 0
         python expert_iteration.py --model "$work/sft_0/model" --rounds 1 --lr $lr --token-budget $tokens --out "$run" --resume
         python evaluate.py --model "$run/model" --samples 4 --resume --out "$run/test.json" >"$run/test.txt"
-        keep round_${lr}_$tokens "$run"/{args.json,metrics.jsonl,test.json}
+        record "$run" round_$lr $tokens # the seed of the record is the size
     done
 done
 for start in easy base; do # two rounds, of seed 0 alone
     run=$work/ei_lr_${start}_3e-4
-    [ -f "$here/${start}_3e-4_0/test.json" ] && continue
+    is_recorded ${start}_3e-4 0 && continue
     fine_tune "$work/sft_0" 0
     how="--model $work/sft_0/model" && [ $start = easy ] || how="--model tiny --samples 8 --epochs 3"
     python expert_iteration.py $how --lr 3e-4 --token-budget 1024 --out "$run" --resume
     python evaluate.py --model "$run/model" --samples 4 --resume --out "$run/test.json" >"$run/test.txt"
-    keep ${start}_3e-4_0 "$run"/{args.json,metrics.jsonl,test.json}
+    record "$run" ${start}_3e-4 0
 done
 dataset=arithmetic-hard
 for seed in ${SEEDS:-0 1 2}; do
-    [ -f "$here/hard_3e-4_$seed/test.json" ] && continue
+    is_recorded hard_3e-4 $seed && continue
     fine_tune "$work/hard_sft_$seed" $seed
-    train_and_test "$work/ei_lr_hard_3e-4_$seed" hard_3e-4_$seed $seed expert_iteration.py --model "$work/hard_sft_$seed/model" \
+    train_and_test "$work/ei_lr_hard_3e-4_$seed" hard_3e-4 $seed expert_iteration.py --model "$work/hard_sft_$seed/model" \
         --lr 3e-4 --dataset $dataset
 done
-python results/table.py "$here"
+python results/table.py "$records"

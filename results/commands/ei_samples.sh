@@ -2,12 +2,12 @@
 # Expert iteration, de-duplicated, from SFT with another number of samples K per question and round, three seeds; K = 4 is
 # ei_dedup of results/arithmetic, where the policies of SFT come from, too. Restartable.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 for k in ${SAMPLES:-16}; do
     for seed in ${SEEDS:-0 1 2}; do
-        name=k${k}_dedup_$seed
-        [ -f "$here/$name/test.json" ] && continue
-        train_and_test "$work/ei_$name" $name $seed expert_iteration.py --model "$work/sft_$seed/model" --samples $k --deduplicate
+        name=k${k}_dedup
+        is_recorded $name $seed && continue
+        train_and_test "$work/ei_${name}_$seed" $name $seed expert_iteration.py --model "$work/sft_$seed/model" --samples $k --deduplicate
     done
 done
-python results/table.py "$here"
+python results/table.py "$records"

@@ -5,7 +5,7 @@
 # checked, a quarter gold, a quarter best; hybrid_first: the same without that last quarter in the first 30 % of the phases).
 # Everything else is as in ppo_0, ppo_1, ppo_2 of results/arithmetic, which are the line of the verifier. Restartable.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 declare -A flags=(
     [gold]="--reward genrm"
     [best]="--reward genrm --hide 1 1"
@@ -15,18 +15,18 @@ declare -A flags=(
 for seed in ${SEEDS:-0 1 2}; do
     orm=$work/orm_$seed genrm=$work/genrm_$seed sft=$work/sft_$seed/model
     for name in ${VARIANTS:-gold best hybrid hybrid_first}; do
-        [ -f "$here/${name}_$seed/test.json" ] && continue
-        bash results/orm/run.sh train $seed # returns at once where it is done, as the next line does
+        is_recorded $name $seed && continue
+        bash results/commands/orm.sh train $seed # returns at once where it is done, as the next line does
         python reward_model.py --kind genrm --seed $seed --token-budget $budget --model "$sft" --out "$genrm" --resume \
             --train-samples "$orm/samples/train.jsonl"
-        keep genrm_$seed "$genrm"/{args.json,metrics.jsonl,quality.json}
+        record "$genrm" genrm $seed
         references=
         if [ $name != gold ]; then
             python evaluate.py --model "$sft" --split train --orm "$orm/model" --seed $seed --resume --out "$work/references_$seed.json"
             references="--references $work/references_$seed.samples.jsonl"
         fi
-        train_and_test "$work/genrm_ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$sft" --genrm "$genrm/model" \
+        train_and_test "$work/genrm_ppo_${name}_$seed" $name $seed ppo.py --model "$sft" --genrm "$genrm/model" \
             ${flags[$name]} $references
     done
 done
-python results/genrm/report.py
+python results/genrm.py

@@ -5,7 +5,7 @@
 # GSM8K. Run once, on an H100, in 22 minutes: SFT alone, then up to three of the others beside each other, so most seconds say
 # little. greedy_right.json: which test problems the greedy solutions got right. RCRL was not tested: the time was up.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 run=$work/gsm8k_smollm2 how="--dataset ${DATA:-gsm8k} --max-new-tokens 300 --resume" model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 fit="--epochs 4 --batch-size 64 --lr 1e-3" small="--token-budget 8192"
 
@@ -33,5 +33,5 @@ right = (row["problem"] for row in map(json.loads, open(sys.argv[1])) if row["co
 print(sorted(int(name.rpartition("/")[2]) for name in right))' "$run/$name/test.greedy.jsonl" >"$run/$name/greedy_right.json"
 done
 for name in sft ei ppo ppo_1e-4 orm rcrl; do
-    keep ${name}_0 "$run/$name"/{args.json,metrics.jsonl,test.json,quality.json,greedy_right.json}
+    record "$run/$name" $name 0
 done

@@ -5,7 +5,7 @@
 # three SFT runs beside each other, and expert iteration beside SFT's test: their seconds say little. Recorded are settings and
 # metrics of SFT and what the other commands printed; their JSON files were lost with the machine.
 set -euo pipefail
-cd "$(dirname "$0")/../../.."
+cd "$(dirname "$0")/../.."
 run=${WORK:-runs/results}/gsm8k_smollm2 how="--dataset ${DATA:-gsm8k} --max-new-tokens 300 --resume" model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 fit="--epochs 4 --batch-size 64"
 for lr in 1e-4 3e-4 1e-3; do

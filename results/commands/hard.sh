@@ -7,7 +7,7 @@
 # sequence of operations one is kept; long_dedup is the control with more updates than ei makes, k16_round the first round of
 # K = 16 alone (seed 0 was run). Restartable: what is finished is skipped, what was interrupted goes on.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 dataset=arithmetic-hard
 
 declare -A flags=(
@@ -29,12 +29,12 @@ declare -A flags=(
 )
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-sft ei ppo phases36 phases72 backtracking plr rounds3 rounds4 continue k16_once ei_dedup long_dedup k16_dedup k16_round}; do
-        [ -f "$here/${name}_$seed/test.json" ] && continue
+        is_recorded $name $seed && continue
         run=$work/hard_${name}_$seed ei=$work/hard_ei_$seed
         if [[ $name = rounds? ]] && [ -d "$ei/model" ] && [ ! -e "$run" ]; then # its first two rounds are those of ei
             rm -rf "$run.part" && cp -r "$ei" "$run.part" && rm -f "$run.part"/test.* && mv "$run.part" "$run"
         fi
-        train_and_test "$run" ${name}_$seed $seed ${flags[$name]//SFT/$work/hard_sft_$seed/model} --dataset $dataset
+        train_and_test "$run" $name $seed ${flags[$name]//SFT/$work/hard_sft_$seed/model} --dataset $dataset
     done
 done
-python results/table.py "$here"
+python results/table.py "$records"

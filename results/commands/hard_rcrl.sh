@@ -2,19 +2,19 @@
 # Return-conditioned RL on the harder variant of the task, three seeds: 16 samples per training question from the policy of
 # expert iteration, and from them ten distinct right solutions to a wrong one, 3,200 at most, with a label per line; as a
 # control as many distinct right ones without labels. The first is evaluated with [GOOD], [BAD] and no label forced. The
-# policies come from results/hard/run.sh. Restartable.
+# policies come from results/commands/hard.sh. Restartable.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 dataset=arithmetic-hard
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-ratio10 control}; do
-        run=$work/hard_rcrl_${name}_$seed to=$here/${name}_$seed
-        [ -f "$to/test.json" ] && continue
+        run=$work/hard_rcrl_${name}_$seed
+        is_recorded $name $seed && continue
         flags="--ratio 10" && [ $name = ratio10 ] ||
             flags="--ratio 1e9 --labels none --train-samples $work/hard_rcrl_ratio10_$seed/samples/train.jsonl"
         python rcrl.py --dataset $dataset --seed $seed --token-budget $budget --model "$work/hard_ei_$seed/model" --samples 16 \
             --train-size 3200 $flags --out "$run" --resume
-        test_and_record_labels "$run" ${name}_$seed $seed
+        test_labels_and_record "$run" $name $seed
     done
 done
-python results/table.py "$here"
+python results/table.py "$records"

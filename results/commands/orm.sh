@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # Outcome reward models on the embedded task, three seeds: trained on the samples of the SFT policy; reranking that policy's
 # test samples (32 each) and those of another policy (PPO), of which it saw none.
-# The policies come from results/arithmetic/run.sh. `run.sh train SEED` only trains the first. orm_again are the records of the
+# The policies come from results/commands/arithmetic.sh. `orm.sh train SEED` only trains the first. orm_again are the records of the
 # same training with a later version of the sampling; results/rerank/ei is scored with it. Restartable.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 
 train() { # name, student, seed
     python reward_model.py --seed "$3" --token-budget $budget --model "$work/$2_$3/model" --out "$work/$1_$3" --resume
-    keep $1_$3 "$work/$1_$3"/{args.json,metrics.jsonl,quality.json}
+    record "$work/$1_$3" $1 $3
 }
 
 rerank() { # orm, policy, seed
-    local name=$1_on_$2_$3
-    [ -f "$here/$name/test.json" ] && return
-    mkdir -p "$work/$name"
+    is_recorded $1_on_$2 $3 && return
+    local run=$work/$1_on_$2_$3
+    mkdir -p "$run"
     python evaluate.py --model "$work/$2_$3/model" --orm "$work/$1_$3/model" --samples 32 --seed "$3" --resume \
-        --out "$work/$name/test.json" >"$work/$name/test.txt"
-    keep $name "$work/$name/test.json"
+        --out "$run/test.json" >"$run/test.txt"
+    record "$run" $1_on_$2 $3
 }
 
 if [ "${1:-}" = train ]; then

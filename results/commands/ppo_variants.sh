@@ -3,9 +3,9 @@
 # same seeds, start (SFT) and number of rollouts (lora: adapters in place of all weights, and the learning rate that they
 # need; lam095: the usual lambda of GAE; orm_outcome: 1 for a right answer beside the reward model's score). Runs of 5 to 14
 # minutes on one core. Restartable: what is finished is skipped, what was interrupted goes on. The policies of SFT come from
-# results/arithmetic/run.sh.
+# results/commands/arithmetic.sh.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 declare -A flags=(
     [kl0]="--kl-coef 0"
     [attached]="--no-detach-value"
@@ -18,10 +18,10 @@ declare -A flags=(
 )
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-kl0 attached dense orm orm_dense orm_outcome lora lam095}; do
-        [ -f "$here/${name}_$seed/test.json" ] && continue
-        [[ $name != orm* ]] || bash results/orm/run.sh train $seed
-        train_and_test "$work/ppo_${name}_$seed" ${name}_$seed $seed ppo.py --model "$work/sft_$seed/model" \
+        is_recorded $name $seed && continue
+        [[ $name != orm* ]] || bash results/commands/orm.sh train $seed
+        train_and_test "$work/ppo_${name}_$seed" $name $seed ppo.py --model "$work/sft_$seed/model" \
             ${flags[$name]//ORM/$work/orm_$seed/model}
     done
 done
-python results/table.py "$here"
+python results/table.py "$records"

@@ -3,9 +3,9 @@
 # 2,074 others, and with a part of these: the tenth that the initial policy scores lowest, the lowest that it solves at least
 # once in 8 samples, those it solves nearest to half of the time, any, and the lowest fifth and half. Everything else is the
 # same: 12 phases of 64 questions with 4 samples, 3,072 in all. small_*: the scores are those of a smaller model (0.13 million
-# parameters, made by tiny/make.py in two minutes). The policies come from results/arithmetic/run.sh. Restartable.
+# parameters, made by tiny/make.py in two minutes). The policies come from results/commands/arithmetic.sh. Restartable.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 declare -A flags=(
     [original]="--limit-train 230"
     [all]=""
@@ -25,7 +25,7 @@ score() { # policy, seed: scores of the training questions, in $work/scores_POLI
 
 for seed in ${SEEDS:-0 1 2}; do
     for name in ${VARIANTS:-original all lowest floor frontier random lowest20 lowest50 small_lowest small_frontier}; do
-        [ -f "$here/${name}_$seed/test.json" ] && continue
+        is_recorded $name $seed && continue
         policy=sft scores=
         if [[ $name = small_* ]]; then
             policy=small_sft
@@ -37,9 +37,8 @@ for seed in ${SEEDS:-0 1 2}; do
             scores="--scores $work/scores_${policy}_$seed.samples.jsonl"
         fi
         run=$work/select_${name}_$seed
-        train_and_test "$run" ${name}_$seed $seed ppo.py --phases 12 --questions 64 --batch-size 64 \
+        train_and_test "$run" $name $seed ppo.py --phases 12 --questions 64 --batch-size 64 \
             --model "$work/sft_$seed/model" ${flags[$name]} $scores
-        keep ${name}_$seed "$run/samples/selected.json"
     done
 done
-python results/table.py "$here"
+python results/table.py "$records"

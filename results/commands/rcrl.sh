@@ -3,11 +3,11 @@
 # iteration (de-duplicated), and from them mixtures that differ in the ratio of right to wrong solutions and in the labels, each evaluated
 # with [GOOD], [BAD] and no label forced. A mixture has 3,200 solutions, or as many as there are distinct right ones for. The
 # controls have no labels: all right solutions (up to 3,200), which is what de-duplicated expert iteration would train on; the 1,600 that
-# are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/arithmetic/run.sh; seeds 3 to
+# are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/commands/arithmetic.sh; seeds 3 to
 # 5 are of the ratios alone, and the last two draw other samples from the policy of seed 0. Restartable. An earlier version completed
 # 200 prefixes of ratio1 64 times more, to see how often 8 completions give the same label.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 declare -A flags=(
     [ratio1]="--ratio 1"
     [ratio10]="--ratio 10"
@@ -22,13 +22,13 @@ for seed in ${SEEDS:-0 1 2 3 4 5}; do
     [ $seed -gt 3 ] || policy=ei_dedup_$seed
     [ $seed -gt 2 ] || names="$names outcome1 control control_1600 control_mixed"
     for name in ${VARIANTS:-$names}; do
-        run=$work/rcrl_${name}_$seed to=$here/${name}_$seed samples=$work/rcrl_ratio1_$seed/samples/train.jsonl
-        [ -f "$to/test.json" ] && continue
+        run=$work/rcrl_${name}_$seed samples=$work/rcrl_ratio1_$seed/samples/train.jsonl
+        is_recorded $name $seed && continue
         [ $name = ratio1 ] || extra="--train-samples $samples"
         python rcrl.py --seed $seed --token-budget $budget --model "$work/$policy/model" --samples 16 \
             --train-size 3200 ${flags[$name]} ${extra:-} --out "$run" --resume
         extra=
-        test_and_record_labels "$run" ${name}_$seed $seed
+        test_labels_and_record "$run" $name $seed
     done
 done
-python results/table.py "$here"
+python results/table.py "$records"

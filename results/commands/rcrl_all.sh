@@ -2,32 +2,32 @@
 # Return-conditioned RL that counts a solution as often as it was sampled, as expert iteration does by default, where
 # results/rcrl and results/hard_rcrl take one for each sequence of operations: 16 samples per training question, of which 10,000
 # right ones, with 1,000 wrong ones and labels (ratio10) or alone and without (control). On the easy task from the policy of
-# expert iteration from the base (results/arithmetic/run.sh, ei_base; seed 0 was run). On the harder one from a policy of expert
-# iteration that is made here (hard_policy, from the SFT of results/hard/run.sh). Restartable; VARIANTS= or HARD_SEEDS= leaves a task out.
+# expert iteration from the base (results/commands/arithmetic.sh, ei_base; seed 0 was run). On the harder one from a policy of expert
+# iteration that is made here (hard_policy, from the SFT of results/commands/hard.sh). Restartable; VARIANTS= or HARD_SEEDS= leaves a task out.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 declare -A flags=([ratio10]="--ratio 10 --train-size 11000" [control]="--ratio 1e9 --train-size 10000 --labels none")
 
 mixture() { # its kind, name of the record, seed, folder of the policy, more flags ...
     local run=$work/rcrl_all_$2_$3
     python rcrl.py --dataset $dataset --seed $3 --token-budget $budget --model "$4/model" --samples 16 --no-deduplicate \
         ${flags[$1]} "${@:5}" --out "$run" --resume
-    test_and_record_labels "$run" $2_$3 $3
+    test_labels_and_record "$run" $2 $3
 }
 
 for name in ${VARIANTS-ratio10 control}; do
     for seed in ${SEEDS:-0}; do
-        [ -f "$here/${name}_$seed/test.json" ] || mixture $name $name $seed "$work/ei_base_$seed"
+        is_recorded $name $seed || mixture $name $name $seed "$work/ei_base_$seed"
     done
 done
 dataset=arithmetic-hard
 for seed in ${HARD_SEEDS-0 1 2}; do
     sft=$work/hard_sft_$seed policy=$work/rcrl_all_hard_policy_$seed samples=$work/rcrl_all_hard_ratio10_$seed/samples/train.jsonl
-    if [ ! -f "$here/hard_policy_$seed/test.json" ]; then
+    if ! is_recorded hard_policy $seed; then
         fine_tune "$sft" $seed
-        train_and_test "$policy" hard_policy_$seed $seed expert_iteration.py --model "$sft/model" --dataset $dataset
+        train_and_test "$policy" hard_policy $seed expert_iteration.py --model "$sft/model" --dataset $dataset
     fi
-    [ -f "$here/hard_ratio10_$seed/test.json" ] || mixture ratio10 hard_ratio10 $seed "$policy"
-    [ -f "$here/hard_control_$seed/test.json" ] || mixture control hard_control $seed "$policy" --train-samples "$samples"
+    is_recorded hard_ratio10 $seed || mixture ratio10 hard_ratio10 $seed "$policy"
+    is_recorded hard_control $seed || mixture control hard_control $seed "$policy" --train-samples "$samples"
 done
-python results/table.py "$here"
+python results/table.py "$records"

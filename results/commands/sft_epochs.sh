@@ -2,12 +2,12 @@
 # SFT on the 24 written solutions for 2, 4 and 16 epochs, each with its own learning rate schedule, ten seeds, and
 # pass@8 on dev after every epoch: what counts is the last row of a run's metrics.jsonl, not the best epoch. Restartable.
 set -euo pipefail
-source "$(dirname "$0")/../steps.sh"
+source "$(dirname "$0")/steps.sh"
 for epochs in ${EPOCHS:-2 4 16}; do
     for seed in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do
-        name=epochs${epochs}_$seed
-        [ -f "$here/$name/metrics.jsonl" ] && continue
-        python sft.py --seed $seed --token-budget $budget --epochs $epochs --samples 8 --out "$work/sft_$name" --resume
-        keep $name "$work/sft_$name"/{args.json,metrics.jsonl}
+        run=$work/sft_epochs${epochs}_$seed
+        is_recorded epochs$epochs $seed && continue
+        python sft.py --seed $seed --token-budget $budget --epochs $epochs --samples 8 --out "$run" --resume
+        record "$run" epochs$epochs $seed
     done
 done

@@ -6,8 +6,9 @@
 # phases of PPO on SVAMP from 1., adapters of rank 128, with its peak of memory; 4. a reward model on samples of 1. for 64
 # GSM8K problems, K = 4.
 set -euo pipefail
-here="$(cd "$(dirname "$0")" && pwd)" code="$(cd "$(dirname "$0")/../.." && pwd)"
-model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} work="$(realpath "${WORK:-$code/runs/smollm2_cpu}")"
+code="$(cd "$(dirname "$0")/../.." && pwd)"
+model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} work="$(realpath -m "${WORK:-$code/runs/smollm2_cpu}")"
+records="$(realpath -m "${RECORDS:-$code/results}")/smollm2_cpu.jsonl"
 cd "${DATA:-.}"
 python "$code/sft.py" --model "$model" --dataset gsm8k --limit-train 320 --limit-eval 48 --epochs 4 --batch-size 8 \
     --lr 5e-4 --max-new-tokens 256 --gen-batch-size 48 --token-budget 4096 --out "$work/sft_gsm8k" --resume
@@ -21,16 +22,15 @@ peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 json.dump({"peak_resident_GiB": round(peak / 2**20, 2)}, open(sys.argv[1], "w"))' "$@"
 }
 if [ ! -f "$work/ppo_svamp/memory.json" ]; then
-    mkdir -p "$work" "$here/ppo_svamp"
+    mkdir -p "$work"
     peak "$work/memory.json" python "$code/ppo.py" --model "$work/sft_gsm8k/model" --dataset svamp --phases 4 --lr 1e-4 \
         --questions 16 --samples 4 --epochs 1 --batch-size 16 --max-new-tokens 96 --gen-batch-size 64 --limit-eval 48 \
         --token-budget 2048 --out "$work/ppo_svamp" --resume
-    mv "$work/memory.json" "$work/ppo_svamp/" && cp "$work/ppo_svamp/memory.json" "$here/ppo_svamp/"
+    mv "$work/memory.json" "$work/ppo_svamp/"
 fi
 python "$code/reward_model.py" --model "$work/sft_gsm8k/model" --dataset gsm8k --limit-train 64 --samples 4 --limit-eval 32 \
     --eval-samples 4 --epochs 1 --batch-size 16 --lr 5e-5 --max-new-tokens 160 --gen-batch-size 64 --token-budget 4096 \
     --out "$work/orm_gsm8k" --resume
 for run in sft_gsm8k ei_svamp ppo_svamp orm_gsm8k; do
-    mkdir -p "$here/$run" && cp "$work/$run/metrics.jsonl" "$work/$run/args.json" "$here/$run/"
+    python "$code/results/record.py" "$work/$run" "$records" $run 0 --work "$work"
 done
-cp "$work/orm_gsm8k/quality.json" "$here/orm_gsm8k/"

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # What the verdicts on the claims of the first paper rest on, one seed after the other, as two jobs of one thread beside each
-# other on two cores: 2.1 hours a seed (README.md beside this file says what each part took). The side studies are left out,
+# other on two cores: 2.1 hours a seed (results/README.md says what each part took). The side studies are left out,
 # though the tables cite some: expert iteration de-duplicated with K = 16, from the base, continued and on the harder task,
 # what rounding does to it, PPO at five times the learning rate, with another lambda, with curricula and for 72 phases, and
 # return-conditioned RL on all samples and its controls; run the scripts without VARIANTS for them. Restartable: what is
 # finished is skipped, what was interrupted goes on. What the jobs print is in $WORK/study_1.log and study_2.log, how long each
 # took in study.log.
 #
-#     SEEDS=3 TOKEN_BUDGET=1024 RECORDS=runs/records bash results/study.sh
+#     SEEDS=3 TOKEN_BUDGET=1024 RECORDS=runs/records bash results/commands/study.sh
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 export WORK=${WORK:-runs/results} OMP_NUM_THREADS=1
 mkdir -p "$WORK"
 
-part() { # NAME=VALUE of the environment ..., folder
+part() { # NAME=VALUE of the environment ..., experiment
     local began=$SECONDS
-    env "${@:1:$#-1}" bash "results/${!#}/run.sh"
+    env "${@:1:$#-1}" bash "results/commands/${!#}.sh"
     echo "$* $((SECONDS - began)) s" >>"$WORK/study.log"
 }
 
