@@ -13,17 +13,22 @@ from pathlib import Path
 
 
 def read_run(folder: Path) -> dict:
-    """Return args, metrics and evaluation of a run. Evaluations are all other JSON objects."""
+    """Return args, metrics and evaluation of a run.
+
+    Evaluations are all other .json files in the folder, and the questions that `ppo.py --select`
+    chose.
+    """
     args, log = folder / "args.json", folder / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     files = [file for file in sorted(folder.glob("*.json")) if not file.name.endswith("args.json")]
-    # The questions that `ppo.py --select` chose. Without the flag the list is empty.
     files += folder.glob("samples/selected.json")
-    reports = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    evaluation = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    if not evaluation.get("selected"):  # `ppo.py` without --select writes an empty list
+        evaluation.pop("selected", None)
     return {
         "args": json.loads(args.read_text(encoding="utf-8")) if args.exists() else None,
         "metrics": [json.loads(line) for line in lines],
-        "evaluation": {name: report for name, report in reports.items() if report},
+        "evaluation": evaluation,
     }
 
 

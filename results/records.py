@@ -56,7 +56,7 @@ def metrics(method: str | Path) -> dict[int, list[dict]]:
 def evaluations(method: str | Path, kind: str = "test") -> dict[int, dict]:
     """Return one kind of evaluation by seed, of the runs that have it."""
     found = {seed: run["evaluation"].get(kind) for seed, run in runs(method).items()}
-    return {seed: report for seed, report in found.items() if report}
+    return {seed: report for seed, report in found.items() if report is not None}
 
 
 def test_metric(method: str | Path, metric: str, kind: str = "test") -> dict[int, float]:
