@@ -504,9 +504,10 @@ def test_tensorboard_gets_each_number_once_over_samples_or_steps(run, monkeypatc
 
 def test_a_run_without_tensorboard_writes_none(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it fails
-    again = resumed(run)
-    again.log(step=1)
-    assert again.writer is None and not (run.out / "tensorboard").exists()
+    run.out /= "in"
+    other = resumed(run)
+    other.log(step=1)
+    assert other.writer is None and not (other.out / "tensorboard").exists()
 
 
 def test_a_checkpoint_is_written_when_it_is_due_and_at_ctrl_c(run):

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The recorded runs on the embedded task: base, SFT, more SFT, expert iteration and PPO from SFT and from the base; three
-# seeds. *_dedup: of the right solutions of a question with the same sequence of operations one is kept.
-# Restartable: what is finished is skipped, what was interrupted goes on.
+# The main runs on the embedded task: base, SFT, expert iteration and PPO, from SFT and from the base.
+#
+# sft_more is a control: 840 updates on the 24 written solutions alone. *_dedup: of the correct
+# solutions of a question with the same sequence of operations only one is kept. Other experiments
+# start from the policies of this one.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 

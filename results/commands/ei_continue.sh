@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Expert iteration, de-duplicated, that trains on from the policy of the round before, three seeds; restarting from the base
-# in every round, as by default, is ei_dedup of results/arithmetic, where the policies of SFT come from, too. Restartable.
+# Expert iteration, de-duplicated, that continues from the policy of the round before.
+#
+# The default, to restart from the base in every round, is ei_dedup of arithmetic.sh. Run that first.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 for seed in ${SEEDS:-0 1 2}; do

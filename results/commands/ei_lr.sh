@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# What rounding does to expert iteration at two learning rates: one round of seed 0 with micro-batches of four sizes, which
-# changes nothing of a run but the order in which its sums are rounded. And at the lower one of them two rounds, from SFT and
-# from the base, one seed, beside those of results/arithmetic, and on the harder task, three seeds, beside those of
-# results/hard. Restartable; LR= leaves out the first.
+# What rounding does to expert iteration, and a lower learning rate.
+#
+# round_*: one round of seed 0 at two learning rates, with micro-batches of four sizes. The size only
+# changes the order in which sums are rounded. It is the seed of the record. LR= leaves these out.
+# easy_3e-4 and base_3e-4: two rounds from SFT and from the base, seed 0, to compare with arithmetic.sh.
+# hard_3e-4: two rounds on the harder task, to compare with hard.sh.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 for lr in ${LR-1e-3 3e-4}; do

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Expert iteration, de-duplicated, from SFT with another number of samples K per question and round, three seeds; K = 4 is
-# ei_dedup of results/arithmetic, where the policies of SFT come from, too. Restartable.
+# Expert iteration, de-duplicated, with more samples per question and round.
+#
+# K = 4 is ei_dedup of arithmetic.sh. Run that first.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 for k in ${SAMPLES:-16}; do

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Verifier and generative reward model side by side on the embedded task, three seeds: the generative reward model, trained
-# on the same SFT samples as the outcome reward model of results/orm, and PPO from SFT rewarded by it beside the gold solution
-# (gold), beside the best of 16 SFT samples by the outcome reward model (best), and by source (hybrid: half of the questions
-# checked, a quarter gold, a quarter best; hybrid_first: the same without that last quarter in the first 30 % of the phases).
-# Everything else is as in ppo_0, ppo_1, ppo_2 of results/arithmetic, which are the line of the verifier. Restartable.
+# A generative reward model, trained on the samples of the ORM of orm.sh, and PPO with its rewards.
+#
+# gold          the GenRM compares with the gold solution
+# best          it compares with the best of 16 SFT samples, chosen by the ORM
+# hybrid        half of the questions have verifiable answers, a quarter are as gold, a quarter as best
+# hybrid_first  the same without the last quarter in the first 30 % of the phases
+#
+# Everything else is as in ppo of arithmetic.sh, which is the row of the verifier. Run that first.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 declare -A flags=(

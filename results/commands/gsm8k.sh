@@ -1,15 +1,25 @@
 #!/usr/bin/env bash
-# The paper's table for a model from the hub, on one GPU: SFT, expert iteration, PPO and RCRL on GSM8K with the commands of
-# README.md, an outcome reward model trained on samples of SFT, and every policy tested with the same reward model. Then the
-# table. Restartable: what is finished is skipped, what was interrupted goes on. Not yet run at full size.
+# The paper's table for a model from the hub, on one GPU. Not yet run at full size.
 #
 #     MODEL=HuggingFaceTB/SmolLM2-135M bash results/commands/gsm8k.sh
 #
-# Smaller: K and N samples per training and test problem (paper: 96), PHASES of PPO (250), RCRL_K (32), LIMIT_TRAIN and
-# LIMIT_EVAL problems, MAX_NEW_TOKENS (512), ROWS that are sampled at a time (1024), TOKEN_BUDGET of a micro-batch (32768),
-# EPOCHS (4) of SFT and of what trains like it. LR (2e-5) and BATCH (128) are theirs, too; PPO_LR (1e-6) and ORM_LR (1e-5) of
-# the others; SEEDS as elsewhere, here 0 alone. For SmolLM2-135M LR=1e-3 BATCH=64 was the best of three in SFT; what PPO and a
-# reward model did at other rates is in results/gsm8k_smollm2.jsonl.
+# SFT, expert iteration, PPO and RCRL on GSM8K with the commands of README.md, and an outcome reward
+# model that was trained on samples of SFT. It scores the test samples of every policy.
+#
+# Sizes, with their defaults:
+#     K (96), N (96)               samples per training and test problem
+#     RCRL_K (32)                  samples per training problem of RCRL
+#     PHASES (250)                 of PPO
+#     QUESTIONS (256)              per phase of PPO
+#     LIMIT_TRAIN, LIMIT_EVAL      number of problems
+#     MAX_NEW_TOKENS (512)         of a solution
+#     ROWS (1024)                  batch slots of generation
+#     TOKEN_BUDGET (32768)         tokens of a micro-batch
+#     EPOCHS (4), LR (2e-5), BATCH (128)   of SFT, expert iteration and RCRL
+#     PPO_LR (1e-6), ORM_LR (1e-5)
+#     SEEDS (0)
+# For SmolLM2-135M LR=1e-3 BATCH=64 was the best of three in SFT. results/gsm8k_smollm2.jsonl has PPO
+# and a reward model at other learning rates.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 budget=${TOKEN_BUDGET:-32768} model=${MODEL:-HuggingFaceTB/SmolLM2-135M} dataset=${DATASET:-gsm8k} k=${K:-96}

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct on GSM8K on one GPU: SFT, one round of expert iteration with K = 8, PPO at two learning rates, a
-# reward model on the samples of that round, reranking with it, and RCRL on a part of these samples. MODEL and DATA are
-# folders: the model (its 4-bit weights as published for llama.cpp, made bfloat16 again), and train.jsonl and test.jsonl of
-# GSM8K. Run once, on an H100, in 22 minutes: SFT alone, then up to three of the others beside each other, so most seconds say
-# little. greedy_right.json: which test problems the greedy solutions got right. RCRL was not tested: the time was up.
+# SmolLM2-135M-Instruct on GSM8K, on one H100 in 22 minutes.
+#
+# SFT, one round of expert iteration with K = 8, PPO at two learning rates, a reward model on the
+# samples of that round, reranking with it, and RCRL on a part of these samples. RCRL was not tested:
+# the time was up. MODEL: folder of the model (its 4-bit weights for llama.cpp, converted back to
+# bfloat16). DATA: folder with train.jsonl and test.jsonl of GSM8K. greedy_right.json has the numbers
+# of the test problems that the greedy solutions got right. Up to three runs shared the GPU, so most
+# seconds mean little.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 run=$work/gsm8k_smollm2 how="--dataset ${DATA:-gsm8k} --max-new-tokens 300 --resume" model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct on GSM8K on one GPU: SFT at three learning rates, of which dev accuracy chose 1e-3; SFT's test with 96
-# samples; one round of expert iteration with K = 4 and its test with 32. MODEL and DATA are folders: the model (its 4-bit
-# weights as published for llama.cpp, made bfloat16 again), and train.jsonl and test.jsonl of GSM8K. Run once, on an H200, the
-# three SFT runs beside each other, and expert iteration beside SFT's test: their seconds say little. Recorded are settings and
-# metrics of SFT and what the other commands printed; their JSON files were lost with the machine.
+# SmolLM2-135M-Instruct on GSM8K, on one H200.
+#
+# SFT at three learning rates, of which dev accuracy chose 1e-3, and its test with 96 samples. One
+# round of expert iteration with K = 4 and its test with 32 samples. MODEL and DATA are as in
+# gsm8k_smollm2.sh. The runs shared the GPU, so their seconds mean little. The files of expert
+# iteration and of both tests were lost with the machine. Their records, added by hand, are what the
+# commands printed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 run=${WORK:-runs/results}/gsm8k_smollm2 how="--dataset ${DATA:-gsm8k} --max-new-tokens 300 --resume" model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# The harder variant of the task, problems of 4 to 6 steps, where no method is at its ceiling: SFT, expert iteration, PPO;
-# PPO with as many samples as expert iteration (phases36) or with a curriculum (backtracking, plr); and expert iteration that
-# trains on from the last policy (continue), or with four times the samples and as many updates (k16_once), or with more
-# rounds (rounds3, rounds4), the last beside PPO with as many samples (phases72); three seeds (recorded are four of most, seven
-# of sft, ei and k16_once; rounds4 and phases72 are seeds 4 to 6). *_dedup: of the right solutions of a question with the same
-# sequence of operations one is kept; long_dedup is the control with more updates than ei makes, k16_round the first round of
-# K = 16 alone (seed 0 was run). Restartable: what is finished is skipped, what was interrupted goes on.
+# The harder task, problems of 4 to 6 steps, where no method is near its ceiling.
+#
+# phases36       PPO with as many samples as expert iteration
+# phases72       PPO with as many samples as rounds4
+# backtracking, plr   PPO with a curriculum
+# rounds3, rounds4    expert iteration with more rounds. The first two are those of ei
+# continue       expert iteration that continues from the last policy
+# k16_once       four times the samples of ei, and as many updates
+# *_dedup        of the solutions with the same sequence of operations only one is kept
+# long_dedup     control of ei_dedup with more updates than ei
+# k16_round      the first round of K = 16 alone
+#
+# Recorded are four seeds of most, seven of sft, ei and k16_once, seeds 4 to 6 of rounds4 and
+# phases72, and seed 0 of k16_round.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 dataset=arithmetic-hard

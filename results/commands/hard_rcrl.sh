@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Return-conditioned RL on the harder variant of the task, three seeds: 16 samples per training question from the policy of
-# expert iteration, and from them ten distinct right solutions to a wrong one, 3,200 at most, with a label per line; as a
-# control as many distinct right ones without labels. The first is evaluated with [GOOD], [BAD] and no label forced. The
-# policies come from results/commands/hard.sh. Restartable.
+# Return-conditioned RL on the harder task. Run hard.sh first.
+#
+# ratio10: 16 samples per training question from the policy of expert iteration. Of these ten distinct
+# correct solutions for each incorrect one, 3,200 at most, with a label per line. It is tested with
+# [GOOD], with [BAD] and without a label. control: as many distinct correct solutions without labels.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 dataset=arithmetic-hard

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Outcome reward models on the embedded task, three seeds: trained on the samples of the SFT policy; reranking that policy's
-# test samples (32 each) and those of another policy (PPO), of which it saw none.
-# The policies come from results/commands/arithmetic.sh. `orm.sh train SEED` only trains the first. orm_again are the records of the
-# same training with a later version of the sampling; results/rerank/ei is scored with it. Restartable.
+# Outcome reward models, trained on the samples of the SFT policy. Run arithmetic.sh first.
+#
+# orm_on_sft reranks test samples of that policy, 32 per problem, orm_on_ppo those of PPO, of which the
+# model saw none. `orm.sh train SEED` only trains. Recorded as orm_again is the same training with a
+# later version of the sampler. It scored the records of rerank.sh for ei.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 

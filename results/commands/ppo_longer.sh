@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# PPO from SFT for 36 phases instead of 20, three seeds: as many samples, 18,432, as expert iteration with K = 4 draws in its
-# two rounds. Twenty phases are ppo_0, ppo_1, ppo_2 of results/arithmetic, where the policies of SFT come from, too. Restartable.
+# PPO from SFT for 36 phases: as many samples, 18,432, as two rounds of expert iteration with K = 4.
+#
+# 20 phases are ppo of arithmetic.sh. Run that first.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 for seed in ${SEEDS:-0 1 2}; do

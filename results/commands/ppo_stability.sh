@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# What the KL penalty and the detached value branch do where PPO is not stable: at five times the default learning rate, the
-# default coefficient of 0.05 (kl), none (kl0), 0.05 with the value attached (attached), four times that coefficient (kl4),
-# none and phases that end where a minibatch is 0.02 nats per token from the policy that sampled (limit), the same beside the
-# default coefficient (both); 20 phases from SFT each. Recorded are seven seeds of kl, attached and limit, three of kl0 and
-# both, two of kl4. Five to six minutes a run on one core. Restartable.
+# What the KL penalty and the detached value branch do where PPO is unstable.
+#
+# 20 phases from SFT at five times the default learning rate, 5 to 6 minutes on one core:
+#     kl         KL coefficient 0.05, the default
+#     kl0        no KL penalty
+#     attached   0.05, and the value loss trains the policy too
+#     kl4        four times the coefficient
+#     limit      no KL penalty. A phase ends when a minibatch is 0.02 nats per token from the sampler
+#     both       0.05 and the limit
+# Recorded are seven seeds of kl, attached and limit, three of kl0 and both, two of kl4.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 declare -A flags=([kl]="" [kl0]="--kl-coef 0" [attached]="--no-detach-value" [kl4]="--kl-coef 0.2"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What PPO's parts are worth: each variant changes one thing in the runs ppo_0, ppo_1, ppo_2 of results/arithmetic, with the
-# same seeds, start (SFT) and number of rollouts (lora: adapters in place of all weights, and the learning rate that they
-# need; lam095: the usual lambda of GAE; orm_outcome: 1 for a right answer beside the reward model's score). Runs of 5 to 14
-# minutes on one core. Restartable: what is finished is skipped, what was interrupted goes on. The policies of SFT come from
-# results/commands/arithmetic.sh.
+# What the parts of PPO are worth. Each variant changes one thing in ppo of arithmetic.sh.
+#
+# Seeds, start (SFT) and number of samples are the same. Run arithmetic.sh first. lora: adapters
+# instead of all weights, with the learning rate that they need. lam095: the usual lambda of GAE.
+# orm_outcome: the score of the reward model plus 1 for a correct answer. 5 to 14 minutes a run on one
+# core.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 declare -A flags=(

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# Pre-PPO prompt selection on the embedded task, three seeds: PPO from SFT on the first 230 training questions alone, with all
-# 2,074 others, and with a part of these: the tenth that the initial policy scores lowest, the lowest that it solves at least
-# once in 8 samples, those it solves nearest to half of the time, any, and the lowest fifth and half. Everything else is the
-# same: 12 phases of 64 questions with 4 samples, 3,072 in all. small_*: the scores are those of a smaller model (0.13 million
-# parameters, made by tiny/make.py in two minutes). The policies come from results/commands/arithmetic.sh. Restartable.
+# Pre-PPO prompt selection: PPO from SFT on 230 training questions and a part of the 2,074 others.
+#
+# original   the 230 alone
+# all        with all others
+# lowest     with the tenth that the initial policy scores lowest (lowest20, lowest50: fifth, half)
+# floor      with the tenth scored lowest among those solved at least once in 8 samples
+# frontier   with the tenth that it solves nearest to half of the time
+# random     with a random tenth
+# small_*    the scores are those of a model of 0.13 million parameters (tiny/make.py, two minutes)
+#
+# Everything else is the same: 12 phases of 64 questions with 4 samples, 3,072 in all. Run
+# arithmetic.sh first.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 declare -A flags=(

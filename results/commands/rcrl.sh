@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Return-conditioned RL on the embedded task, three seeds: 16 samples per training question from the policy of expert
-# iteration (de-duplicated), and from them mixtures that differ in the ratio of right to wrong solutions and in the labels, each evaluated
-# with [GOOD], [BAD] and no label forced. A mixture has 3,200 solutions, or as many as there are distinct right ones for. The
-# controls have no labels: all right solutions (up to 3,200), which is what de-duplicated expert iteration would train on; the 1,600 that
-# are in the mixture of ratio 1; and the whole mixture of ratio 1. The policies come from results/commands/arithmetic.sh; seeds 3 to
-# 5 are of the ratios alone, and the last two draw other samples from the policy of seed 0. Restartable. An earlier version completed
-# 200 prefixes of ratio1 64 times more, to see how often 8 completions give the same label.
+# Return-conditioned RL: mixtures that differ in the ratio of correct to incorrect and in the labels.
+#
+# 16 samples per training question from the policy of de-duplicated expert iteration. A mixture has
+# 3,200 solutions, or as many as there are distinct correct ones for. Each is tested with [GOOD], with
+# [BAD] and without a label. The controls have no labels:
+#     control         all distinct correct solutions, 3,200 at most, as de-duplicated expert iteration
+#     control_1600    the 1,600 correct ones of ratio1
+#     control_mixed   all of ratio1
+# Seeds 3 to 5 have the ratios only. The last two draw other samples from the policy of seed 0. Run
+# arithmetic.sh first, for seed 3 too. An earlier version completed 200 prefixes of ratio1 64 more
+# times, to see how often 8 completions give the same label (label_agreement, q_difference).
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 declare -A flags=(

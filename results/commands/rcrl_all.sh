@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Return-conditioned RL that counts a solution as often as it was sampled, as expert iteration does by default, where
-# results/rcrl and results/hard_rcrl take one for each sequence of operations: 16 samples per training question, of which 10,000
-# right ones, with 1,000 wrong ones and labels (ratio10) or alone and without (control). On the easy task from the policy of
-# expert iteration from the base (results/commands/arithmetic.sh, ei_base; seed 0 was run). On the harder one from a policy of expert
-# iteration that is made here (hard_policy, from the SFT of results/commands/hard.sh). Restartable; VARIANTS= or HARD_SEEDS= leaves a task out.
+# Return-conditioned RL that counts a solution as often as it was sampled, as expert iteration does.
+#
+# rcrl.sh and hard_rcrl.sh take one solution for each sequence of operations. Here are 16 samples per
+# training question: 10,000 correct ones with 1,000 incorrect ones and labels (ratio10), or alone
+# without labels (control). On the easy task from ei_base of arithmetic.sh (recorded: seed 0). On the
+# harder task from expert iteration that is run here (hard_policy). VARIANTS= or HARD_SEEDS= leaves a
+# task out.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 declare -A flags=([ratio10]="--ratio 10 --train-size 11000" [control]="--ratio 1e9 --train-size 10000 --labels none")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The policies of expert iteration, as it is by default and de-duplicated, and of RCRL with the reward model of results/orm,
-# which was trained on the SFT policy's samples: maj@32, rerank@32 and pass@32 of the same 32 samples per test problem, and
-# the greedy maj@1, three seeds. For SFT and PPO they are in results/orm. The policies come from results/arithmetic and
-# results/rcrl. Restartable.
+# Three policies with the reward model of orm.sh, which was trained on samples of SFT.
+#
+# maj@32, rerank@32 and pass@32 of the same 32 samples per test problem, and the greedy maj@1. orm.sh
+# has SFT and PPO. Run arithmetic.sh, orm.sh and rcrl.sh first.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 for seed in ${SEEDS:-0 1 2}; do

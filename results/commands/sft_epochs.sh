@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# SFT on the 24 written solutions for 2, 4 and 16 epochs, each with its own learning rate schedule, ten seeds, and
-# pass@8 on dev after every epoch: what counts is the last row of a run's metrics.jsonl, not the best epoch. Restartable.
+# SFT on the 24 written solutions for 2, 4 and 16 epochs, each with its own learning rate schedule.
+#
+# Ten seeds, and pass@8 on dev after every epoch. What counts is the last epoch, not the best one.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 for epochs in ${EPOCHS:-2 4 16}; do

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct on real data, at sizes that two cores allow (an hour and a half): that the scripts work on a
-# pretrained model, not how well the method does. MODEL: its folder or hub name. DATA: where GSM8K and SVAMP load by name. The
-# recorded PPO run raised its learning rate over 4 steps; the script now takes 20.
-# 1. SFT on 320 GSM8K problems, 4 epochs; 2. one round of expert iteration on SVAMP with a two-shot prompt, K = 4; 3. four
-# phases of PPO on SVAMP from 1., adapters of rank 128, with its peak of memory; 4. a reward model on samples of 1. for 64
-# GSM8K problems, K = 4.
+# SmolLM2-135M-Instruct on real data at sizes for two CPU cores, an hour and a half.
+#
+# It shows that the scripts work on a pretrained model, not how well the methods do:
+#     1. SFT on 320 GSM8K problems, 4 epochs.
+#     2. One round of expert iteration on SVAMP with a two-shot prompt, K = 4.
+#     3. Four phases of PPO on SVAMP from 1., adapters of rank 128, with its peak of memory.
+#     4. A reward model on samples of 1. for 64 GSM8K problems, K = 4.
+# MODEL: folder or hub name of the model. DATA: folder from which GSM8K and SVAMP load by name. In the
+# recorded PPO run the learning rate rose over 4 steps. It now rises over 20.
 set -euo pipefail
 code="$(cd "$(dirname "$0")/../.." && pwd)"
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct} work="$(realpath -m "${WORK:-$code/runs/smollm2_cpu}")"

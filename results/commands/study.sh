@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
-# What the verdicts on the claims of the first paper rest on, one seed after the other, as two jobs of one thread beside each
-# other on two cores: 2.1 hours a seed (results/README.md says what each part took). The side studies are left out,
-# though the tables cite some: expert iteration de-duplicated with K = 16, from the base, continued and on the harder task,
-# what rounding does to it, PPO at five times the learning rate, with another lambda, with curricula and for 72 phases, and
-# return-conditioned RL on all samples and its controls; run the scripts without VARIANTS for them. Restartable: what is
-# finished is skipped, what was interrupted goes on. What the jobs print is in $WORK/study_1.log and study_2.log, how long each
-# took in study.log.
+# What the verdicts on the claims rest on, one seed after the other, 2.1 hours each on two cores.
 #
 #     SEEDS=3 TOKEN_BUDGET=1024 RECORDS=runs/records bash results/commands/study.sh
+#
+# Two jobs of one thread run at the same time. results/README.md says how long each part takes. Side
+# studies are left out, though the tables have some: run the other scripts without VARIANTS for them.
+# What the jobs print is in $WORK/study_1.log and study_2.log, their times in study.log.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export WORK=${WORK:-runs/results} OMP_NUM_THREADS=1
