@@ -20,9 +20,12 @@ def read_run(folder: Path) -> dict:
     """
     args, log = folder / "args.json", folder / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    files = [file for file in sorted(folder.glob("*.json")) if not file.name.endswith("args.json")]
-    files += folder.glob("samples/selected.json")
-    evaluation = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    files = [*folder.glob("*.json"), *folder.glob("samples/selected.json")]
+    evaluation = {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(files, key=lambda file: file.name)
+        if not file.name.endswith("args.json")
+    }
     if not evaluation.get("selected"):  # `ppo.py` without --select writes an empty list
         evaluation.pop("selected", None)
     return {
