@@ -325,6 +325,7 @@ def fingerprint(name: str, flag: str = "--model") -> str:
 class Run:
     """The folder --out: args.json, metrics.jsonl, samples/, model/ and checkpoint/state.pt.
 
+    If TensorBoard is installed, the numbers of metrics.jsonl are in tensorboard/ too.
     A run that was killed and is started again with --resume goes on from its last checkpoint, which
     is `state` or None. may_grow: the name of a setting that --resume may increase.
     """
@@ -340,7 +341,7 @@ class Run:
         self.settings = {key: value for key, value in vars(args).items() if key not in ignored}
         self.settings["script"] = Path(sys.argv[0]).name
         on_first(lambda: self._look(may_grow))
-        self.state, self.interrupted = None, False
+        self.state, self.interrupted, self.writer = None, False, None
         if self.resumes and self.state_file.exists():
             try:
                 self.state = torch.load(self.state_file, map_location="cpu", weights_only=True)
@@ -401,6 +402,27 @@ class Run:
         lines = text.splitlines(keepends=True)[: self.lines]
         with atomic_write(self.metrics_file) as file:  # later lines will be logged again
             file.write("".join(lines).encode())
+        self._start_tensorboard(lines)
+
+    def _start_tensorboard(self, lines: list[str]) -> None:
+        """Write the lines of metrics.jsonl that were kept. Do nothing without TensorBoard."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+        self.writer = SummaryWriter(str(self.out / "tensorboard"))
+        for line in lines:
+            self._write_scalars(json.loads(line))
+
+    def _write_scalars(self, row: dict) -> None:
+        """Write the numbers of a row over samples. If samples do not grow, over steps."""
+        if self.writer:
+            x = row["step"] if "epoch" in row else row.get("samples", row["step"])
+            for key, value in row.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(key, value, x)
+            self.writer.flush()
 
     def _interrupt(self, *_):
         if self.interrupted:
@@ -421,6 +443,7 @@ class Run:
         metrics = {"step": metrics["step"], "seconds": round(self.clock(), 1)} | metrics
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
         append(self.metrics_file, json.dumps(row) + "\n")
+        self._write_scalars(row)
         self.lines += 1
         tqdm.write("  ".join(f"{key} {value}" for key, value in row.items()))
 

@@ -1,406 +1,349 @@
-"""The numbers behind README.md's table of claims: `python results/claims.py`.
+"""Print the numbers behind the table of claims: `python results/claims.py`.
 
-Differences are between runs of the same seed, with the 95 % interval of their mean over the seeds (Student's t). A test
-metric is that of the epoch, round or phase with the best maj@1 on dev, and so says nothing of what came after it."""
+Differences are between runs with the same seed, with the 95 % interval of their mean over the seeds
+(Student's t). A test metric belongs to the epoch, round or phase with the best maj@1 on dev, so it
+says nothing about what came later.
+"""
 
-import functools
 import sys
 
 import numpy as np
-from records import RESULTS, methods, over_phases, paired, recorded
+from records import RESULTS, evaluations, mean, metrics, over_phases, paired, read
 from records import test_metric as test
 
 sys.path.insert(0, str(RESULTS.parent))
 from evaluate import paired_test  # noqa: E402
 
+TASKS = "arithmetic", "hard"
 
-def dev(name: str, key: str, **where) -> dict[int, float]:
-    """seed -> a metric on dev in the row of metrics.jsonl with these values, or in the last row that has it"""
-    rows = {
-        seed: [
-            row[key] for row in log if key in row and all(row.get(k) == v for k, v in where.items())
-        ]
-        for seed, log in recorded(name).items()
-    }
-    return {seed: values[-1] for seed, values in rows.items() if values}
+
+def dev(method: str, key: str, **where) -> dict[int, float]:
+    """Return a metric on dev by seed: in the row with these values, or in the last row with it."""
+    found = {}
+    for seed, log in metrics(method).items():
+        for row in log:
+            if key in row and all(row.get(name) == value for name, value in where.items()):
+                found[seed] = row[key]
+    return found
+
+
+def lowest(method: str) -> dict[int, float]:
+    """Return the lowest maj@1 on dev of a run by seed."""
+    logs = metrics(method).items()
+    return {seed: min(row["maj@1"] for row in log if "maj@1" in row) for seed, log in logs}
 
 
 def show(what: str, values: dict[int, float], control: dict[int, float] | None = None) -> None:
-    each = ", ".join(f"{v:.3f}" for v in values.values())
+    """Print values by seed, or their differences to a control by seed."""
     if not values or (control is not None and not values.keys() & control.keys()):
         print(f"  {what}: no runs")
     elif control is None:
-        print(f"  {what}: {np.mean(list(values.values())):.3f} ({each})")
+        print(f"  {what}: {mean(values):.3f} ({', '.join(f'{v:.3f}' for v in values.values())})")
     else:
-        pairs, apart = paired(values, control)
-        print(f"  {what}: {apart}; by seed {', '.join(f'{p:+.3f}' for p in pairs)}")
+        pairs, interval = paired(values, control)
+        print(f"  {what}: {interval}; by seed {', '.join(f'{p:+.3f}' for p in pairs)}")
 
 
-print("Reranking by the reward model of results/orm")
-for tested in (
-    "orm/orm_on_sft",
-    "orm/orm_on_ppo",
-    "rerank/ei",
-    "rerank/ei_dedup",
-    "rerank/rcrl_ratio10",
-):
-    for metric in ("rerank@32", "weighted@32"):
-        show(f"{metric} - maj@32, {tested}", test(tested, metric), test(tested, "maj@32"))
+def show_test(what: str, metric: str, method: str, control: str) -> None:
+    """Print the differences of a metric on the test split between two methods."""
+    show(what, test(method, metric), test(control, metric))
 
-TASKS = ("arithmetic", "hard")
-print("C1 expert iteration reaches at least PPO's maj@1")
-for task in TASKS:
-    ei, ppo = (test(f"{task}/{method}", "maj@1") for method in ("ei", "ppo"))
-    show(f"{task}, test maj@1, ei (18,432 samples) - ppo (10,240)", ei, ppo)
-for task, longer in (("arithmetic", "ppo_longer/phases36"), ("hard", "hard/phases36")):
+
+def reranking() -> None:
+    print("Reranking by the reward model of results/orm")
+    policies = "orm/orm_on_sft", "orm/orm_on_ppo", "rerank/ei", "rerank/ei_dedup"
+    for policy in (*policies, "rerank/rcrl_ratio10"):
+        for metric in ("rerank@32", "weighted@32"):
+            show(f"{metric} - maj@32, {policy}", test(policy, metric), test(policy, "maj@32"))
+
+
+def expert_iteration_and_ppo() -> None:
+    print("C1 expert iteration reaches at least PPO's maj@1")
+    for task in TASKS:
+        what = f"{task}, test maj@1, ei (18,432 samples) - ppo (10,240)"
+        show_test(what, "maj@1", f"{task}/ei", f"{task}/ppo")
+    for task, longer in (("arithmetic", "ppo_longer/phases36"), ("hard", "hard/phases36")):
+        for metric in ("maj@1", "pass@1", "pass@16"):
+            what = f"{task}, test {metric}, ei - ppo of 36 phases (both 18,432 samples)"
+            show_test(what, metric, f"{task}/ei", longer)
+            what = f"{task}, test {metric}, ppo of 36 phases - of 20"
+            show_test(what, metric, longer, f"{task}/ppo")
+        for phase in (20, 24, 28, 32, 36):
+            values = dev(longer, "maj@1", phase=phase)
+            show(f"{task}, dev maj@1 of 36 phases at phase {phase}", values)
+    for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+        what = f"hard, test {metric}, ei of 4 rounds - ppo of 72 phases (both 36,864 samples)"
+        show_test(what, metric, "hard/rounds4", "hard/phases72")
+        what = f"hard, test {metric}, ei of 4 rounds - of two"
+        show_test(what, metric, "hard/rounds4", "hard/ei")
+        what = f"hard, test {metric}, ppo of 72 phases - ei of two rounds (18,432 samples)"
+        show_test(what, metric, "hard/phases72", "hard/ei")
+    for phase in (20, 36, 48, 60, 72):
+        values = dev("hard/phases72", "maj@1", phase=phase)
+        show(f"hard, dev maj@1 of 72 phases at phase {phase}", values)
+    for n in (1, 2, 3, 4):
+        values = dev("hard/rounds4", "maj@1", round=n)
+        show(f"hard, dev maj@1 of 4 rounds of ei after round {n}", values)
+    for key in ("entropy", "informative", "correct"):
+        for first, last in ((2, 6), (31, 36), (67, 72)):
+            values = over_phases("hard/phases72", key, first, last)
+            show(f"hard, {key} of phases {first} to {last} of 72", values)
+    for task in TASKS:
+        ei, ppo = dev(f"{task}/ei", "maj@1", round=1), dev(f"{task}/ppo", "maj@1", phase=20)
+        show(f"{task}, dev maj@1, ei after 9,216 samples - ppo after 10,240", ei, ppo)
+    for method in ("ei_base", "ei_base_dedup"):
+        ei = dev(f"arithmetic/{method}", "maj@1", round=1)
+        ppo = dev("arithmetic/ppo_base", "maj@1", phase=20)
+        what = f"from the base, dev maj@1, {method} after 18,432 samples - ppo after 10,240"
+        show(what, ei, ppo)
+        what = f"from the base, test maj@1, {method} (36,864 samples) - ppo (10,240)"
+        show_test(what, "maj@1", f"arithmetic/{method}", "arithmetic/ppo_base")
+
+
+def epochs_of_sft() -> None:
+    print("C2 more epochs of SFT: maj@1 up, pass@n down (dev, after the last epoch)")
+    for key in ("maj@1", "pass@8"):
+        after = {n: dev(f"sft_epochs/epochs{n}", key) for n in (2, 4, 16)}
+        for n, values in after.items():
+            show(f"{key} after {n} epochs", values)
+        for more, fewer in ((4, 2), (16, 4)):
+            show(f"{key}, {more} epochs - {fewer}", after[more], after[fewer])
+    values = dev("arithmetic/sft_more", "maj@1")
+    show("maj@1 after 840 updates of one solution each (sft_more)", values)
+
+
+def pass_at_n() -> None:
+    print("C3 RL raises maj@1 without losing pass@n, but does not pass SFT's pass@n")
+    longer = {"arithmetic": (), "hard": ("phases36", "phases72", "rounds3", "rounds4")}
+    for task in TASKS:
+        for method in ("ppo", "ei", *longer[task]):
+            for metric in ("maj@1", "pass@16"):
+                what = f"{task}, test {metric}, {method} - sft"
+                show_test(what, metric, f"{task}/{method}", f"{task}/sft")
+
+
+def rewards() -> None:
+    print("C4 dense and ORM rewards help sample efficiency, not the final score")
+    for reward in ("dense", "orm", "orm_dense", "orm_outcome"):
+        method = f"ppo_variants/{reward}"
+        for phase in (4, 8):
+            both = (dev(name, "maj@1", phase=phase) for name in (method, "arithmetic/ppo"))
+            show(f"dev maj@1 at phase {phase}, {reward} - sparse", *both)
+        show_test(f"test maj@1, {reward} - sparse", "maj@1", method, "arithmetic/ppo")
     for metric in ("maj@1", "pass@1", "pass@16"):
-        ei, ppo, ppo36 = (test(name, metric) for name in (f"{task}/ei", f"{task}/ppo", longer))
-        show(f"{task}, test {metric}, ei - ppo of 36 phases (both 18,432 samples)", ei, ppo36)
-        show(f"{task}, test {metric}, ppo of 36 phases - of 20", ppo36, ppo)
-    for phase in (20, 24, 28, 32, 36):
-        show(f"{task}, dev maj@1 of 36 phases at phase {phase}", dev(longer, "maj@1", phase=phase))
-for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
-    rounds4, phases72, ei = (test(f"hard/{name}", metric) for name in ("rounds4", "phases72", "ei"))
-    show(
-        f"hard, test {metric}, ei of 4 rounds - ppo of 72 phases (both 36,864 samples)",
-        rounds4,
-        phases72,
-    )
-    show(f"hard, test {metric}, ei of 4 rounds - of two", rounds4, ei)
-    show(f"hard, test {metric}, ppo of 72 phases - ei of two rounds (18,432 samples)", phases72, ei)
-for phase in (20, 36, 48, 60, 72):
-    show(
-        f"hard, dev maj@1 of 72 phases at phase {phase}", dev("hard/phases72", "maj@1", phase=phase)
-    )
-for n in (1, 2, 3, 4):
-    show(
-        f"hard, dev maj@1 of 4 rounds of ei after round {n}", dev("hard/rounds4", "maj@1", round=n)
-    )
-for key in ("entropy", "informative", "correct"):
-    for first, last in ((2, 6), (31, 36), (67, 72)):
-        shares = over_phases("hard/phases72", key, first, last)
-        show(f"hard, {key} of phases {first} to {last} of 72", shares)
-for task in TASKS:
-    show(
-        f"{task}, dev maj@1, ei after 9,216 samples - ppo after 10,240",
-        dev(f"{task}/ei", "maj@1", round=1),
-        dev(f"{task}/ppo", "maj@1", phase=20),
-    )
-for method in ("ei_base", "ei_base_dedup"):
-    show(
-        f"from the base, dev maj@1, {method} after 18,432 samples - ppo after 10,240",
-        dev(f"arithmetic/{method}", "maj@1", round=1),
-        dev("arithmetic/ppo_base", "maj@1", phase=20),
-    )
-    show(
-        f"from the base, test maj@1, {method} (36,864 samples) - ppo (10,240)",
-        test(f"arithmetic/{method}", "maj@1"),
-        test("arithmetic/ppo_base", "maj@1"),
-    )
+        what = f"test {metric}, the outcome added to the ORM - the ORM alone"
+        show_test(what, metric, "ppo_variants/orm_outcome", "ppo_variants/orm")
 
-print("C2 more epochs of SFT: maj@1 up, pass@n down (dev, after the last epoch)")
-for key in ("maj@1", "pass@8"):
-    for epochs in (2, 4, 16):
-        show(f"{key} after {epochs} epochs", dev(f"sft_epochs/epochs{epochs}", key))
-    for more, fewer in ((4, 2), (16, 4)):
-        both = (dev(f"sft_epochs/epochs{n}", key) for n in (more, fewer))
-        show(f"{key}, {more} epochs - {fewer}", *both)
-show("maj@1 after 840 updates of one solution each (sft_more)", dev("arithmetic/sft_more", "maj@1"))
 
-print("C3 RL raises maj@1 without losing pass@n, but does not pass SFT's pass@n")
-for task in TASKS:
-    for method in (
-        "ppo",
-        "ei",
-        *(["phases36", "phases72", "rounds3", "rounds4"] if task == "hard" else []),
+def samples_per_question() -> None:
+    print("C5 expert iteration with K = 4 ends a few points below large K")
+    for large, small, what in (
+        ("ei_samples/k16_dedup", "arithmetic/ei_dedup", "de-duplicated"),
+        ("hard/k16_dedup", "hard/ei_dedup", "de-duplicated"),
+        ("hard/k16_once", "hard/ei", "a quarter of the epochs"),
     ):
-        for metric in ("maj@1", "pass@16"):
-            rl, sft = (test(f"{task}/{name}", metric) for name in (method, "sft"))
-            show(f"{task}, test {metric}, {method} - sft", rl, sft)
-
-print("C4 dense and ORM rewards help sample efficiency, not the final score")
-for reward in ("dense", "orm", "orm_dense", "orm_outcome"):
-    for phase in (4, 8):
-        show(
-            f"dev maj@1 at phase {phase}, {reward} - sparse",
-            dev(f"ppo_variants/{reward}", "maj@1", phase=phase),
-            dev("arithmetic/ppo", "maj@1", phase=phase),
-        )
-    show(
-        f"test maj@1, {reward} - sparse",
-        test(f"ppo_variants/{reward}", "maj@1"),
-        test("arithmetic/ppo", "maj@1"),
-    )
-for metric in ("maj@1", "pass@1", "pass@16"):
-    with_outcome, alone = (
-        test(f"ppo_variants/{reward}", metric) for reward in ("orm_outcome", "orm")
-    )
-    show(f"test {metric}, the outcome added to the ORM - the ORM alone", with_outcome, alone)
-
-print("C5 expert iteration with K = 4 ends a few points below large K")
-for large, small, what in (
-    ("ei_samples/k16_dedup", "arithmetic/ei_dedup", "de-duplicated"),
-    ("hard/k16_dedup", "hard/ei_dedup", "de-duplicated"),
-    ("hard/k16_once", "hard/ei", "a quarter of the epochs"),
-):
-    for n in (1, 2):
-        k16, k4 = (dev(name, "maj@1", round=n) for name in (large, small))
-        show(f"{small}, dev maj@1 after round {n}, K = 16 ({what}) - K = 4", k16, k4)
-    for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
-        show(
-            f"{small}, test {metric}, K = 16 ({what}) - K = 4",
-            test(large, metric),
-            test(small, metric),
-        )
-print(
-    "   all right solutions against de-duplicated, and against de-duplicated for longer (long_dedup)"
-)
-for all_of_them, one_of_each in (
-    ("arithmetic/ei", "arithmetic/ei_dedup"),
-    ("hard/ei", "hard/ei_dedup"),
-    ("hard/ei", "hard/long_dedup"),
-    ("hard/k16_round", "hard/k16_dedup"),
-    ("hard/k16_round", "hard/ei"),
-):
-    for metric in ("maj@1", "pass@1", "pass@8", "follows_reference"):
-        pair = (dev(name, metric, round=1) for name in (all_of_them, one_of_each))
-        where = "training samples'" if metric == "follows_reference" else "dev"
-        show(f"{where} {metric} in round 1, {all_of_them} - {one_of_each}", *pair)
-    for metric in (
-        ("maj@1", "pass@1", "pass@16", "distinct@16") if "round" not in all_of_them else ()
+        for n in (1, 2):
+            both = (dev(name, "maj@1", round=n) for name in (large, small))
+            show(f"{small}, dev maj@1 after round {n}, K = 16 ({what}) - K = 4", *both)
+        for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+            show_test(f"{small}, test {metric}, K = 16 ({what}) - K = 4", metric, large, small)
+    longer = "against de-duplicated for longer (long_dedup)"
+    print(f"   all right solutions against de-duplicated, and {longer}")
+    for method, control in (
+        ("arithmetic/ei", "arithmetic/ei_dedup"),
+        ("hard/ei", "hard/ei_dedup"),
+        ("hard/ei", "hard/long_dedup"),
+        ("hard/k16_round", "hard/k16_dedup"),
+        ("hard/k16_round", "hard/ei"),
     ):
-        show(
-            f"test {metric}, {all_of_them} - {one_of_each}",
-            test(all_of_them, metric),
-            test(one_of_each, metric),
-        )
+        for metric in ("maj@1", "pass@1", "pass@8", "follows_reference"):
+            both = (dev(name, metric, round=1) for name in (method, control))
+            where = "training samples'" if metric == "follows_reference" else "dev"
+            show(f"{where} {metric} in round 1, {method} - {control}", *both)
+        if method != "hard/k16_round":  # it has one round only
+            for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+                show_test(f"test {metric}, {method} - {control}", metric, method, control)
 
-print("C6 restarting from the base beats continuing")
-for restart, other in (
-    ("arithmetic/ei_dedup", "ei_continue/continue_dedup"),
-    ("hard/ei", "hard/continue"),
-):
-    for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
-        show(
-            f"{restart}, test {metric}, restart - continue",
-            test(restart, metric),
-            test(other, metric),
-        )
+
+def restarting() -> None:
+    print("C6 restarting from the base beats continuing")
+    for restart, other in (
+        ("arithmetic/ei_dedup", "ei_continue/continue_dedup"),
+        ("hard/ei", "hard/continue"),
+    ):
+        for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+            what = f"{restart}, test {metric}, restart - continue"
+            show_test(what, metric, restart, other)
 
 
 def by_policy(values: dict[int, float]) -> dict[int, float]:
-    """Seeds 4 and 5 of the ratios draw other samples from the policy of seed 0; their mean with it is one observation."""
-    same = [values[seed] for seed in (0, 4, 5) if seed in values]
-    return {0: float(np.mean(same))} | {
-        seed: v for seed, v in values.items() if seed not in (0, 4, 5)
-    }
+    """Average the seeds 0, 4 and 5 of a ratio: all three sample from the policy of seed 0."""
+    same = {seed: value for seed, value in values.items() if seed in (0, 4, 5)}
+    return {0: mean(same)} | {seed: v for seed, v in values.items() if seed not in same}
 
 
-print("C7 RCRL stays below expert iteration; 1:1 is the worst ratio")
-for metric in ("maj@1", "pass@1"):
-    for ratio in (1, 10, 100):
-        for name in ("arithmetic/ei_dedup", "arithmetic/ei", "rcrl/control"):
-            show(
-                f"test {metric}, rcrl {ratio}:1 - {name}",
-                test(f"rcrl/ratio{ratio}", metric),
-                test(name, metric),
-            )
-    for name in ("rcrl/ratio1", "rcrl/control_mixed"):
-        show(
-            f"test {metric}, {name} - rcrl/control_1600",
-            test(name, metric),
-            test("rcrl/control_1600", metric),
-        )
-    for ratio in (10, 100):
-        both = (by_policy(test(f"rcrl/ratio{n}", metric)) for n in (1, ratio))
-        show(f"test {metric}, rcrl 1:1 - {ratio}:1, by the policy that they sample from", *both)
-    show(
-        f"test {metric}, rcrl/control - arithmetic/ei",
-        test("rcrl/control", metric),
-        test("arithmetic/ei", metric),
-    )
-for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
-    for other in ("hard/ei", "hard/rounds3", "hard_rcrl/control", "hard/sft"):
-        show(
-            f"harder task, test {metric}, rcrl 10:1 - {other}",
-            test("hard_rcrl/ratio10", metric),
-            test(other, metric),
-        )
-    for other in ("hard/ei", "hard/rounds3"):
-        show(
-            f"harder task, test {metric}, control - {other}",
-            test("hard_rcrl/control", metric),
-            test(other, metric),
-        )
-for metric in ("maj@1", "pass@1", "pass@16"):
-    for one, other in (("ratio10", "control"), ("ratio10", "policy"), ("control", "policy")):
-        both = (test(f"rcrl_all/hard_{name}", metric) for name in (one, other))
-        show(f"harder task, all samples, test {metric}, {one} - {other}", *both)
-for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
-    show(
-        f"harder task, test {metric}, ei of three rounds - of two",
-        test("hard/rounds3", metric),
-        test("hard/ei", metric),
-    )
-
-
-def lowest(name: str) -> dict[int, float]:
-    """The worst accuracy on dev of each seed's phases."""
-    return {
-        seed: min(row["maj@1"] for row in log if "maj@1" in row)
-        for seed, log in recorded(name).items()
-    }
-
-
-print("C8 the KL penalty and the detached value branch keep PPO stable")
-for variant in ("kl0", "attached"):
-    show(
-        f"test maj@1, {variant} - ppo",
-        test(f"ppo_variants/{variant}", "maj@1"),
-        test("arithmetic/ppo", "maj@1"),
-    )
-    show(
-        f"dev maj@1 at phase 20, {variant} - ppo",
-        dev(f"ppo_variants/{variant}", "maj@1", phase=20),
-        dev("arithmetic/ppo", "maj@1", phase=20),
-    )
-    show(f"last KL to the initial policy, {variant}", dev(f"ppo_variants/{variant}", "ref_kl_k3"))
-for name in ("kl", "kl0", "attached", "kl4", "limit", "both"):
-    show(
-        f"five times the rate, dev maj@1 at phase 20, {name}",
-        dev(f"ppo_stability/{name}", "maj@1", phase=20),
-    )
-    show(f"five times the rate, lowest dev maj@1, {name}", lowest(f"ppo_stability/{name}"))
-    show(
-        f"five times the rate, last KL to the initial policy, {name}",
-        dev(f"ppo_stability/{name}", "ref_kl_k3"),
-    )
-for name in ("kl0", "attached", "kl4", "limit", "both"):
-    both = (dev(f"ppo_stability/{each}", "maj@1", phase=20) for each in (name, "kl"))
-    show(f"five times the rate, dev maj@1 at phase 20, {name} - kl", *both)
-    both = (lowest(f"ppo_stability/{each}") for each in (name, "kl"))
-    show(f"five times the rate, lowest dev maj@1, {name} - kl", *both)
-    both = (over_phases(f"ppo_stability/{each}", "correct", 2, 20) for each in (name, "kl"))
-    show(f"five times the rate, share of right samples in phases 2 to 20, {name} - kl", *both)
-for what, found in (
-    ("at phase 20", functools.partial(dev, key="maj@1", phase=20)),
-    ("at the lowest", lowest),
-):
-    both = (found(f"ppo_stability/{each}") for each in ("limit", "kl0"))
-    show(f"five times the rate, dev maj@1 {what}, limit - kl0", *both)
-for metric in ("maj@1", "pass@16"):
-    show(
-        f"test {metric}, adapters of rank 16 - all weights",
-        test("ppo_variants/lora", metric),
-        test("arithmetic/ppo", metric),
-    )
-show("last KL to the initial policy, ppo", dev("arithmetic/ppo", "ref_kl_k3"))
-
-print("Lambda of GAE, and curricula of PPO")
-for task, name in (
-    ("arithmetic", "ppo_variants/lam095"),
-    ("hard", "hard/backtracking"),
-    ("hard", "hard/plr"),
-):
+def return_conditioned_rl() -> None:
+    print("C7 RCRL stays below expert iteration; 1:1 is the worst ratio")
+    for metric in ("maj@1", "pass@1"):
+        for ratio in (1, 10, 100):
+            for name in ("arithmetic/ei_dedup", "arithmetic/ei", "rcrl/control"):
+                what = f"test {metric}, rcrl {ratio}:1 - {name}"
+                show_test(what, metric, f"rcrl/ratio{ratio}", name)
+        for name in ("rcrl/ratio1", "rcrl/control_mixed"):
+            what = f"test {metric}, {name} - rcrl/control_1600"
+            show_test(what, metric, name, "rcrl/control_1600")
+        for ratio in (10, 100):
+            both = (by_policy(test(f"rcrl/ratio{n}", metric)) for n in (1, ratio))
+            show(f"test {metric}, rcrl 1:1 - {ratio}:1, by the policy that they sample from", *both)
+        what = f"test {metric}, rcrl/control - arithmetic/ei"
+        show_test(what, metric, "rcrl/control", "arithmetic/ei")
+    for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+        for other in ("hard/ei", "hard/rounds3", "hard_rcrl/control", "hard/sft"):
+            what = f"harder task, test {metric}, rcrl 10:1 - {other}"
+            show_test(what, metric, "hard_rcrl/ratio10", other)
+        for other in ("hard/ei", "hard/rounds3"):
+            what = f"harder task, test {metric}, control - {other}"
+            show_test(what, metric, "hard_rcrl/control", other)
     for metric in ("maj@1", "pass@1", "pass@16"):
-        show(
-            f"{task}, test {metric}, {name} - ppo", test(name, metric), test(f"{task}/ppo", metric)
-        )
-    for phase in (4, 8, 12, 20):
-        both = (dev(each, "maj@1", phase=phase) for each in (name, f"{task}/ppo"))
-        show(f"{task}, dev maj@1 at phase {phase}, {name} - ppo", *both)
-    for what, first, last in (("2 to 6", 2, 6), ("16 to 20", 16, 20)):
-        for key in ("correct", "informative", "explained_variance"):
-            both = (over_phases(each, key, first, last) for each in (name, f"{task}/ppo"))
-            show(f"{task}, {key} of phases {what}, {name} - ppo", *both)
+        for one, other in (("ratio10", "control"), ("ratio10", "policy"), ("control", "policy")):
+            what = f"harder task, all samples, test {metric}, {one} - {other}"
+            show_test(what, metric, f"rcrl_all/hard_{one}", f"rcrl_all/hard_{other}")
+    for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+        what = f"harder task, test {metric}, ei of three rounds - of two"
+        show_test(what, metric, "hard/rounds3", "hard/ei")
 
-print("C9 RL without SFT closes most of the gap to SFT + RL (less than 10 points remain)")
-show(
-    "test maj@1, ppo from the base - from SFT (both 10,240 samples)",
-    test("arithmetic/ppo_base", "maj@1"),
-    test("arithmetic/ppo", "maj@1"),
-)
-for method, from_base in (("ei", "ei_base"), ("ei_dedup", "ei_base_dedup")):
-    for metric in ("maj@1", "pass@1", "pass@16"):
-        show(
-            f"test {metric}, {method} from the base (36,864 samples) - from SFT (18,432)",
-            test(f"arithmetic/{from_base}", metric),
-            test(f"arithmetic/{method}", metric),
-        )
-for metric in ("maj@1", "pass@1", "pass@16"):
-    show(
-        f"from the base, all solutions - de-duplicated, test {metric}",
-        *(test(f"arithmetic/{name}", metric) for name in ("ei_base", "ei_base_dedup")),
-    )
 
-print("Learning rates of expert iteration")
-first = (dev(name, "maj@1", round=1) for name in ("ei_lr/hard_3e-4", "hard/ei"))
-show("harder task, dev maj@1 after round 1, 3e-4 - 1e-3", *first)
-for metric in ("maj@1", "pass@1"):
-    for what, one, other in (
-        (
-            "one round of seed 0, by tokens of a micro-batch, 3e-4 - 1e-3",
-            "ei_lr/round_3e-4",
-            "ei_lr/round_1e-3",
-        ),
-        ("harder task, two rounds, 3e-4 - 1e-3", "ei_lr/hard_3e-4", "hard/ei"),
-        ("harder task, two rounds, once more - recorded before", "rcrl_all/hard_policy", "hard/ei"),
+def stability() -> None:
+    print("C8 the KL penalty and the detached value branch keep PPO stable")
+    for variant in ("kl0", "attached"):
+        method = f"ppo_variants/{variant}"
+        show_test(f"test maj@1, {variant} - ppo", "maj@1", method, "arithmetic/ppo")
+        both = (dev(name, "maj@1", phase=20) for name in (method, "arithmetic/ppo"))
+        show(f"dev maj@1 at phase 20, {variant} - ppo", *both)
+        show(f"last KL to the initial policy, {variant}", dev(method, "ref_kl_k3"))
+    fast, control = "five times the rate", "ppo_stability/kl"
+    for name in ("kl", "kl0", "attached", "kl4", "limit", "both"):
+        method = f"ppo_stability/{name}"
+        show(f"{fast}, dev maj@1 at phase 20, {name}", dev(method, "maj@1", phase=20))
+        show(f"{fast}, lowest dev maj@1, {name}", lowest(method))
+        show(f"{fast}, last KL to the initial policy, {name}", dev(method, "ref_kl_k3"))
+    for name in ("kl0", "attached", "kl4", "limit", "both"):
+        method = f"ppo_stability/{name}"
+        both = (dev(each, "maj@1", phase=20) for each in (method, control))
+        show(f"{fast}, dev maj@1 at phase 20, {name} - kl", *both)
+        show(f"{fast}, lowest dev maj@1, {name} - kl", lowest(method), lowest(control))
+        both = (over_phases(each, "correct", 2, 20) for each in (method, control))
+        show(f"{fast}, share of right samples in phases 2 to 20, {name} - kl", *both)
+    limit, kl0 = "ppo_stability/limit", "ppo_stability/kl0"
+    both = (dev(each, "maj@1", phase=20) for each in (limit, kl0))
+    show(f"{fast}, dev maj@1 at phase 20, limit - kl0", *both)
+    show(f"{fast}, dev maj@1 at the lowest, limit - kl0", lowest(limit), lowest(kl0))
+    for metric in ("maj@1", "pass@16"):
+        what = f"test {metric}, adapters of rank 16 - all weights"
+        show_test(what, metric, "ppo_variants/lora", "arithmetic/ppo")
+    show("last KL to the initial policy, ppo", dev("arithmetic/ppo", "ref_kl_k3"))
+
+
+def lambda_and_curricula() -> None:
+    print("Lambda of GAE, and curricula of PPO")
+    for task, method in (
+        ("arithmetic", "ppo_variants/lam095"),
+        ("hard", "hard/backtracking"),
+        ("hard", "hard/plr"),
     ):
-        show(f"test {metric}, {what}", test(one, metric), test(other, metric))
-
-print("SmolLM2-135M-Instruct on GSM8K, one run each: differences on the same test problems")
-
-
-def greedily_right(method: str) -> list[float]:
-    (right,), (report,) = (
-        recorded(f"gsm8k_smollm2/{method}", file).values()
-        for file in ("greedy_right.json", "test.json")
-    )
-    return np.isin(np.arange(report["n_problems"]), right).astype(float).tolist()
-
-
-def shown_test(found: dict) -> str:
-    low, high = found["ci95"]
-    return f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f}), p {found['p']:.2g}"
+        control = f"{task}/ppo"
+        for metric in ("maj@1", "pass@1", "pass@16"):
+            show_test(f"{task}, test {metric}, {method} - ppo", metric, method, control)
+        for phase in (4, 8, 12, 20):
+            both = (dev(each, "maj@1", phase=phase) for each in (method, control))
+            show(f"{task}, dev maj@1 at phase {phase}, {method} - ppo", *both)
+        for first, last in ((2, 6), (16, 20)):
+            for key in ("correct", "informative", "explained_variance"):
+                both = (over_phases(each, key, first, last) for each in (method, control))
+                show(f"{task}, {key} of phases {first} to {last}, {method} - ppo", *both)
 
 
-for method in ("ei", "ppo", "ppo_1e-4"):
-    print(
-        f"  maj@1, {method} - sft: {shown_test(paired_test(greedily_right(method), greedily_right('sft')))}"
-    )
-for method in ("sft", "ei"):
-    (report,) = recorded(f"gsm8k_smollm2/{method}", "test.json").values()
-    for metric in ("rerank@96", "weighted@96"):
-        print(
-            f"  {metric} - maj@96, samples of {method}: {shown_test(report[f'{metric} - maj@96'])}"
-        )
-for method in ("ppo", "ppo_1e-4"):
-    (log,) = recorded(f"gsm8k_smollm2/{method}").values()
-    phases, shown = max(row.get("phase", 0) for row in log), []
-    for first, last in ((1, 3), (phases - 2, phases)):
-        (share,) = over_phases(f"gsm8k_smollm2/{method}", "correct", first, last).values()
-        shown.append(f"{share:.3f} in phases {first} to {last}")
-    print(f"  {method}: right on training questions {', '.join(shown)}")
+def from_the_base() -> None:
+    print("C9 RL without SFT closes most of the gap to SFT + RL (less than 10 points remain)")
+    what = "test maj@1, ppo from the base - from SFT (both 10,240 samples)"
+    show_test(what, "maj@1", "arithmetic/ppo_base", "arithmetic/ppo")
+    for method, base in (("ei", "ei_base"), ("ei_dedup", "ei_base_dedup")):
+        for metric in ("maj@1", "pass@1", "pass@16"):
+            what = f"test {metric}, {method} from the base (36,864 samples) - from SFT (18,432)"
+            show_test(what, metric, f"arithmetic/{base}", f"arithmetic/{method}")
+    for metric in ("maj@1", "pass@1", "pass@16"):
+        what = f"from the base, all solutions - de-duplicated, test {metric}"
+        show_test(what, metric, "arithmetic/ei_base", "arithmetic/ei_base_dedup")
 
-print(
-    "hours, as recorded: training, evaluation (some runs with two threads, most with one beside another job)"
-)
-for folder in sorted(
-    path
-    for path in RESULTS.iterdir()
-    if path.is_dir() and path.name not in ("defaults", "generation")
-):
-    logs = [
-        log for name in methods(folder, "metrics.jsonl") for log in recorded(folder / name).values()
-    ]
-    trained = sum(log[-1]["seconds"] for log in logs)
-    reports = [
-        report
-        for file in ("test.json", "bad.json", "none.json")
-        for name in methods(folder, file)
-        for report in recorded(folder / name, file).values()
-    ]
-    if logs or reports:
-        print(
-            f"  {folder.name}: {trained / 3600:.1f}, {sum(report.get('seconds') or 0 for report in reports) / 3600:.1f}"
-        )
+
+def learning_rates() -> None:
+    print("Learning rates of expert iteration")
+    both = (dev(name, "maj@1", round=1) for name in ("ei_lr/hard_3e-4", "hard/ei"))
+    show("harder task, dev maj@1 after round 1, 3e-4 - 1e-3", *both)
+    one_round = "one round of seed 0, by tokens of a micro-batch, 3e-4 - 1e-3"
+    again = "harder task, two rounds, once more - recorded before"
+    for metric in ("maj@1", "pass@1"):
+        show_test(f"test {metric}, {one_round}", metric, "ei_lr/round_3e-4", "ei_lr/round_1e-3")
+        what = f"test {metric}, harder task, two rounds, 3e-4 - 1e-3"
+        show_test(what, metric, "ei_lr/hard_3e-4", "hard/ei")
+        show_test(f"test {metric}, {again}", metric, "rcrl_all/hard_policy", "hard/ei")
+
+
+def gsm8k() -> None:
+    print("SmolLM2-135M-Instruct on GSM8K, one run each: differences on the same test problems")
+
+    def solved(method: str) -> list[float]:
+        """Return 1 for each test problem that the greedy solution got right, else 0."""
+        (indices,) = evaluations(f"gsm8k_smollm2/{method}", "greedy_right").values()
+        (report,) = evaluations(f"gsm8k_smollm2/{method}").values()
+        return np.isin(np.arange(report["n_problems"]), indices).astype(float).tolist()
+
+    def text(found: dict) -> str:
+        interval = "({:+.3f} to {:+.3f})".format(*found["ci95"])
+        return f"{found['difference']:+.3f} {interval}, p {found['p']:.2g}"
+
+    for method in ("ei", "ppo", "ppo_1e-4"):
+        print(f"  maj@1, {method} - sft: {text(paired_test(solved(method), solved('sft')))}")
+    for method in ("sft", "ei"):
+        (report,) = evaluations(f"gsm8k_smollm2/{method}").values()
+        for metric in ("rerank@96", "weighted@96"):
+            found = text(report[f"{metric} - maj@96"])
+            print(f"  {metric} - maj@96, samples of {method}: {found}")
+    for method in ("ppo", "ppo_1e-4"):
+        (log,) = metrics(f"gsm8k_smollm2/{method}").values()
+        n, shares = max(row["phase"] for row in log), []
+        for first, last in ((1, 3), (n - 2, n)):
+            (share,) = over_phases(f"gsm8k_smollm2/{method}", "correct", first, last).values()
+            shares.append(f"{share:.3f} in phases {first} to {last}")
+        print(f"  {method}: right on training questions {', '.join(shares)}")
+
+
+def hours() -> None:
+    """Print the hours of each experiment. The runs on the H200 shared it: left out."""
+    note = "some runs with two threads, most with one beside another job"
+    print(f"hours, as recorded: training, evaluation ({note})")
+    for file in sorted(RESULTS.glob("*.jsonl"), key=lambda file: file.stem):
+        if file.stem in ("defaults", "gsm8k_smollm2_h200"):
+            continue
+        trained = sum(run["metrics"][-1]["seconds"] for run in read(file) if run["metrics"])
+        kinds = "test", "bad", "none"
+        reports = [run["evaluation"].get(kind, {}) for run in read(file) for kind in kinds]
+        evaluated = sum(report.get("seconds") or 0 for report in reports)
+        print(f"  {file.stem}: {trained / 3600:.1f}, {evaluated / 3600:.1f}")
+
+
+if __name__ == "__main__":
+    reranking()
+    expert_iteration_and_ppo()
+    epochs_of_sft()
+    pass_at_n()
+    rewards()
+    samples_per_question()
+    restarting()
+    return_conditioned_rl()
+    stability()
+    lambda_and_curricula()
+    from_the_base()
+    learning_rates()
+    gsm8k()
+    hours()

@@ -1,28 +1,27 @@
-"""Compare recorded runs with a control, seed by seed: `python results/compare.py results/pre_ppo original [metric ...]`.
+"""Compare methods with a control: `python results/compare.py results/pre_ppo.jsonl original`.
 
-For each method and metric the mean over seeds, the differences to the control of the same seed, and the 95 % interval of
-their mean. Where the interval holds 0 these runs cannot tell the two apart."""
+For each method the mean over its seeds, the differences to the control with the same seed, and the
+95 % interval of their mean. If the interval holds 0, these runs cannot tell the two apart. Metrics
+to compare may follow (default: maj@1 pass@1 pass@16).
+"""
 
 import sys
 from pathlib import Path
 
-import numpy as np
-from records import methods, paired, test_metric
+from records import mean, paired, test_metric, tested_methods
 
 
-def main(folder: str, control: str, *metrics: str) -> None:
-    path = Path(folder).resolve()
-    for metric in metrics or ("maj@1", "pass@1", "pass@16"):
-        print(
-            f"\n| {metric} | mean | - {control}, by seed | mean difference and 95 % interval |\n|---|---|---|---|"
-        )
-        for name in methods(path):
-            values = test_metric(path / name, metric)
-            pairs, apart = (
-                paired(values, test_metric(path / control, metric)) if name != control else ([], "")
-            )
+def main(file: str, control: str, *names: str) -> None:
+    experiment = Path(file).resolve().with_suffix("")
+    for metric in names or ("maj@1", "pass@1", "pass@16"):
+        columns = metric, "mean", f"- {control}, by seed", "mean difference and 95 % interval"
+        print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+        for name in tested_methods(experiment):
+            values, pairs, interval = test_metric(experiment / name, metric), [], ""
+            if name != control:
+                pairs, interval = paired(values, test_metric(experiment / control, metric))
             each = ", ".join(f"{pair:+.3f}" for pair in pairs)
-            print(f"| {name} | {np.mean(list(values.values())):.3f} | {each} | {apart} |")
+            print(f"| {name} | {mean(values):.3f} | {each} | {interval} |")
 
 
 if __name__ == "__main__":

@@ -1,255 +1,336 @@
-"""Figures of the recorded runs (needs matplotlib, which the scripts do not): `python results/plot.py`.
+"""Draw the curves of runs, or the figures of the pages. Needs matplotlib.
 
-results/methods.png       all methods: greedy accuracy over rollouts, beside pass@16, and how many different right solutions
-results/hard.png          the same for the harder variant of the task
-results/sft_epochs.png    what more epochs of SFT do to the greedy accuracy and to pass@8
-results/rcrl.png          return-conditioned RL: mixtures and what the policy is conditioned on
-results/ppo_rewards.png   PPO with each kind of reward: exact accuracy, what the reward says, and the KL, over rollouts
-results/ppo_stability.png PPO with and without the KL penalty and the detached value branch
-results/genrm.png         PPO rewarded by the answer check and by a generative reward model beside two kinds of references
-Lines are means over the seeds, bands (in bar charts, whiskers) reach from the lowest to the highest seed."""
+`python results/plot.py RUN [RUN ...] [--out FILE.png]` draws what the runs in these folders logged,
+one line per run: over the samples for training, or over steps if no run samples as it trains.
 
-import matplotlib
+`python results/plot.py` draws the figures of the pages from the records:
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from records import RESULTS, methods, recorded, test_metric  # noqa: E402
+    methods.png        all methods: maj@1 over samples, pass@16, distinct correct solutions
+    hard.png           the same for the harder task
+    sft_epochs.png     what more epochs of SFT do to maj@1 and pass@8
+    rcrl.png           return-conditioned RL: mixtures and labels
+    ppo_rewards.png    PPO with each kind of reward: accuracy, reward and KL
+    ppo_stability.png  PPO with and without the KL penalty and the detached value branch
+    genrm.png          PPO rewarded by the verifier and by a generative reward model
 
-COLOURS = {
-    "sparse": "tab:blue", "dense": "tab:orange", "orm": "tab:green", "orm_dense": "tab:red", "kl0": "tab:brown",
-    "attached": "tab:pink", "limit": "tab:olive", "gold": "tab:orange", "best": "tab:red", "hybrid": "tab:green",
-}  # fmt: skip
-NAMES = {
-    "sparse": "sparse: answer right", "dense": "dense: steps of the reference", "orm": "ORM, last token",
-    "orm_dense": "ORM, line by line", "kl0": "no KL penalty", "attached": "value not detached",
-    "limit": "no KL penalty, phases end at a KL of 0.02",
-    "gold": "GenRM beside the gold solution", "best": "GenRM beside the best of 16", "hybrid": "half checked, a quarter each GenRM",
-}  # fmt: skip
+Lines and bars are means over the seeds. Bands and whiskers reach from the lowest to the highest.
+"""
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from records import RESULTS, mean, metrics, test_metric
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image
+except ImportError:
+    sys.exit("error: matplotlib is missing; run `pip install matplotlib`")
+
+SAMPLES = "samples for training"
+
+# ---- 1. The curves of run folders ----------------------------------------------------------------
 
 
-def band(axis, logs: list[list[tuple]], style: str, colour: str, label: str) -> None:
-    """The mean over the seeds, and from the lowest to the highest, at every x that all seeds have."""
-    seeds = [
-        dict(log) for log in logs
-    ]  # some ended early, some older ones did not measure what they began with
-    x = [x for x in seeds[0] if all(x in seed for seed in seeds)]
-    y = np.array([[seed[at] for at in x] for seed in seeds])
-    axis.plot(
-        x,
-        y.mean(0),
-        style,
-        color=colour,
-        label=f"{label} ({len(y)} seed{'s' * (len(y) > 1)})",
-        markersize=3,
+def panels_of(logs: dict[str, list[dict]]) -> dict[str, list[str]]:
+    """Return title -> keys that fit it, of the panels for which some run has a key."""
+    logged = {key for log in logs.values() for row in log for key in row if row[key] is not None}
+    sizes = [int(key[5:]) for key in logged if key.startswith("pass@") and key != "pass@1"]
+    pass_at_k = f"pass@{max(sizes, default=1)}"
+    panels = {
+        "maj@1 on dev": ["maj@1"],
+        f"{pass_at_k} on dev": [pass_at_k],
+        "AUC of the reward model on dev": ["auc"],
+        "mean reward of the samples": ["reward"],
+        # k3 is the better estimate: it has less variance and is never negative.
+        "KL to the reference, nats per token": ["ref_kl_k3", "ref_kl_k1"],
+        "entropy, nats per token": ["entropy"],
+        "response length, tokens": ["response_length"],
+    }
+    return {title: keys for title, keys in panels.items() if logged & set(keys)}
+
+
+def curve(log: list[dict], keys: list[str], x: str) -> tuple[list, list]:
+    """Return x and y of the rows that have one of the keys. The first key that a row has counts."""
+    points = []
+    for row in log:
+        values = [row[key] for key in keys if row.get(key) is not None]
+        points += [(row[x], values[0])] if values else []
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def draw_runs(folders: list[str], out: Path) -> None:
+    """Draw one panel per metric and one line per run."""
+    logs = {}
+    for folder in folders:
+        file = Path(folder) / "metrics.jsonl"
+        if not file.is_file():
+            sys.exit(f"error: {folder} is no run (it has no metrics.jsonl)")
+        # A run that is still going on may have written half of its last line.
+        lines = file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+        logs[folder] = [json.loads(line) for line in lines]
+    panels = panels_of(logs)
+    if not panels:
+        sys.exit("error: nothing to draw yet; no run has logged a metric that has a panel")
+    # Most runs draw all their samples first, or none. Their curves have to be over steps.
+    grows = any(len({row["samples"] for row in log}) > 1 for log in logs.values())
+    x, label = ("samples", SAMPLES) if grows else ("step", "optimizer steps")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.6 * columns, 3.6 * lines), layout="constrained", squeeze=False
     )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
+        for i, (name, log) in enumerate(logs.items()):
+            axis.plot(*curve(log, keys, x), "o-", color=f"C{i}", label=name, markersize=3)
+        axis.set(title=title, xlabel=label)
+        axis.grid(alpha=0.3)
+    names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=2, fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, out)
+    print(f"drawn: {out}")
+
+
+def save(figure, file: Path) -> None:
+    """Write a figure in 128 colours. That is enough for curves, and a third of the size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    plt.close(figure)
+    image = Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    image.save(file, format="png", optimize=True)
+
+
+# ---- 2. The figures of the pages -----------------------------------------------------------------
+
+# Each method: colour, label, record.
+SPARSE = "tab:blue", "sparse: answer correct", "arithmetic/ppo"
+REWARDS = [
+    SPARSE,
+    ("tab:orange", "dense: steps of the reference", "ppo_variants/dense"),
+    ("tab:green", "ORM, last token", "ppo_variants/orm"),
+    ("tab:red", "ORM, line by line", "ppo_variants/orm_dense"),
+]
+STABLE = [
+    SPARSE,
+    ("tab:brown", "no KL penalty", "ppo_variants/kl0"),
+    ("tab:pink", "value not detached", "ppo_variants/attached"),
+]
+FAST = [
+    ("tab:blue", "sparse: answer correct", "ppo_stability/kl"),
+    ("tab:brown", "no KL penalty", "ppo_stability/kl0"),
+    ("tab:pink", "value not detached", "ppo_stability/attached"),
+    ("tab:olive", "no KL penalty, phases end at a KL of 0.02", "ppo_stability/limit"),
+]
+GENRM = [
+    SPARSE,
+    ("tab:orange", "GenRM next to the gold solution", "genrm/gold"),
+    ("tab:red", "GenRM next to the best of 16", "genrm/best"),
+    ("tab:green", "half checked, a quarter each GenRM", "genrm/hybrid"),
+]
+METHODS = [
+    ("tab:olive", "SFT", "arithmetic/sft"),
+    ("gold", "SFT, 35 epochs", "arithmetic/sft_more"),
+    ("tab:blue", "PPO", "arithmetic/ppo"),
+    ("navy", "PPO, 36 phases", "ppo_longer/phases36"),
+    ("lightblue", "PPO from the base", "arithmetic/ppo_base"),
+    ("tab:purple", "expert iteration, K = 4", "arithmetic/ei"),
+    ("orchid", "K = 4, de-duplicated", "arithmetic/ei_dedup"),
+    ("tab:cyan", "K = 16, de-duplicated", "ei_samples/k16_dedup"),
+    ("tab:brown", "K = 4, de-duplicated, continued", "ei_continue/continue_dedup"),
+    ("deeppink", "K = 8 from the base", "arithmetic/ei_base"),
+    ("tab:gray", "K = 8 from the base, de-duplicated", "arithmetic/ei_base_dedup"),
+    ("tab:green", "RCRL, 10 : 1", "rcrl/ratio10"),
+]
+HARD = [
+    ("tab:olive", "SFT", "hard/sft"),
+    ("tab:blue", "PPO", "hard/ppo"),
+    ("navy", "PPO, 36 phases", "hard/phases36"),
+    ("gold", "PPO, 72 phases", "hard/phases72"),
+    ("tab:purple", "expert iteration, K = 4", "hard/ei"),
+    ("black", "K = 4, a third round", "hard/rounds3"),
+    ("dimgray", "K = 4, four rounds", "hard/rounds4"),
+    ("tab:red", "K = 4, continued", "hard/continue"),
+    ("tab:orange", "K = 16, a quarter of the epochs", "hard/k16_once"),
+    ("orchid", "K = 4, de-duplicated", "hard/ei_dedup"),
+    ("plum", "K = 4, de-duplicated, 12 epochs", "hard/long_dedup"),
+    ("tab:cyan", "K = 16, de-duplicated", "hard/k16_dedup"),
+    ("tab:green", "RCRL, 10 : 1", "hard_rcrl/ratio10"),
+    ("limegreen", "its correct solutions, no labels", "hard_rcrl/control"),
+]
+MAJ = "maj@1", "dev: fraction of greedy solutions correct"
+CORRECT = "correct", "training samples: fraction correct"
+KL = "ref_kl_k3", "KL to the SFT policy, nats per token"
+VALUE = "explained_variance", "explained variance of the value"
+FALSE_POSITIVE = "false_positive_rate", "fraction of incorrect samples scored 0.5 or more"
+
+
+def band(axis, curves: list[dict], style: str, colour: str, label: str) -> None:
+    """Draw the mean and the range of the seeds. curves: x -> y of each seed.
+
+    Some runs ended early, and some do not have every key in every row. Only an x that all seeds
+    have is drawn.
+    """
+    x = [x for x in curves[0] if all(x in points for points in curves)]
+    y = np.array([[points[at] for at in x] for points in curves])
+    label = f"{label} ({len(y)} seed{'s' * (len(y) > 1)})"
+    axis.plot(x, y.mean(0), style, color=colour, label=label, markersize=3)
     axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
-def over_rollouts(axis, name: str, key: str, style: str, colour: str, label: str) -> None:
-    """A metric of a recorded method over the rollouts, if there is one."""
-    logs = [
-        [(row["samples"], row[key]) for row in log if row.get(key) is not None]
-        for log in recorded(name).values()
-    ]
-    if any(logs):
-        band(axis, logs, style, colour, label)
+def over_samples(axis, method: str, key: str, style: str, colour: str, label: str) -> None:
+    """Draw a metric of a recorded method over samples, if it was logged while they grew."""
+    curves = []
+    for log in metrics(method).values():
+        curves.append({row["samples"]: row[key] for row in log if row.get(key) is not None})
+    if any(len(points) > 1 for points in curves):
+        band(axis, curves, style, colour, label)
 
 
-def variants(*names: str) -> dict[str, str]:
-    """The records of variants of PPO; "sparse" is PPO as it is by default."""
-    folders = {
-        name: "genrm" if name in ("gold", "best", "hybrid") else "ppo_variants" for name in names
-    }
-    return {
-        name: "arithmetic/ppo" if name == "sparse" else f"{folders[name]}/{name}" for name in names
-    }
+def whiskers(values: list[float]) -> dict:
+    """Return the arguments that make a bar show the range of the values."""
+    average = np.mean(values)
+    return {"yerr": [[average - min(values)], [max(values) - average]], "capsize": 3}
 
 
-def figure(
-    file: str, rows: dict[str, dict[str, str]], panels: list[tuple[str, str]], proxy: bool
-) -> None:
-    """rows: what the row says before its titles -> variants and their records"""
+def draw_ppo(file: str, rows: dict[str, list], panels: list[tuple], with_reward: bool) -> None:
+    """Draw metrics of variants of PPO over samples.
+
+    rows: what the titles of a row begin with -> variants. panels: (key, title). with_reward: next
+    to the accuracy of the samples draw what a learned reward says about them, dashed.
+    """
     shape = len(rows), len(panels)
-    shown, axes = plt.subplots(
-        *shape, figsize=(4.6 * shape[1], 4.2 * shape[0]), layout="constrained", squeeze=False
-    )
-    for line, (what, records) in zip(axes, rows.items(), strict=True):
+    size = 4.6 * shape[1], 4.2 * shape[0]
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    for line, (what, variants) in zip(axes, rows.items(), strict=True):
         for axis, (key, title) in zip(line, panels, strict=True):
-            for name, record in records.items():
-                over_rollouts(axis, record, key, "-", COLOURS[name], NAMES[name])
-                if proxy and key == "correct" and name not in ("sparse", "dense"):
-                    over_rollouts(
-                        axis, record, "reward", "--", COLOURS[name], NAMES[name] + ": its reward"
-                    )
-            axis.set(xlabel="rollouts", title=what + title)
+            for colour, label, method in variants:
+                over_samples(axis, method, key, "-", colour, label)
+                is_learned = method not in ("arithmetic/ppo", "ppo_variants/dense")
+                if with_reward and key == "correct" and is_learned:
+                    over_samples(axis, method, "reward", "--", colour, f"{label}: its reward")
+            axis.set(xlabel=SAMPLES, title=what + title)
             axis.grid(alpha=0.3)
-        if not proxy:
+        if not with_reward:
             line[1].legend(fontsize=8)
-    if proxy:  # too many lines for a place among them
-        shown.legend(
-            *axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
-        )
-    shown.savefig(RESULTS / file, dpi=110)
+    if with_reward:  # too many lines for a legend among them
+        names = axes[0][1].get_legend_handles_labels()
+        figure.legend(*names, loc="outside lower center", ncols=4, fontsize=8)
+    save(figure, RESULTS / file)
 
 
-figure(
-    "ppo_rewards.png", {"": variants("sparse", "dense", "orm", "orm_dense")},
-    [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("ref_kl_k3", "KL to the SFT policy, nats per token")],
-    proxy=True,
-)  # fmt: skip
-figure(
-    "ppo_stability.png",
-    {
-        "": variants("sparse", "kl0", "attached"),
-        "five times the learning rate\n": {"sparse": "ppo_stability/kl", "kl0": "ppo_stability/kl0", "attached": "ppo_stability/attached", "limit": "ppo_stability/limit"},
-    },
-    [("maj@1", "dev: share of greedy solutions right"), ("ref_kl_k3", "KL to the SFT policy, nats per token"), ("explained_variance", "explained variance of the value")],
-    proxy=False,
-)  # fmt: skip
-figure(
-    "genrm.png", {"": variants("sparse", "gold", "best", "hybrid")},
-    [("maj@1", "dev: share of greedy solutions right"), ("correct", "training samples: share right"), ("false_positive_rate", "share of wrong samples scored 0.5 or more")],
-    proxy=True,
-)  # fmt: skip
-
-
-METHODS = {  # folder/method: colour, name, whether its log is drawn over rollouts
-    "arithmetic/sft": ("tab:olive", "SFT", False),
-    "arithmetic/sft_more": ("gold", "SFT, 35 epochs", False),
-    "arithmetic/ppo": ("tab:blue", "PPO", True),
-    "ppo_longer/phases36": ("navy", "PPO, 36 phases", True),
-    "arithmetic/ppo_base": ("lightblue", "PPO from the base", True),
-    "arithmetic/ei": ("tab:purple", "expert iteration, K = 4", True),
-    "arithmetic/ei_dedup": ("orchid", "K = 4, de-duplicated", True),
-    "ei_samples/k16_dedup": ("tab:cyan", "K = 16, de-duplicated", True),
-    "ei_continue/continue_dedup": ("tab:brown", "K = 4, de-duplicated, continued", True),
-    "arithmetic/ei_base": ("deeppink", "K = 8 from the base", True),
-    "arithmetic/ei_base_dedup": ("tab:gray", "K = 8 from the base, de-duplicated", True),
-    "rcrl/ratio10": ("tab:green", "RCRL, 10 : 1", False),
-}
-HARD = {
-    "hard/sft": ("tab:olive", "SFT", False),
-    "hard/ppo": ("tab:blue", "PPO", True),
-    "hard/phases36": ("navy", "PPO, 36 phases", True),
-    "hard/phases72": ("gold", "PPO, 72 phases", True),
-    "hard/ei": ("tab:purple", "expert iteration, K = 4", True),
-    "hard/rounds3": ("black", "K = 4, a third round", True),
-    "hard/rounds4": ("dimgray", "K = 4, four rounds", True),
-    "hard/continue": ("tab:red", "K = 4, continued", True),
-    "hard/k16_once": ("tab:orange", "K = 16, a quarter of the epochs", True),
-    "hard/ei_dedup": ("orchid", "K = 4, de-duplicated", True),
-    "hard/long_dedup": ("plum", "K = 4, de-duplicated, 12 epochs", True),
-    "hard/k16_dedup": ("tab:cyan", "K = 16, de-duplicated", True),
-    "hard_rcrl/ratio10": ("tab:green", "RCRL, 10 : 1", False),
-    "hard_rcrl/control": ("limegreen", "its right solutions, no labels", False),
-}
-
-
-def all_methods(compared: dict[str, tuple[str, str, bool]], file: str) -> None:
-    shown, (rollouts, quality, distinct) = plt.subplots(
-        1, 3, figsize=(16, 4.8), layout="constrained"
-    )
-    compared = {name: style for name, style in compared.items() if recorded(name)}
-    for place, (name, (colour, label, drawn)) in enumerate(compared.items()):
-        if drawn:
-            over_rollouts(rollouts, name, "maj@1", "o-", colour, label)
-        first, last, count = (
-            list(test_metric(name, key).values()) for key in ("maj@1", "pass@16", "distinct@16")
-        )
-        quality.plot(first, last, "o", color=colour, label=label, markersize=6)
-        if count:
-            mean = np.mean(count)
-            distinct.barh(
-                place,
-                mean,
-                0.7,
-                color=colour,
-                xerr=[[mean - min(count)], [max(count) - mean]],
-                capsize=3,
-            )
-    rollouts.set(
-        xlabel="rollouts sampled for training",
-        ylabel="share of greedy solutions right (256 dev problems)",
-    )
-    rollouts.set_xscale("symlog", linthresh=2048, linscale=0.5)
-    rollouts.set_xlim(left=0)
-    quality.set(
-        xlabel="maj@1: share of greedy solutions right (test)",
-        ylabel="pass@16: any of 16 samples right (test)",
-    )
-    distinct.set(xlabel="distinct right solutions of 16 samples (test)", xlim=(0.8, None))
-    distinct.set_yticks(range(len(compared)), [label for _, label, _ in compared.values()])
+def draw_methods(file: str, methods: list[tuple[str, str, str]]) -> None:
+    """Draw maj@1 over samples, pass@16 over maj@1, and the number of distinct solutions."""
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
+    curves, quality, distinct = axes
+    for i, (colour, label, method) in enumerate(methods):
+        over_samples(curves, method, "maj@1", "o-", colour, label)
+        maj, pass_16 = (list(test_metric(method, key).values()) for key in ("maj@1", "pass@16"))
+        quality.plot(maj, pass_16, "o", color=colour, label=label, markersize=6)
+        values = list(test_metric(method, "distinct@16").values())
+        interval = whiskers(values)
+        interval["xerr"] = interval.pop("yerr")
+        distinct.barh(i, np.mean(values), 0.7, color=colour, **interval)
+    curves.set(xlabel=SAMPLES, ylabel="fraction of greedy solutions correct (256 dev problems)")
+    curves.set_xscale("symlog", linthresh=2048, linscale=0.5)
+    curves.set_xlim(left=0)
+    curves.set_title("mean and range of the seeds; colours as at the right", fontsize=9)
+    curves.legend(fontsize=7)
+    greedy = "maj@1: fraction of greedy solutions correct (test)"
+    quality.set(xlabel=greedy, ylabel="pass@16: any of 16 samples correct (test)")
+    distinct.set(xlabel="distinct correct solutions of 16 samples (test)", xlim=(0.8, None))
+    distinct.set_yticks(range(len(methods)), [label for _, label, _ in methods])
     distinct.invert_yaxis()
-    for axis in (rollouts, quality, distinct):
+    for axis in axes:
         axis.grid(alpha=0.3)
-    rollouts.set_title("mean and range of the seeds; colours as at the right", fontsize=9)
-    rollouts.legend(fontsize=7)
-    shown.savefig(RESULTS / file, dpi=100)
+    save(figure, RESULTS / file)
 
 
-def over_epochs() -> None:
-    found = {
-        int(name.removeprefix("epochs")): name
-        for name in methods(RESULTS / "sft_epochs", "metrics.jsonl")
-    }
-    shown, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
-    for axis, key, title in zip(axes, ("maj@1", "pass@8"), ("greedy solutions right", "any of 8 samples right"), strict=True):  # fmt: skip
-        last = {
-            n: {s: log[-1][key] for s, log in recorded(f"sft_epochs/{found[n]}").items()}
-            for n in sorted(found)
-        }
-        seeds = set.intersection(*(set(values) for values in last.values()))
-        band(
-            axis,
-            [[(n, values[s]) for n, values in last.items()] for s in sorted(seeds)],
-            "o-",
-            "tab:blue",
-            "SFT",
-        )
-        axis.set(
-            xlabel="epochs of SFT on 24 solutions",
-            ylabel="share of 256 dev problems",
-            title=title,
-            xscale="log",
-        )
-        axis.set_xticks(list(last), [str(epochs) for epochs in last], minor=False)
+def draw_epochs() -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
+    titles = {"maj@1": "greedy solutions correct", "pass@8": "any of 8 samples correct"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        curves = {}  # of each seed the last row of every run: epochs -> metric
+        for n in (2, 4, 16):
+            for seed, log in metrics(f"sft_epochs/epochs{n}").items():
+                curves.setdefault(seed, {})[n] = log[-1][key]
+        band(axis, list(curves.values()), "o-", "tab:blue", "SFT")
+        fraction = "fraction of 256 dev problems"
+        axis.set(xlabel="epochs of SFT on 24 solutions", ylabel=fraction, title=title, xscale="log")
+        axis.set_xticks([2, 4, 16], ["2", "4", "16"], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    shown.savefig(RESULTS / "sft_epochs.png", dpi=110)
+    save(figure, RESULTS / "sft_epochs.png")
 
 
-def conditioning() -> None:
+def draw_labels() -> None:
+    """Draw the accuracy after each label of return-conditioned RL, and that of its controls."""
     mixtures = {
-        "ratio1": "1 : 1,\nper line", "ratio10": "10 : 1,\nper line", "ratio100": "100 : 1,\nper line", "outcome1": "1 : 1,\nper solution",
-        "control": "only right,\nno labels", "control_1600": "1,600 right,\nno labels", "control_mixed": "1 : 1,\nno labels",
-    }  # fmt: skip
-    shown, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
-    for place, name in enumerate(mixtures):
-        kinds = [
-            ("test", "tab:green", "conditioned on [GOOD]"),
-            ("bad", "tab:red", "conditioned on [BAD]"),
-            ("none", "tab:gray", "no label"),
-        ]
-        for i, (file, colour, label) in enumerate(kinds):
-            values = list(test_metric(f"rcrl/{name}", "maj@1", f"{file}.json").values())
-            if values:
-                control = name.startswith("control")
-                x = place if control else place + 0.27 * (i - 1)
-                mean = np.mean(values)
-                axis.bar(x, mean, 0.25, color="tab:gray" if control else colour, label=None if place else label,
-                         yerr=[[mean - min(values)], [max(values) - mean]], capsize=3)  # fmt: skip
-    sft = np.mean(list(test_metric("arithmetic/sft", "maj@1").values()))
+        "ratio1": "1 : 1,\nper line",
+        "ratio10": "10 : 1,\nper line",
+        "ratio100": "100 : 1,\nper line",
+        "outcome1": "1 : 1,\nper solution",
+        "control": "only correct,\nno labels",
+        "control_1600": "1,600 correct,\nno labels",
+        "control_mixed": "1 : 1,\nno labels",
+    }
+    kinds = [
+        ("test", "tab:green", "conditioned on [GOOD]"),
+        ("bad", "tab:red", "conditioned on [BAD]"),
+        ("none", "tab:gray", "no label"),
+    ]
+    figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
+    for i, name in enumerate(mixtures):
+        for j, (kind, colour, label) in enumerate(kinds):
+            values = list(test_metric(f"rcrl/{name}", "maj@1", kind).values())
+            if not values:
+                continue
+            x, label = i + 0.27 * (j - 1), label if i == 0 else None
+            if name.startswith("control"):  # it was tested without a label only
+                x, colour = i, "tab:gray"
+            axis.bar(x, np.mean(values), 0.25, color=colour, label=label, **whiskers(values))
+    sft = mean(test_metric("arithmetic/sft", "maj@1"))
     axis.axhline(sft, color="black", linestyle=":", label="SFT")
-    axis.set(ylabel="share of greedy solutions right (test)", ylim=(0.4, 1))
+    axis.set(ylabel="fraction of greedy solutions correct (test)", ylim=(0.4, 1))
     axis.set_xticks(range(len(mixtures)), mixtures.values())
     axis.legend(fontsize=8, loc="lower right")
     axis.grid(alpha=0.3, axis="y")
-    shown.savefig(RESULTS / "rcrl.png", dpi=110)
+    save(figure, RESULTS / "rcrl.png")
 
 
-all_methods(METHODS, "methods.png")
-all_methods(HARD, "hard.png")
-over_epochs()
-conditioning()
+def draw_pages() -> None:
+    draw_methods("methods.png", METHODS)
+    draw_methods("hard.png", HARD)
+    draw_epochs()
+    draw_labels()
+    draw_ppo("ppo_rewards.png", {"": REWARDS}, [MAJ, CORRECT, KL], with_reward=True)
+    rows = {"": STABLE, "five times the learning rate\n": FAST}
+    draw_ppo("ppo_stability.png", rows, [MAJ, KL, VALUE], with_reward=False)
+    draw_ppo("genrm.png", {"": GENRM}, [MAJ, CORRECT, FALSE_POSITIVE], with_reward=True)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", default="runs/plot.png", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.runs:
+        draw_runs(args.runs, Path(args.out))
+    else:
+        draw_pages()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

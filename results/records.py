@@ -1,78 +1,99 @@
-"""The records of the runs, for the scripts beside this file: results/FOLDER/METHOD_SEED/ holds what a run wrote."""
+"""The records of the runs: one file per experiment, one line per run.
 
+A line of results/EXPERIMENT.jsonl is an object with five keys:
+
+    name        the method
+    seed        tells the runs of a method apart, mostly the seed of the run
+    args        settings of the run (args.json). None if only an evaluation was recorded
+    metrics     rows of metrics.jsonl
+    evaluation  evaluations by name: test, bad, none, quality, ...
+
+The scripts next to this file call a method EXPERIMENT/METHOD, such as "hard/ei".
+"""
+
+import functools
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 
 RESULTS = Path(__file__).parent
+# Student's t: 97.5 % quantile by number of pairs.
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def methods(folder: str | Path, file: str = "test.json") -> list[str]:
-    """The methods of a folder that have this file, without their seeds."""
-    return list(
-        dict.fromkeys(
-            re.sub(r"_\d+$", "", path.parent.name)
-            for path in sorted(Path(folder).glob(f"*/{file}"))
-        )
-    )
+@functools.cache
+def read(experiment: str | Path) -> list[dict]:
+    """Return the records of an experiment, sorted by name and seed. Empty if nothing is recorded.
+
+    experiment: name of a file in results/, or an absolute path, with or without .jsonl.
+    """
+    path = RESULTS / experiment
+    file = path.with_name(path.name.removesuffix(".jsonl") + ".jsonl")
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def recorded(name: str | Path, file: str = "metrics.jsonl") -> dict[int, list | dict]:
-    """seed -> what a file of the method's record holds: the rows of a .jsonl file or the object of a .json file. name:
-    folder/method, below results/ or absolute. A record without a seed counts as seed 0. Empty where nothing is recorded."""
-    path, found = RESULTS / name, {}
-    for record in sorted(path.parent.glob(f"{path.name}*")):
-        named = re.fullmatch(re.escape(path.name) + r"(?:_(\d+))?", record.name)
-        if named and (record / file).exists():
-            text = (record / file).read_text()
-            rows = (
-                [json.loads(line) for line in text.splitlines()]
-                if file.endswith(".jsonl")
-                else json.loads(text)
-            )
-            found[int(named[1] or 0)] = rows
-    return found
+def tested_methods(experiment: str | Path) -> list[str]:
+    """Return the methods of an experiment that were evaluated on the test split."""
+    names = (record["name"] for record in read(experiment) if "test" in record["evaluation"])
+    return list(dict.fromkeys(names))
 
 
-def test_metric(name: str | Path, metric: str, file: str = "test.json") -> dict[int, float]:
-    """seed -> a metric of an evaluation; the seeds that have it"""
-    return {
-        seed: report[metric]["value"]
-        for seed, report in recorded(name, file).items()
-        if metric in report
-    }
+def runs(method: str | Path) -> dict[int, dict]:
+    """Return the records of a method by seed."""
+    experiment, name = Path(method).parent, Path(method).name
+    return {record["seed"]: record for record in read(experiment) if record["name"] == name}
 
 
-def over_phases(name: str | Path, key: str, first: int, last: int) -> dict[int, float]:
-    """seed -> the mean of a metric over these phases of PPO, those left out where it is null"""
-    found = {
-        seed: [
-            row[key] for row in log if row.get(key) is not None and first <= row["phase"] <= last
-        ]
-        for seed, log in recorded(name).items()
-    }
-    return {seed: float(np.mean(values)) for seed, values in found.items() if values}
+def metrics(method: str | Path) -> dict[int, list[dict]]:
+    """Return the rows of metrics.jsonl by seed, of the runs that have any."""
+    return {seed: run["metrics"] for seed, run in runs(method).items() if run["metrics"]}
 
 
-def spread(values: dict[int, float]) -> str:
-    """The mean of the seeds, of several with the lowest and the highest."""
-    # numpy's mean, because Python's sum rounds otherwise from 3.12 on, and some means lie in the middle of two numbers
-    mean, low, high = np.mean(list(values.values())), min(values.values()), max(values.values())
-    return f"{mean:.3f}" + (f" ({low:.3f} - {high:.3f})" if len(values) > 1 else "")
+def evaluations(method: str | Path, kind: str = "test") -> dict[int, dict]:
+    """Return one kind of evaluation by seed, of the runs that have it."""
+    found = {seed: run["evaluation"].get(kind) for seed, run in runs(method).items()}
+    return {seed: report for seed, report in found.items() if report is not None}
+
+
+def test_metric(method: str | Path, metric: str, kind: str = "test") -> dict[int, float]:
+    """Return a metric of an evaluation by seed, of the runs that have it."""
+    reports = evaluations(method, kind).items()
+    return {seed: report[metric]["value"] for seed, report in reports if metric in report}
+
+
+def over_phases(method: str | Path, key: str, first: int, last: int) -> dict[int, float]:
+    """Return the mean of a metric over some phases of PPO by seed. Phases may lack it."""
+    means = {}
+    for seed, log in metrics(method).items():
+        rows = [row for row in log if row.get(key) is not None and first <= row["phase"] <= last]
+        if rows:
+            means[seed] = float(np.mean([row[key] for row in rows]))
+    return means
+
+
+def mean(values: dict[int, float]) -> float:
+    # Python's sum rounds differently since 3.12, and some means are half-way between two digits.
+    return float(np.mean(list(values.values())))
+
+
+def spread(values: dict[int, float], digits: int = 3) -> str:
+    """Return the mean of the seeds as text. Several seeds: with the lowest and the highest."""
+    low, high = min(values.values()), max(values.values())
+    spread = f" ({low:.{digits}f} - {high:.{digits}f})" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
 
 
 def paired(values: dict[int, float], control: dict[int, float]) -> tuple[list[float], str]:
-    """The differences of the seeds that both have, and their mean with its 95 % interval as text (Student's t: with three
-    seeds its half-width is 4.30 standard errors)."""
+    """Return the differences of the seeds that both have, and their mean with its interval as text.
+
+    The 95 % interval is Student's. With three seeds its half-width is 4.30 standard errors.
+    """
     pairs = [values[seed] - control[seed] for seed in sorted(values.keys() & control.keys())]
     if len(pairs) < 2:
         return pairs, f"{pairs[0]:+.3f} (one seed)" if pairs else ""
-    half = T95[len(pairs)] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
-    return (
-        pairs,
-        f"{np.mean(pairs):+.3f} ({np.mean(pairs) - half:+.3f} to {np.mean(pairs) + half:+.3f})",
-    )
+    center, half = np.mean(pairs), T95[len(pairs)] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
+    return pairs, f"{center:+.3f} ({center - half:+.3f} to {center + half:+.3f})"

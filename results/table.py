@@ -1,44 +1,47 @@
-"""Print one table of recorded runs: `python results/table.py results/arithmetic [results/ei_samples ...]`.
+"""Print one table of records: `python results/table.py results/arithmetic.jsonl [FILE.jsonl ...]`.
 
-One row per method (a run folder's name without its seed): the mean over seeds and the lowest and highest seed of each
-metric on the test split, and of maj@1 with [BAD] and without a label where those were evaluated. The 95 % interval over
-problems of a single run is in its test.json."""
+A row is a method: the mean over its seeds, with the lowest and the highest seed, of each metric on
+the test split, and of maj@1 after [BAD] and without a label if these were evaluated. The 95 %
+interval over problems of a single run is in its record.
+"""
 
 import re
 import sys
 from pathlib import Path
 
-from records import methods, recorded, spread, test_metric
+import numpy as np
+from records import evaluations, metrics, spread, test_metric, tested_methods
 
 METRIC = r"(maj|rerank|weighted|pass|distinct)@\d+"
-rows = [
-    Path(folder).resolve() / name
-    for folder in sys.argv[1:]
-    for name in methods(Path(folder).resolve())
-]
-columns = {}
-for row in rows:
-    for file in ("test.json", "bad.json", "none.json"):
-        for report in recorded(row, file).values():
-            names = (
-                [name for name in report if re.fullmatch(METRIC, name)]
-                if file == "test.json"
-                else ["maj@1"]
-            )
-            columns |= {
-                name if file == "test.json" else f"maj@1 {file[:-5]}": (name, file)
-                for name in names
-            }
-print("| method | seeds | " + " | ".join(columns) + " | rollouts | minutes |")
-print("|---" * (len(columns) + 4) + "|")
-for row in rows:
-    cells = []
-    for metric, file in columns.values():
-        values = test_metric(row, metric, file)
-        cells.append(spread(values) if values else "")
-    last = [log[-1] for log in recorded(row).values()]
-    spent = f"{sum(r['seconds'] for r in last) / len(last) / 60:.1f}" if last else ""
-    drawn = f"{sum(r.get('samples', 0) for r in last) / len(last):,.0f}" if last else ""
-    print(
-        f"| {row.name} | {len(recorded(row, 'test.json'))} | {' | '.join(cells)} | {drawn} | {spent} |"
-    )
+
+
+def columns_of(method: Path) -> dict[str, tuple[str, str]]:
+    """Return title -> (metric, kind of evaluation) of what was measured."""
+    reports = evaluations(method).values()
+    names = [name for report in reports for name in report if re.fullmatch(METRIC, name)]
+    columns = {name: (name, "test") for name in names}
+    labels = [kind for kind in ("bad", "none") if evaluations(method, kind)]
+    return columns | {f"maj@1 {kind}": ("maj@1", kind) for kind in labels}
+
+
+def main(files: list[str]) -> None:
+    experiments = [Path(file).resolve().with_suffix("") for file in files]
+    methods = [file / name for file in experiments for name in tested_methods(file)]
+    columns = {}
+    for method in methods:
+        columns |= columns_of(method)
+    print("| method | seeds | " + " | ".join(columns) + " | rollouts | minutes |")
+    print("|---" * (len(columns) + 4) + "|")
+    for method in methods:
+        cells = [str(len(evaluations(method)))]
+        for metric, kind in columns.values():
+            values = test_metric(method, metric, kind)
+            cells.append(spread(values) if values else "")
+        last = [log[-1] for log in metrics(method).values()]
+        samples, seconds = ([row.get(key, 0) for row in last] for key in ("samples", "seconds"))
+        cells += [f"{np.mean(samples):,.0f}", f"{np.mean(seconds) / 60:.1f}"] if last else ["", ""]
+        print(f"| {method.name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

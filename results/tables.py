@@ -1,130 +1,123 @@
-"""The tables of README.md and of README.md beside this file that are made of records: `python results/tables.py`.
+"""Print the tables of the pages that are made of records: `python results/tables.py`.
 
-One row per method: the mean over its seeds, of some metrics with the lowest and the highest seed. tests/test_results.py
-compares what this prints with what stands there."""
+A row is a method: the mean over its seeds, of some metrics with the lowest and the highest seed.
+tests/test_results.py compares these rows with the pages.
+"""
 
-import numpy as np
-from records import recorded, spread, test_metric
-
-
-def logged(name: str, key: str) -> dict[int, float]:
-    """seed -> what the last row of metrics.jsonl says, 0 where it does not have the key"""
-    return {seed: log[-1].get(key, 0) for seed, log in recorded(name).items()}
+from records import evaluations, mean, metrics, runs, spread, test_metric
 
 
-def mean_of_sums(names: list[tuple[str, str]], seeds: dict[int, float]) -> float:
-    """Of several runs of a seed, (name, key of the last row) each, the mean over these seeds."""
-    return sum(float(np.mean([logged(name, key)[seed] for seed in seeds])) for name, key in names)
+def row(cells: list[str]) -> str:
+    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+
+
+def print_head(title: str, columns: list[str]) -> None:
+    print(f"\n{title}\n\n{row(columns)}\n{'|---' * len(columns)}|")
+
+
+def last_row(method: str, key: str) -> dict[int, float]:
+    """Return a metric of the last row of metrics.jsonl by seed, 0 where it is missing."""
+    return {seed: log[-1].get(key, 0) for seed, log in metrics(method).items()}
+
+
+def sum_of_means(parts: list[tuple[str, str]], seeds: dict[int, float]) -> float:
+    """Return the sum over parts, (method, key of the last row), of the mean over these seeds."""
+    total = 0.0
+    for method, key in parts:
+        values = last_row(method, key)
+        total += mean({seed: values[seed] for seed in seeds})
+    return total
 
 
 def print_methods(
     title: str, with_spread: list[str], without: list[str], rows: dict[str, tuple[str, list]]
 ) -> None:
-    """rows: label -> (where it was tested, the runs that were made for it: a name, of which rollouts and minutes
-    count, or (name, "seconds", "samples", ...), of which these count)"""
-    columns = ["seeds", *with_spread, *without, "rollouts", "minutes"]
-    print(f"\n{title}\n\n| method | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-    for label, (tested, runs) in rows.items():
+    """Print accuracy and cost of some methods.
+
+    rows: label -> (method that was tested, runs that it cost). A run is a method, of which samples
+    and minutes count, or (method, key, ...), of which only these keys count.
+    """
+    print_head(title, ["method", "seeds", *with_spread, *without, "rollouts", "minutes"])
+    for label, (tested, cost) in rows.items():
         found = {metric: test_metric(tested, metric) for metric in with_spread + without}
-        cells = [str(len(found["maj@1"])), *(spread(found[metric]) for metric in with_spread)]
-        cells += [f"{np.mean(list(found[metric].values())):.3f}" for metric in without]
-        parts = [(run, "seconds", "samples") if isinstance(run, str) else run for run in runs]
-        rollouts = [(name, key) for name, *keys in parts for key in keys if key != "seconds"]
-        seconds = [(name, key) for name, *keys in parts for key in keys if key == "seconds"]
         seeds = found["maj@1"]
-        cells += [
-            f"{mean_of_sums(rollouts, seeds):,.0f}",
-            f"{mean_of_sums(seconds, seeds) / 60:.1f}",
-        ]
-        print(f"| {label} | {' | '.join(cells)} |")
+        cells = [str(len(seeds)), *(spread(found[metric]) for metric in with_spread)]
+        cells += [f"{mean(found[metric]):.3f}" for metric in without]
+        parts = [(run, "seconds", "samples") if isinstance(run, str) else run for run in cost]
+        parts = [(method, key) for method, *keys in parts for key in keys]
+        rollouts = sum_of_means([part for part in parts if part[1] != "seconds"], seeds)
+        seconds = sum_of_means([part for part in parts if part[1] == "seconds"], seeds)
+        print(f"| {label} | {' | '.join(cells)} | {rollouts:,.0f} | {seconds / 60:.1f} |")
 
 
 def print_rerank(rows: dict[str, str]) -> None:
-    metrics = ("maj@1", "maj@32", "rerank@32", "weighted@32", "pass@32")
-    print(
-        f"\nReranking\n\n| samples of | {' | '.join(metrics)} | rerank@32 - maj@32, by seed |\n{'|---' * 7}|"
-    )
-    for label, name in rows.items():
-        tests = [report["rerank@32 - maj@32"] for report in recorded(name, "test.json").values()]
+    """Print how good the choices of a reward model are. rows: label -> method."""
+    names = ["maj@1", "maj@32", "rerank@32", "weighted@32", "pass@32"]
+    print_head("Reranking", ["samples of", *names, "rerank@32 - maj@32, by seed"])
+    for label, method in rows.items():
+        tests = [report["rerank@32 - maj@32"] for report in evaluations(method).values()]
         each = ", ".join(f"{test['difference']:+.3f}" for test in tests)
-        ps = [f"{test['p']:.3f}" if test["p"] < 0.0095 else f"{test['p']:.2f}" for test in tests]
-        said = (
-            "each p < 0.001" if all(test["p"] < 0.001 for test in tests) else f"p = {', '.join(ps)}"
-        )
-        print(
-            f"| {label} | {' | '.join(spread(test_metric(name, m)) for m in metrics)} | {each} ({said}) |"
-        )
+        p = ", ".join(f"{t['p']:.3f}" if t["p"] < 0.0095 else f"{t['p']:.2f}" for t in tests)
+        p = "each p < 0.001" if all(test["p"] < 0.001 for test in tests) else f"p = {p}"
+        cells = [spread(test_metric(method, name)) for name in names]
+        print(f"| {label} | {' | '.join(cells)} | {each} ({p}) |")
 
 
-def print_of_one_run(title: str, metrics: dict[str, bool], rows: dict[str, str]) -> None:
-    """metrics: name -> whether with its interval over problems; rows: label -> where the run is. Blank what was not measured."""
-    print(
-        f"\n{title}\n\n| | {' | '.join(metrics)} | rollouts | minutes |\n{'|---' * (len(metrics) + 3)}|"
-    )
-    for label, name in rows.items():
-        (report,), cells = recorded(name, "test.json").values(), []
-        for metric, with_interval in metrics.items():
-            found = report.get(metric)
-            cells.append(f"{found['value']:.3f}" if found else "")
-            cells[-1] += (
-                " ({:.3f} - {:.3f})".format(*found["ci95"]) if found and with_interval else ""
-            )
-        (drawn,), (seconds,) = logged(name, "samples").values(), logged(name, "seconds").values()
-        print(f"| {label} | {' | '.join(cells)} | {drawn:,.0f} | {seconds / 60:.1f} |")
+def print_single_runs(title: str, names: dict[str, bool], rows: dict[str, str]) -> None:
+    """Print methods with one run each. A cell is blank if the metric was not measured.
+
+    names: metric -> whether to print its interval over the problems. rows: label -> method.
+    """
+    print_head(title, ["", *names, "rollouts", "minutes"])
+    for label, method in rows.items():
+        (run,), cells = runs(method).values(), []
+        report, last = run["evaluation"]["test"], run["metrics"][-1]
+        for name, with_interval in names.items():
+            found = report.get(name)
+            interval = " ({:.3f} - {:.3f})".format(*found["ci95"]) if found else ""
+            cells.append(f"{found['value']:.3f}{interval * with_interval}" if found else "")
+        cells += [f"{last.get('samples', 0):,.0f}", f"{last['seconds'] / 60:.1f}"]
+        print(f"| {label} | {' | '.join(cells)} |")
 
 
-def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, str | None]]) -> None:
-    """rows: label -> (where it was tested, the run whose mixture it was trained on, if any); of the others only the seeds
-    that a mixture was made from"""
-    columns = [
-        "seeds",
-        "right + wrong",
-        "maj@1 after `[GOOD]`",
-        "after `[BAD]`",
-        "no label",
-        *without,
-    ]
-    print(f"\n{title}\n\n| mixture | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-    seeds = {
-        seed for name, mixture in rows.values() if mixture for seed in test_metric(name, "maj@1")
-    }
+def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, bool]]) -> None:
+    """Print return-conditioned RL and controls.
 
-    def tested(name: str, metric: str, file: str = "test.json") -> dict[int, float]:
-        return {
-            seed: value for seed, value in test_metric(name, metric, file).items() if seed in seeds
-        }
+    rows: label -> (method, whether it was trained on a mixture). The other methods count with the
+    seeds that a mixture was made of.
+    """
+    columns = ["right + wrong", "maj@1 after `[GOOD]`", "after `[BAD]`", "no label", *without]
+    print_head(title, ["mixture", "seeds", *columns])
+    mixtures = [method for method, is_mixture in rows.values() if is_mixture]
+    seeds = {seed for method in mixtures for seed in test_metric(method, "maj@1")}
 
-    for label, (name, mixture) in rows.items():
-        parts = (
-            [np.mean(list(logged(mixture, key).values())) for key in ("n_correct", "n_incorrect")]
-            if mixture
-            else []
-        )
-        cells = [str(len(tested(name, "maj@1"))), " + ".join(f"{part:,.0f}" for part in parts)]
-        after = {file: tested(name, "maj@1", f"{file}.json") for file in ("test", "bad", "none")}
-        if not after["bad"]:
-            after["test"], after["none"] = {}, after["test"]
-        cells += [spread(values) if values else "" for values in after.values()]
-        cells += [f"{np.mean(list(tested(name, metric).values())):.3f}" for metric in without]
-        print(f"| {' | '.join([label, *cells])} |".replace("|  |", "| |").replace("|  |", "| |"))
+    def tested(method: str, metric: str, kind: str = "test") -> dict[int, float]:
+        values = test_metric(method, metric, kind)
+        return {seed: value for seed, value in values.items() if seed in seeds}
+
+    for label, (method, is_mixture) in rows.items():
+        counts = ("n_correct", "n_incorrect") if is_mixture else ()
+        size = " + ".join(f"{mean(last_row(method, key)):,.0f}" for key in counts)
+        good, bad, none = (tested(method, "maj@1", kind) for kind in ("test", "bad", "none"))
+        if not bad:  # a model without labels
+            good, none = {}, good
+        cells = [str(len(tested(method, "maj@1"))), size]
+        cells += [spread(values) if values else "" for values in (good, bad, none)]
+        cells += [f"{mean(tested(method, metric)):.3f}" for metric in without]
+        print(row([label, *cells]))
 
 
 def print_variants(rows: dict[str, str]) -> None:
-    print(f"\nPPO\n\n| variant | maj@1 | pass@1 | pass@16 | phase kept (of 20) |\n{'|---' * 5}|")
-    for label, name in rows.items():
-        if not recorded(name):
-            continue
-        cells = [spread(test_metric(name, "maj@1"))]
-        cells += [
-            f"{np.mean(list(test_metric(name, metric).values())):.3f}"
-            for metric in ("pass@1", "pass@16")
-        ]
+    """Print variants of PPO. rows: label -> method."""
+    print_head("PPO", ["variant", "maj@1", "pass@1", "pass@16", "phase kept (of 20)"])
+    for label, method in rows.items():
+        cells = [spread(test_metric(method, "maj@1"))]
+        cells += [f"{mean(test_metric(method, metric)):.3f}" for metric in ("pass@1", "pass@16")]
         kept = []
-        for log in recorded(name).values():
-            tried = [row for row in log if "maj@1" in row]
-            kept.append(
-                str(max(tried, key=lambda row: row["maj@1"])["phase"])
-            )  # the first of equal ones
+        for log in metrics(method).values():
+            evaluated = [row for row in log if "maj@1" in row]
+            # Of equally good phases the first one is kept.
+            kept.append(str(max(evaluated, key=lambda row: row["maj@1"])["phase"]))
         print(f"| {label} | {' | '.join(cells)} | {', '.join(kept)} |")
 
 
@@ -228,37 +221,28 @@ def main() -> None:
         "Return-conditioned RL",
         ["pass@1", "pass@16"],
         {
-            "1 : 1, label per line": ("rcrl/ratio1", "rcrl/ratio1"),
-            "10 : 1, label per line": ("rcrl/ratio10", "rcrl/ratio10"),
-            "100 : 1, label per line": ("rcrl/ratio100", "rcrl/ratio100"),
-            "1 : 1, one label per solution": ("rcrl/outcome1", "rcrl/outcome1"),
-            "control: only the right ones, no labels": ("rcrl/control", "rcrl/control"),
-            "control: the right ones of 1 : 1, no labels": (
-                "rcrl/control_1600",
-                "rcrl/control_1600",
-            ),
-            "control: all of 1 : 1, no labels": ("rcrl/control_mixed", "rcrl/control_mixed"),
-            "the expert iteration that it samples from": ("arithmetic/ei_dedup", None),
-            "SFT": ("arithmetic/sft", None),
+            "1 : 1, label per line": ("rcrl/ratio1", True),
+            "10 : 1, label per line": ("rcrl/ratio10", True),
+            "100 : 1, label per line": ("rcrl/ratio100", True),
+            "1 : 1, one label per solution": ("rcrl/outcome1", True),
+            "control: only the right ones, no labels": ("rcrl/control", True),
+            "control: the right ones of 1 : 1, no labels": ("rcrl/control_1600", True),
+            "control: all of 1 : 1, no labels": ("rcrl/control_mixed", True),
+            "the expert iteration that it samples from": ("arithmetic/ei_dedup", False),
+            "SFT": ("arithmetic/sft", False),
         },
     )
     print_labels(
         "Return-conditioned RL on all samples",
         ["pass@1", "pass@16"],
         {
-            "10 : 1 of all samples, label per line": ("rcrl_all/ratio10", "rcrl_all/ratio10"),
-            "control: its right ones, no labels": ("rcrl_all/control", "rcrl_all/control"),
-            "harder task, 10 : 1 of all samples": (
-                "rcrl_all/hard_ratio10",
-                "rcrl_all/hard_ratio10",
-            ),
-            "harder task, control: its right ones, no labels": (
-                "rcrl_all/hard_control",
-                "rcrl_all/hard_control",
-            ),
+            "10 : 1 of all samples, label per line": ("rcrl_all/ratio10", True),
+            "control: its right ones, no labels": ("rcrl_all/control", True),
+            "harder task, 10 : 1 of all samples": ("rcrl_all/hard_ratio10", True),
+            "harder task, control: its right ones, no labels": ("rcrl_all/hard_control", True),
             "harder task, the expert iteration that both sample from": (
                 "rcrl_all/hard_policy",
-                None,
+                False,
             ),
         },
     )
@@ -266,24 +250,31 @@ def main() -> None:
         "Return-conditioned RL, harder task",
         ["pass@1", "pass@16", "distinct@16"],
         {
-            "10 : 1, label per line": ("hard_rcrl/ratio10", "hard_rcrl/ratio10"),
-            "control: only the right ones, no labels": ("hard_rcrl/control", "hard_rcrl/control"),
-            "the expert iteration that it samples from": ("hard/ei", None),
-            "the same with a third round": ("hard/rounds3", None),
-            "SFT": ("hard/sft", None),
+            "10 : 1, label per line": ("hard_rcrl/ratio10", True),
+            "control: only the right ones, no labels": ("hard_rcrl/control", True),
+            "the expert iteration that it samples from": ("hard/ei", False),
+            "the same with a third round": ("hard/rounds3", False),
+            "SFT": ("hard/sft", False),
         },
     )
-    print_of_one_run(
+    print_single_runs(
         "GSM8K",
-        {"maj@1": True, "maj@96": True, "rerank@96": True, "weighted@96": False, "pass@1": True, "pass@32": False,
-         "pass@96": True},
+        {
+            "maj@1": True,
+            "maj@96": True,
+            "rerank@96": True,
+            "weighted@96": False,
+            "pass@1": True,
+            "pass@32": False,
+            "pass@96": True,
+        },
         {
             "SFT, 4 epochs": "gsm8k_smollm2/sft",
             "one round of expert iteration, K = 8": "gsm8k_smollm2/ei",
             "PPO, 16 phases, `--lr 1e-5`": "gsm8k_smollm2/ppo",
             "PPO, 7 phases, `--lr 1e-4`": "gsm8k_smollm2/ppo_1e-4",
         },
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import itertools
 import json
 import math
 import signal
+import sys
 import zlib
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -471,6 +473,41 @@ def test_what_was_logged_after_the_checkpoint_does_not_stand_there_twice(run):
     run.log(step=2)
     resumed(run).log(step=2)
     assert [row["step"] for row in rows_of(run.metrics_file)] == [1, 2]
+
+
+def test_tensorboard_gets_each_number_once_over_samples_or_steps(run, monkeypatch):
+    class SummaryWriter:
+        """Stands for the one of TensorBoard, which need not be installed."""
+
+        def __init__(self, folder):
+            self.folder, self.scalars = folder, []
+
+        def add_scalar(self, *scalar):
+            self.scalars.append(scalar)
+
+        def flush(self):
+            pass
+
+    fake = SimpleNamespace(SummaryWriter=SummaryWriter)
+    run.log(step=1, samples=8, phase=1, correct=0.5, explained_variance=None)
+    run.checkpoint(now=True)
+    run.log(step=2, samples=16, phase=2, correct=0.75)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    again = resumed(run)  # from the first row on, which was logged without TensorBoard
+    again.log(step=2, samples=16, phase=2, correct=1.0)
+    again.log(step=9, samples=0, epoch=1, loss=0.25)
+    assert Path(again.writer.folder) == run.out / "tensorboard"
+    keys = "correct", "loss", "explained_variance"
+    found = [scalar for scalar in again.writer.scalars if scalar[0] in keys]
+    assert found == [("correct", 0.5, 8), ("correct", 1.0, 16), ("loss", 0.25, 9)]
+
+
+def test_a_run_without_tensorboard_writes_none(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it fails
+    run.out /= "in"
+    other = resumed(run)
+    other.log(step=1)
+    assert other.writer is None and not (other.out / "tensorboard").exists()
 
 
 def test_a_checkpoint_is_written_when_it_is_due_and_at_ctrl_c(run):

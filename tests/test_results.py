@@ -1,5 +1,6 @@
-"""Every table and every interval of the two READMEs is what the records give."""
+"""Every table and every interval of the pages is what the records give."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,98 +8,198 @@ import sys
 import pytest
 from conftest import ROOT
 
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "results/README.md")}
+RESULTS = ROOT / "results"
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", RESULTS / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
+ALL_PAGES = "\n".join(PAGES.values())
+EXPERIMENTS = [f"results/{n}.jsonl" for n in "arithmetic ppo_longer ei_samples ei_continue".split()]
 SCRIPTS = {
     "tables": ["tables.py"],
-    "table": [
-        "table.py",
-        *(f"results/{name}" for name in ("arithmetic", "ppo_longer", "ei_samples", "ei_continue")),
-    ],
+    "table": ["table.py", *EXPERIMENTS],
     "claims": ["claims.py"],
-    "compare": ["compare.py", "results/pre_ppo", "original"],
-    "genrm": ["genrm/report.py"],
+    "compare": ["compare.py", "results/pre_ppo.jsonl", "original"],
+    "genrm": ["genrm.py"],
 }
 NUMBER = r"[-+]?\d+\.\d+"
+
+
+def run_script(script: str, *args, **how) -> subprocess.CompletedProcess:
+    command = [sys.executable, RESULTS / script, *args]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, **how)
 
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, str]:
     """What the scripts of results/ print."""
-    said = {}
-    for name, (script, *args) in SCRIPTS.items():
-        command = [sys.executable, str(ROOT / "results" / script), *args]
-        said[name] = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-    return said
+    return {name: run_script(*script, check=True).stdout for name, script in SCRIPTS.items()}
+
+
+# ---- The pages -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tables", "table"])
 def test_tables_are_those_of_the_records(printed, name):
     rows = [line for line in printed[name].splitlines() if line.startswith("| ")]
     assert len(rows) > 10
-    written = {line for page in PAGES.values() for line in page.splitlines()}
+    written = set(ALL_PAGES.splitlines())
     missing = [row for row in rows if row not in written]
-    assert not missing, "\n".join(["rows that no README has:", *missing])
+    assert not missing, "\n".join(["rows that no page has:", *missing])
 
 
 def test_table_of_the_generative_reward_model_is_that_of_the_records(printed):
     rows = [
-        line for line in printed["genrm"].splitlines() if re.match(r"\| (verifier|GenRM) ", line)
+        line for line in printed["genrm"].splitlines() if re.match(r"\| (verifier|GenRM)", line)
     ]
     assert len(rows) == 3
     for cell in (cell.strip() for row in rows for cell in row.split("|") if cell.strip()):
-        assert cell in PAGES["results/README.md"]
+        assert cell in ALL_PAGES
 
 
 def intervals(text: str) -> set[tuple[float, float, int]]:
-    """The bounds of "(+0.012 to +0.034" and of "-0.012 to +0.034", which without a bracket needs its sign; and how many
-    digits follow the point."""
-    found = re.findall(rf"\(({NUMBER}) to ({NUMBER})", text) + re.findall(
-        rf"([-+]\d+\.\d+) to ({NUMBER})", text
-    )
+    """The bounds of intervals and how many digits follow the point.
+
+    They are written "(+0.012 to +0.034" or "-0.012 to +0.034", which without a bracket needs its
+    sign.
+    """
+    found = re.findall(rf"\(({NUMBER}) to ({NUMBER})", text)
+    found += re.findall(rf"([-+]\d+\.\d+) to ({NUMBER})", text)
     return {(float(low), float(high), len(high.partition(".")[2])) for low, high in found}
+
+
+def test_the_pages_have_intervals():
+    assert len(intervals(ALL_PAGES)) > 40
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_intervals_are_those_of_the_records(printed, page):
-    """With one digit an interval is in points (times 100); it may be the other way round: "8.8 points below (5.4 to 12.2)"."""
-    given = {(low, high) for said in printed.values() for low, high, _ in intervals(said)}
-    written = intervals(PAGES[page])
-    assert len(written) > 20
+    """With one digit an interval is in points (times 100).
+
+    It may be the other way round: "8.8 points below (5.4 to 12.2)".
+    """
+    given = {(low, high) for text in printed.values() for low, high, _ in intervals(text)}
+    given |= {(-high, -low) for low, high in given}
     unknown = []
-    for low, high, digits in sorted(written):
+    for low, high, digits in sorted(intervals(PAGES[page])):
         scale, slack = {1: (100, 0.051), 2: (1, 0.0051), 3: (1, 1e-6)}[digits]
-        either_way = given | {(-b, -a) for a, b in given}
-        if not any(
-            abs(low - scale * a) < slack and abs(high - scale * b) < slack for a, b in either_way
-        ):
+        near = (max(abs(low - scale * a), abs(high - scale * b)) < slack for a, b in given)
+        if not any(near):
             unknown.append(f"{low} to {high}")
     assert not unknown, f"intervals that no record gives: {unknown}"
 
 
 def test_differences_by_seed_are_those_of_the_records(printed):
-    said = "\n".join(printed.values())
-    lists = [
-        found for page in PAGES.values() for found in re.findall(r"by seed ([-+.,\d ]+\d)", page)
-    ]
+    def by_seed(text: str) -> list[str]:
+        return re.findall(r"by seed ([-+.,\d ]+\d)", text)
+
+    def values(found: str) -> tuple[float, ...]:
+        return tuple(map(float, re.findall(NUMBER, found)))
+
+    lists = by_seed(ALL_PAGES)
     in_points = [found for found in lists if not re.search(r"\d\.\d{3}", found)]
-    given = {
-        tuple(map(float, re.findall(NUMBER, line)))
-        for line in re.findall(r"by seed ([-+.,\d ]+\d)", said)
-    }
-    rounded = {tuple(round(100 * value + 1e-9, 1) for value in values) for values in given}
+    given = {values(found) for found in by_seed("\n".join(printed.values()))}
+    rounded = {tuple(round(100 * value + 1e-9, 1) for value in each) for each in given}
     assert len(lists) > len(in_points) > 0
     for found in lists:
-        values = tuple(map(float, re.findall(NUMBER, found)))
-        assert values in (rounded if found in in_points else given), found
+        assert values(found) in (rounded if found in in_points else given), found
 
 
-@pytest.mark.parametrize("file", ["sft", "ei"])
-def test_the_earlier_round_on_gsm8k_is_what_its_evaluations_printed(file):
-    said = (ROOT / "results" / "gsm8k_smollm2" / "h200" / f"{file}_test.txt").read_text()
-    value = re.search(rf" maj@1 +({NUMBER}) ", said)[1]
-    line = next(
-        line for line in PAGES["README.md"].splitlines() if "`results/gsm8k_smollm2/h200`" in line
-    )
-    assert value in re.findall(NUMBER, line)
+@pytest.mark.parametrize("method", ["sft_1e-3", "ei"])
+def test_the_earlier_round_on_gsm8k_is_what_its_evaluations_printed(method):
+    found = [record for record in read("gsm8k_smollm2_h200") if record["name"] == method]
+    value = f"{found[0]['evaluation']['test']['maj@1']['value']:.3f}"
+    lines = [line for line in ALL_PAGES.splitlines() if "gsm8k_smollm2_h200" in line]
+    assert any(value in re.findall(NUMBER, line) for line in lines)
+
+
+# ---- The records ---------------------------------------------------------------------------------
+
+FILES = {path.stem: path for path in sorted(RESULTS.glob("*.jsonl"))}
+
+
+def read(experiment: str) -> list[dict]:
+    return [json.loads(line) for line in FILES[experiment].read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("experiment", FILES)
+def test_records_are_well_formed(experiment):
+    records = read(experiment)
+    for record in records:
+        assert list(record) == ["name", "seed", "args", "metrics", "evaluation"]
+        assert isinstance(record["args"], dict | None) and isinstance(record["evaluation"], dict)
+        assert record["metrics"] or record["evaluation"]
+        assert all("seconds" in row and "step" in row for row in record["metrics"])
+    runs = [(record["name"], record["seed"]) for record in records]
+    assert runs == sorted(set(runs)) and runs
+
+
+def test_every_experiment_has_its_command():
+    commands = {path.stem for path in RESULTS.glob("commands/*.sh")}
+    assert FILES.keys() - commands == {"defaults"}  # its commands are in README.md
+
+
+def make_run(folder, rows: list[dict]):
+    folder.mkdir()
+    (folder / "args.json").write_text('{"model": "elsewhere/sft/model"}')
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_run_is_added_to_the_records_and_replaced(tmp_path):
+    run, file = make_run(tmp_path / "run", [{"step": 1, "seconds": 2.0}]), tmp_path / "new/x.jsonl"
+    (run / "test.json").write_text('{"maj@1": {"value": 0.5}}')
+    (run / "test.args.json").write_text('{"split": "test"}')
+    for name, seed in (("ppo", 1), ("ei", 10), ("ei", 2)):
+        run_script("record.py", run, file, name, seed, "--work", "elsewhere", check=True)
+    (run / "test.json").write_text('{"maj@1": {"value": 0.75}}')
+    run_script("record.py", run, file, "ei", 10, "--work", "elsewhere", check=True)
+    lines = file.read_text().splitlines()
+    # results/commands/steps.sh looks for a line that begins like this.
+    assert [line.split('"args"')[0] for line in lines] == [
+        '{"name": "ei", "seed": 2, ',
+        '{"name": "ei", "seed": 10, ',
+        '{"name": "ppo", "seed": 1, ',
+    ]
+    values = [json.loads(line)["evaluation"]["test"]["maj@1"]["value"] for line in lines]
+    assert values == [0.5, 0.75, 0.5]
+    record = json.loads(lines[1])
+    assert record["args"] == {"model": "runs/results/sft/model"}
+    assert record["metrics"] == [{"step": 1, "seconds": 2.0}]
+    assert list(record["evaluation"]) == ["test"]
+
+
+# ---- The figures ---------------------------------------------------------------------------------
+
+
+def test_curves_of_a_run_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the figures; it is not installed")
+    rows = [
+        {"step": 0, "samples": 0, "maj@1": 0.5},
+        {"step": 4, "samples": 8, "reward": 0.5, "ref_kl_k3": 0.1, "ref_kl_k1": 0.2},
+        {"step": 8, "samples": 16, "reward": 0.7, "ref_kl_k3": None, "maj@1": 0.6},
+    ]
+    run, file = make_run(tmp_path / "run", rows), tmp_path / "new" / "curves.png"
+    run_script("plot.py", run, run, "--out", file, check=True)
+    assert file.read_bytes().startswith(b"\x89PNG")
+    for rows, folder, reason in (
+        ([{"step": 0, "samples": 0}], "begun", "nothing to draw"),
+        (None, "missing", "is no run"),
+    ):
+        if rows:
+            make_run(tmp_path / folder, rows)
+        done = run_script("plot.py", tmp_path / folder, "--out", tmp_path / "none.png")
+        assert done.returncode and reason in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_without_matplotlib_plot_says_how_to_get_it(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    done = run_script("plot.py", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode and "pip install matplotlib" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_figures_are_small():
+    sizes = {path.name: path.stat().st_size for path in RESULTS.glob("*.png")}
+    assert sizes and max(sizes.values()) < 150_000, sizes
