@@ -1,7 +1,7 @@
-"""The tables of README.md and of README.md beside this file that are made of records: `python results/tables.py`.
+"""The tables of the pages that are made of records: `python results/tables.py`.
 
 One row per method: the mean over its seeds, of some metrics with the lowest and the highest seed. tests/test_results.py
-compares what this prints with what stands there."""
+compares what this prints with README.md, docs/ and results/README.md."""
 
 import numpy as np
 from records import recorded, spread, test_metric
@@ -78,7 +78,7 @@ def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, str 
     that a mixture was made from"""
     columns = [
         "seeds",
-        "right + wrong",
+        "correct + incorrect",
         "maj@1 after `[GOOD]`",
         "after `[BAD]`",
         "no label",
@@ -175,7 +175,7 @@ def main() -> None:
                 "hard_rcrl/ratio10",
                 ["hard/ei", ("hard_rcrl/ratio10", *rollouts, "completions")],
             ),
-            "the same right solutions without labels (control)": (
+            "the same correct solutions without labels (control)": (
                 "hard_rcrl/control",
                 ["hard/ei", ("hard_rcrl/ratio10", "samples"), ("hard_rcrl/control", "seconds")],
             ),
@@ -232,8 +232,8 @@ def main() -> None:
             "10 : 1, label per line": ("rcrl/ratio10", "rcrl/ratio10"),
             "100 : 1, label per line": ("rcrl/ratio100", "rcrl/ratio100"),
             "1 : 1, one label per solution": ("rcrl/outcome1", "rcrl/outcome1"),
-            "control: only the right ones, no labels": ("rcrl/control", "rcrl/control"),
-            "control: the right ones of 1 : 1, no labels": (
+            "control: only the correct ones, no labels": ("rcrl/control", "rcrl/control"),
+            "control: the correct ones of 1 : 1, no labels": (
                 "rcrl/control_1600",
                 "rcrl/control_1600",
             ),
@@ -247,12 +247,12 @@ def main() -> None:
         ["pass@1", "pass@16"],
         {
             "10 : 1 of all samples, label per line": ("rcrl_all/ratio10", "rcrl_all/ratio10"),
-            "control: its right ones, no labels": ("rcrl_all/control", "rcrl_all/control"),
+            "control: its correct ones, no labels": ("rcrl_all/control", "rcrl_all/control"),
             "harder task, 10 : 1 of all samples": (
                 "rcrl_all/hard_ratio10",
                 "rcrl_all/hard_ratio10",
             ),
-            "harder task, control: its right ones, no labels": (
+            "harder task, control: its correct ones, no labels": (
                 "rcrl_all/hard_control",
                 "rcrl_all/hard_control",
             ),
@@ -267,7 +267,7 @@ def main() -> None:
         ["pass@1", "pass@16", "distinct@16"],
         {
             "10 : 1, label per line": ("hard_rcrl/ratio10", "hard_rcrl/ratio10"),
-            "control: only the right ones, no labels": ("hard_rcrl/control", "hard_rcrl/control"),
+            "control: only the correct ones, no labels": ("hard_rcrl/control", "hard_rcrl/control"),
             "the expert iteration that it samples from": ("hard/ei", None),
             "the same with a third round": ("hard/rounds3", None),
             "SFT": ("hard/sft", None),

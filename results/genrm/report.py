@@ -1,4 +1,4 @@
-"""The tables and numbers of README.md's part on the generative reward model: `python results/genrm/report.py`."""
+"""The tables and numbers of docs/findings.md on the generative reward model: `python results/genrm/report.py`."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,8 @@ from records import over_phases, paired, recorded, test_metric  # noqa: E402
 
 ROWS = {
     "verifier": "arithmetic/ppo",
-    "GenRM beside the gold solution": "genrm/gold",
-    "GenRM beside the best of 16": "genrm/best",
+    "GenRM next to the gold solution": "genrm/gold",
+    "GenRM next to the best of 16": "genrm/best",
     "half checked, a quarter each GenRM": "genrm/hybrid",
     "the same, verifiable questions first": "genrm/hybrid_first",
 }
@@ -47,7 +47,7 @@ for seed, found in recorded("genrm/genrm", "quality.json").items():
         "nonsense_worst",
     )
     print(f"| {seed} | " + " | ".join(f"{found[key]:.3f}" for key in keys) + " |")
-print("\n| reward | maj@1 | pass@16 | samples right, phases 17-20 | mean reward, phases 17-20 | wrong samples scored 0.5 or more, phases 1-2 → 17-20 | better than the gold solution, phases 17-20 |")  # fmt: skip
+print("\n| reward | maj@1 | pass@16 | samples correct, phases 17-20 | mean reward, phases 17-20 | incorrect samples scored 0.5 or more, phases 1-2 → 17-20 | better than the gold solution, phases 17-20 |")  # fmt: skip
 print("|---" * 7 + "|")
 for label, name in ROWS.items():
     if found := test_metric(name, "maj@1"):
