@@ -1,4 +1,4 @@
-"""Every table and every interval of the two READMEs is what the records give."""
+"""Every table and every interval of README.md, docs/ and results/README.md is what the records give."""
 
 import re
 import subprocess
@@ -7,7 +7,12 @@ import sys
 import pytest
 from conftest import ROOT
 
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "results/README.md")}
+NAMES = [
+    "README.md",
+    "results/README.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 SCRIPTS = {
     "tables": ["tables.py"],
     "table": [
@@ -39,7 +44,7 @@ def test_tables_are_those_of_the_records(printed, name):
     assert len(rows) > 10
     written = {line for page in PAGES.values() for line in page.splitlines()}
     missing = [row for row in rows if row not in written]
-    assert not missing, "\n".join(["rows that no README has:", *missing])
+    assert not missing, "\n".join(["rows that no page has:", *missing])
 
 
 def test_table_of_the_generative_reward_model_is_that_of_the_records(printed):
@@ -48,7 +53,7 @@ def test_table_of_the_generative_reward_model_is_that_of_the_records(printed):
     ]
     assert len(rows) == 3
     for cell in (cell.strip() for row in rows for cell in row.split("|") if cell.strip()):
-        assert cell in PAGES["results/README.md"]
+        assert cell in PAGES["docs/findings.md"]
 
 
 def intervals(text: str) -> set[tuple[float, float, int]]:
@@ -65,7 +70,7 @@ def test_intervals_are_those_of_the_records(printed, page):
     """With one digit an interval is in points (times 100); it may be the other way round: "8.8 points below (5.4 to 12.2)"."""
     given = {(low, high) for said in printed.values() for low, high, _ in intervals(said)}
     written = intervals(PAGES[page])
-    assert len(written) > 20
+    assert len(written) > 20 or page not in ("docs/claims.md", "docs/findings.md")
     unknown = []
     for low, high, digits in sorted(written):
         scale, slack = {1: (100, 0.051), 2: (1, 0.0051), 3: (1, 1e-6)}[digits]
@@ -99,6 +104,8 @@ def test_the_earlier_round_on_gsm8k_is_what_its_evaluations_printed(file):
     said = (ROOT / "results" / "gsm8k_smollm2" / "h200" / f"{file}_test.txt").read_text()
     value = re.search(rf" maj@1 +({NUMBER}) ", said)[1]
     line = next(
-        line for line in PAGES["README.md"].splitlines() if "`results/gsm8k_smollm2/h200`" in line
+        line
+        for line in PAGES["docs/gsm8k.md"].splitlines()
+        if "`results/gsm8k_smollm2/h200`" in line
     )
     assert value in re.findall(NUMBER, line)
