@@ -1,4 +1,4 @@
-"""The numbers behind the claims of docs/claims.md: `python results/claims.py`.
+"""The numbers behind README.md's table of claims: `python results/claims.py`.
 
 Differences are between runs of the same seed, with the 95 % interval of their mean over the seeds (Student's t). A test
 metric is that of the epoch, round or phase with the best maj@1 on dev, and so says nothing of what came after it."""

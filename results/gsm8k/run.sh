@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's table for a model from the hub, on one GPU: SFT, expert iteration, PPO and RCRL on GSM8K with the commands of
-# docs/gsm8k.md, an outcome reward model trained on samples of SFT, and every policy tested with the same reward model. Then the
+# README.md, an outcome reward model trained on samples of SFT, and every policy tested with the same reward model. Then the
 # table. Restartable: what is finished is skipped, what was interrupted goes on. Not yet run at full size.
 #
 #     MODEL=HuggingFaceTB/SmolLM2-135M bash results/gsm8k/run.sh
