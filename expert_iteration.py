@@ -23,7 +23,7 @@ random by seed, round and question. The written solution always stays.
 CPU, after `python sft.py`, 11 minutes on two cores; the second command uses no written solution:
     python expert_iteration.py
     python expert_iteration.py --model tiny --samples 8 --epochs 3 --out runs/ei_base
-One GPU, after sft.py, the paper's setting as far as we know it (README.md):
+One GPU, after sft.py, the paper's setting as far as we know it (docs/gsm8k.md):
     python expert_iteration.py --model runs/gsm8k/sft/model --base HuggingFaceTB/SmolLM2-135M \
         --dataset gsm8k --samples 96 --epochs 4 --lr 2e-5 --batch-size 128 --max-new-tokens 512 \
         --out runs/gsm8k/ei

@@ -42,7 +42,7 @@ CPU, six minutes on one core after `python sft.py`, maj@1 on the test split from
 The same on 230 questions and the tenth of the others that SFT solves worst:
     python evaluate.py --model runs/sft/model --split train --samples 8 --out runs/scores.json
     python ppo.py --limit-train 230 --select lowest --scores runs/scores.samples.jsonl --out runs/p
-One GPU, the paper's setting as far as we know it (README.md), after sft.py:
+One GPU, the paper's setting as far as we know it (docs/gsm8k.md), after sft.py:
     python ppo.py --model runs/gsm8k/sft/model --dataset gsm8k --lora-rank 128 --lr 1e-6 \
         --value-lr 1e-5 --questions 256 --samples 4 --epochs 4 --batch-size 256 --phases 250 \
         --max-new-tokens 512 --out runs/gsm8k/ppo
@@ -87,7 +87,7 @@ def parse_args(argv: list[str]):
     add("--kl-coef", type=not_negative, default=0.05, help="weight of the KL penalty (paper: 0.05)")
     add("--kl-limit", type=not_negative, default=0, help="`approx_kl` that ends a phase; 0: none")
     add("--clip-range", type=not_negative, default=0.2, help="most change of a ratio and a value")
-    add("--gae-lambda", type=fraction, default=1.0, help="usual: 0.95; see results/README.md")
+    add("--gae-lambda", type=fraction, default=1.0, help="usual: 0.95; see docs/findings.md")
     add("--value-lr", type=not_negative, default=1e-3, help="learning rate of the value function")
     add("--no-detach-value", action="store_true", help="the value loss trains the policy too")
     add = parser.group("rewards").add_argument

@@ -327,7 +327,7 @@ def best_of_n(samples: list[common.Sample]) -> list[dict]:
 
 
 def quality(samples: list[common.Sample], orm: RewardModel, token_budget: int) -> dict:
-    """Return how good an ORM is. README.md explains the keys. Sets the scores of the samples."""
+    """Return how good an ORM is, and set the scores. docs/metrics.md explains the keys."""
     by_token = orm.scores(samples, token_budget)
     for sample, p in zip(samples, by_token, strict=True):
         sample.score = float(p[-1])
@@ -367,7 +367,7 @@ def with_references(samples: list[common.Sample]) -> list[common.Sample]:
 
 
 def genrm_quality(samples: list[common.Sample], genrm: GenerativeRewardModel, token_budget: int):
-    """Return how good a GenRM is. README.md explains the keys."""
+    """Return how good a GenRM is. docs/metrics.md explains the keys."""
     candidates = [(s.problem, s.solution, s.problem.reference) for s in samples]
     verdicts = genrm.verdicts(candidates, token_budget)  # [samples, 2]
     scores, bias = verdicts.mean(1).round(6), verdicts[:, 0] - verdicts[:, 1]

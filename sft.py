@@ -16,7 +16,7 @@ there is no weight decay and no dropout.
 
 CPU, 15 seconds, maj@1 on the test split from .44 to .75 (README.md has the table):
     python sft.py
-One GPU, the paper's setting as far as we know it (README.md):
+One GPU, the paper's setting as far as we know it (docs/gsm8k.md):
     python sft.py --model HuggingFaceTB/SmolLM2-135M --dataset gsm8k --epochs 4 --lr 2e-5 \
         --batch-size 128 --max-new-tokens 512 --out runs/gsm8k/sft
 """

@@ -5,8 +5,8 @@ from records import evaluations, metrics, over_phases, paired, spread, test_metr
 # label -> method
 REWARDS = {
     "verifier": "arithmetic/ppo",
-    "GenRM beside the gold solution": "genrm/gold",
-    "GenRM beside the best of 16": "genrm/best",
+    "GenRM next to the gold solution": "genrm/gold",
+    "GenRM next to the best of 16": "genrm/best",
     "half checked, a quarter each GenRM": "genrm/hybrid",
     "the same, verifiable questions first": "genrm/hybrid_first",
 }
@@ -33,9 +33,9 @@ def print_ppo() -> None:
     columns = [
         "maj@1",
         "pass@16",
-        "samples right, phases 17-20",
+        "samples correct, phases 17-20",
         "mean reward, phases 17-20",
-        "wrong samples scored 0.5 or more, phases 1-2 → 17-20",
+        "incorrect samples scored 0.5 or more, phases 1-2 → 17-20",
         "better than the gold solution, phases 17-20",
     ]
     print(f"\n| reward | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")

@@ -86,7 +86,7 @@ def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, bool
     rows: label -> (method, whether it was trained on a mixture). The other methods count with the
     seeds that a mixture was made of.
     """
-    columns = ["right + wrong", "maj@1 after `[GOOD]`", "after `[BAD]`", "no label", *without]
+    columns = ["correct + incorrect", "maj@1 after `[GOOD]`", "after `[BAD]`", "no label", *without]
     print_head(title, ["mixture", "seeds", *columns])
     mixtures = [method for method, is_mixture in rows.values() if is_mixture]
     seeds = {seed for method in mixtures for seed in test_metric(method, "maj@1")}
@@ -168,7 +168,7 @@ def main() -> None:
                 "hard_rcrl/ratio10",
                 ["hard/ei", ("hard_rcrl/ratio10", *rollouts, "completions")],
             ),
-            "the same right solutions without labels (control)": (
+            "the same correct solutions without labels (control)": (
                 "hard_rcrl/control",
                 ["hard/ei", ("hard_rcrl/ratio10", "samples"), ("hard_rcrl/control", "seconds")],
             ),
@@ -225,8 +225,8 @@ def main() -> None:
             "10 : 1, label per line": ("rcrl/ratio10", True),
             "100 : 1, label per line": ("rcrl/ratio100", True),
             "1 : 1, one label per solution": ("rcrl/outcome1", True),
-            "control: only the right ones, no labels": ("rcrl/control", True),
-            "control: the right ones of 1 : 1, no labels": ("rcrl/control_1600", True),
+            "control: only the correct ones, no labels": ("rcrl/control", True),
+            "control: the correct ones of 1 : 1, no labels": ("rcrl/control_1600", True),
             "control: all of 1 : 1, no labels": ("rcrl/control_mixed", True),
             "the expert iteration that it samples from": ("arithmetic/ei_dedup", False),
             "SFT": ("arithmetic/sft", False),
@@ -237,9 +237,9 @@ def main() -> None:
         ["pass@1", "pass@16"],
         {
             "10 : 1 of all samples, label per line": ("rcrl_all/ratio10", True),
-            "control: its right ones, no labels": ("rcrl_all/control", True),
+            "control: its correct ones, no labels": ("rcrl_all/control", True),
             "harder task, 10 : 1 of all samples": ("rcrl_all/hard_ratio10", True),
-            "harder task, control: its right ones, no labels": ("rcrl_all/hard_control", True),
+            "harder task, control: its correct ones, no labels": ("rcrl_all/hard_control", True),
             "harder task, the expert iteration that both sample from": (
                 "rcrl_all/hard_policy",
                 False,
@@ -251,7 +251,7 @@ def main() -> None:
         ["pass@1", "pass@16", "distinct@16"],
         {
             "10 : 1, label per line": ("hard_rcrl/ratio10", True),
-            "control: only the right ones, no labels": ("hard_rcrl/control", True),
+            "control: only the correct ones, no labels": ("hard_rcrl/control", True),
             "the expert iteration that it samples from": ("hard/ei", False),
             "the same with a third round": ("hard/rounds3", False),
             "SFT": ("hard/sft", False),

@@ -717,7 +717,7 @@ _GROUPED = dict(num_key_value_heads=2, **SMALL)
 _HEADS = dict(head_dim=8, **_GROUPED)
 _WINDOW = dict(sliding_window=8, **_GROUPED)
 _KINDS = dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"])
-FAST = {  # beside ARCHITECTURES; README.md names them
+FAST = {  # beside ARCHITECTURES
     "Cohere2": [_WINDOW | _KINDS],
     "Gemma": [_HEADS | {"tie_word_embeddings": False}],
     "Gemma4Text": [

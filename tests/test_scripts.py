@@ -472,8 +472,9 @@ def test_expert_iteration_refuses_long_solutions_and_knows_the_base_by_another_n
 
 
 def written_commands() -> list[tuple[str, str, list[str]]]:
-    """Return page, script and arguments of every command in README.md and the docstrings."""
-    pages = {"README.md": (ROOT / "README.md").read_text()}
+    """Return page, script and arguments of every command on the pages and in the docstrings."""
+    names = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = {path.name: path.read_text() for path in names}
     pages |= {
         f"{m.__name__}.py": m.__doc__
         for m in (sft, expert_iteration, evaluate, ppo, reward_model, rcrl)

@@ -1,4 +1,4 @@
-"""That every setting reaches its part, and that what is logged is what README.md says of the key.
+"""That every setting reaches its part, and that what is logged is what docs/metrics.md says of the key.
 
 Each test fails if a script forgets one. The formulas, and what passes between the parts of a loop,
 have tests of their own.
