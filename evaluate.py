@@ -47,12 +47,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     about = "JSON file, with the samples next to it (default: runs/evaluate/MODEL-DATASET-SPLIT)"
     add("--out", help=about)
-    add("--split", choices=["train", "dev", "test", "all"], default="test", help="all: one file")
+    add("--split", choices=["train", "dev", "test", "all"], default="test", help="all of a file")
     add("--few-shot", action="store_true", help="show two worked examples, for a base model")
     add("--lenient", action="store_true", help="read the last number if there is no answer line")
     about = "label before every line, for a model of rcrl.py (default: good if it has labels)"
     add("--condition", choices=["good", "bad", "none"], help=about)
-    add("--orm", help="outcome reward model that scores the samples; --resume: existing samples")
+    add("--orm", help="outcome reward model that scores the samples, with --resume old ones")
     add("--genrm", help="generative reward model that compares them with the gold solution")
     args = parser.parse_args(argv)
     if args.temperature == 0 and args.samples > 1:

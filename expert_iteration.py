@@ -52,7 +52,7 @@ def parse_args(argv: list[str]):
     add("--max-per-question", type=runtime.WHOLE, help="most solutions of a question (ReST-EM: 10)")
     add("--few-shot", action="store_true", help="two worked examples in the prompt of round 1")
     add("--pass-k", type=runtime.number(int, 0), default=8, help="dev samples for pass@k; 0: none")
-    add("--orm", help="folder of a reward model that accepts solutions, not the answer check")
+    add("--orm", help="reward model that accepts solutions instead of the answer check")
     add("--orm-threshold", type=runtime.number(float, 0, 1), default=0.5, help="lowest score kept")
     args = parser.parse_args(argv)
     parser.only_with("--orm", args.orm is not None, args, "orm_threshold")

@@ -74,25 +74,25 @@ def parse_args(argv: list[str]):
     parser = runtime.common_parser(__doc__, **defaults)
     whole, not_negative, fraction = runtime.WHOLE, runtime.NOT_NEGATIVE, runtime.number(float, 0, 1)
     add, rank = parser.group("problem and model").add_argument, runtime.number(int, 0)
-    about = "of adapters; 0: none (default: 128 above 10 million weights)"
+    about = "rank of adapters; 0: train all weights (default: 128 above 10 million weights)"
     add("--lora-rank", type=rank, help=about)
-    add("--few-shot", action="store_true", help="two worked examples (paper: temperature 0.2)")
+    add("--few-shot", action="store_true", help="show two worked examples, for a base model")
     add = parser.group("sampling").add_argument
     add("--questions", type=whole, default=128, help="questions per phase (paper: 256)")
     kinds = ["none", "backtracking", "plr", "verifiable_first"]
-    add("--curriculum", choices=kinds, default="none", help="how to choose questions; see above")
+    add("--curriculum", choices=kinds, default="none", help="order of the questions")
     add("--switch", type=fraction, default=0.3, help="verifiable_first: fraction of the phases")
     add = parser.group("PPO").add_argument
     add("--phases", type=whole, default=20, help="rounds of sampling and training")
     add("--kl-coef", type=not_negative, default=0.05, help="weight of the KL penalty (paper: 0.05)")
     add("--kl-limit", type=not_negative, default=0, help="`approx_kl` that ends a phase; 0: none")
-    add("--clip-range", type=not_negative, default=0.2, help="most change of a ratio and a value")
-    add("--gae-lambda", type=fraction, default=1.0, help="usual: 0.95; see docs/findings.md")
+    add("--clip-range", type=not_negative, default=0.2, help="limit of ratios and value changes")
+    add("--gae-lambda", type=fraction, default=1.0, help="lambda of GAE (often 0.95)")
     add("--value-lr", type=not_negative, default=1e-3, help="learning rate of the value function")
     add("--no-detach-value", action="store_true", help="the value loss trains the policy too")
     add = parser.group("rewards").add_argument
     kinds = ["sparse", "dense", "orm", "orm_dense", "genrm", "hybrid"]
-    add("--reward", choices=kinds, default="sparse", help="see above")
+    add("--reward", choices=kinds, default="sparse", help="who scores the samples")
     add("--orm", help="folder of the ORM (default, if needed: runs/reward_model/model)")
     add("--genrm", help="folder of the GenRM (default, if needed: runs/genrm/model)")
     add("--add-outcome", action="store_true", help="orm, orm_dense: add 1 for a correct answer")
@@ -101,8 +101,8 @@ def parse_args(argv: list[str]):
     add("--references", metavar="FILE", help="scored samples for missing or hidden solutions")
     add = parser.group("selection").add_argument
     kinds = ["lowest", "floor", "frontier", "random"]
-    add("--select", choices=kinds, help="add questions of --scores; see above")
-    add("--scores", nargs="+", default=[], metavar="FILE", help="scored samples; a file a domain")
+    add("--select", choices=kinds, help="add questions of --scores")
+    add("--scores", nargs="+", default=[], metavar="FILE", help="one scored file per domain")
     add("--select-fraction", type=runtime.number(float, 1e-6, 1), default=0.1, help="paper: 0.1")
     add = parser.group("run").add_argument
     add("--eval-every", type=whole, default=4, help="phases between evaluations on dev")

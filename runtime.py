@@ -495,8 +495,8 @@ FLAGS = {
             default="arithmetic",
             help="arithmetic, arithmetic-hard, gsm8k, svamp, or a file or folder of problems",
         ),
-        "limit_train": dict(type=WHOLE, help="use only the first so many training problems"),
-        "limit_eval": dict(default=None, type=WHOLE, help="use only so many dev or test problems"),
+        "limit_train": dict(type=WHOLE, metavar="N", help="use the first N training problems"),
+        "limit_eval": dict(default=None, type=WHOLE, metavar="N", help="measure on N problems"),
         "device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ..."),
         "dtype": dict(
             default="auto",
@@ -508,13 +508,17 @@ FLAGS = {
         "max_new_tokens": dict(default=128, type=WHOLE, help="most tokens of a solution"),
         "temperature": dict(type=NOT_NEGATIVE, help="sampling temperature; 0: greedy"),
         "samples": dict(type=WHOLE, help="samples per problem, K (paper: 96; PPO: 4)"),
-        "gen_batch_size": dict(default=None, type=WHOLE, help="slots (default: 256; GPU: 1024)"),
+        "gen_batch_size": dict(
+            default=None, type=WHOLE, help="sequences sampled at once (default: 256; GPU: 1024)"
+        ),
     },
     "training": {
         "lr": dict(type=NOT_NEGATIVE, help="peak learning rate (paper: 2e-5; PPO: 1e-6)"),
-        "epochs": dict(type=WHOLE, help="passes over the data, in PPO over a phase (paper: 4)"),
+        "epochs": dict(type=WHOLE, help="passes over the data; PPO: over each phase (paper: 4)"),
         "batch_size": dict(type=WHOLE, help="solutions per step (paper: 128; PPO: 256)"),
-        "token_budget": dict(default=None, type=WHOLE, help="per micro-batch (1024; GPU: 32768)"),
+        "token_budget": dict(
+            default=None, type=WHOLE, help="tokens per micro-batch (default: 1024; GPU: 32768)"
+        ),
     },
     "run": {
         "out": dict(help="folder of the run"),
@@ -563,8 +567,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def common_parser(doc: str, **defaults) -> OneLineParser:
-    """Return a parser with the flags of every script and the ones that have a default here."""
-    parser = OneLineParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    """Return a parser with the flags of every script and the ones that have a default here.
+
+    --help shows the first and the last paragraph of the docstring: summary and examples.
+    """
+    summary, *_, examples = doc.strip().split("\n\n")
+    about = f"{summary}\n\n{examples}\n\nThe docstring at the top of the file explains the rest."
+    how = dict(usage="%(prog)s [flags]", formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(description=about, **how)
+    parser._optionals.title = "this script"
     for title, flags in FLAGS.items():
         for name, how in flags.items():
             how = how | {"default": defaults[name]} if name in defaults else how
