@@ -375,7 +375,7 @@ class Policy:
         ids = torch.tensor([[0, 1], [0, 2]], device=self.device)
         logits = self.model(ids, use_cache=False).logits
         causal = (logits[0, 0] - logits[1, 0]).abs().max() < 1e-3
-        require(causal, "not a causal language model: a token's logits depend on later tokens")
+        require(causal, "not a causal language model, or its weights are broken")
         linear = (logits - self.head(self.hidden_states(ids))).abs().max() < 1e-3
         require(linear, "its logits are scaled or capped in a way that is not known here")
         self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
