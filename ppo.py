@@ -12,7 +12,7 @@ et al. 2024), with the clipped surrogate of Schulman et al. (2017). In every pha
     2. Give every token its task reward (--reward).
     3. Compute log-probabilities and values in one forward pass, pi_ref in another.
     4. Subtract the KL penalty: reward of a token = task reward - kl_coef * KL_t.
-    5. Estimate the advantages by GAE and whiten them.
+    5. Estimate the advantages (--advantage).
     6. Train for several epochs on minibatches with the clipped policy loss and value loss.
     7. Every few phases measure greedy accuracy on dev. The best policy becomes model/.
     8. Log the phase and save a checkpoint.
@@ -25,6 +25,14 @@ Rewards. A truncated solution gets 0.
     genrm      At the last token the score of a generative reward model (GenRM) that compares with
                the gold solution, or if it is missing or hidden with a sample of --references.
     hybrid     genrm for the questions whose answer is hidden (--hide), sparse for the others.
+Advantages. K samples of a question, R_i the reward of sample i with the KL penalty.
+    gae    By a learned value function, whitened (Schulman et al. 2016). The others have none.
+    group  A_i = R_i - mean_j R_j (Dr. GRPO, Liu et al. 2025). --group-std divides by the standard
+           deviation of the group (GRPO, Shao et al. 2024).
+    loo    A_i = R_i - mean of the others (RLOO, Ahmadian et al. 2024). Unbiased for every K.
+    mc     Line j gets r_j + V_j - V_{j-1}. V_j is the fraction of --mc-samples completions of the
+           lines 1 ... j that are correct, and V_0 that of the other samples (VinePPO, Kazemnejad
+           et al. 2024). Completions count as rollouts.
 Curricula.
     backtracking      Begin within the reference solution. Reveal less as success grows.
     plr               Prefer questions whose value was wrong (Prioritized Level Replay).
@@ -33,9 +41,11 @@ Selection of questions to add to --limit-train, by --scores (samples of the init
     lowest    The lowest scores (Pre-PPO). floor: the lowest with at least one correct sample.
     frontier  Solved nearest to half of the time. random: any, as a control.
 
+--clip-high (0.28) and --drop-uniform are those of DAPO (Yu et al. 2025).
 genrm, hybrid, verifiable_first and --select follow "Exploring Data Scaling Trends and Effects in
 RLHF" (Shen et al. 2025). Our choices: lambda of GAE is 1, only the value function trains in the
 first phase, and the learning rate of the policy rises over 20 steps and falls linearly towards 0.
+The loss is a mean over the tokens of a minibatch, whatever the length of its samples.
 
 CPU, six minutes on one core after `python sft.py`, maj@1 on the test split from .75 to .87:
     python ppo.py
@@ -50,6 +60,7 @@ One GPU, the paper's setting as far as we know it (docs/gsm8k.md), after sft.py:
 
 import contextlib
 import copy
+import itertools
 import re
 import time
 from pathlib import Path
@@ -87,6 +98,11 @@ def parse_args(argv: list[str]):
     add("--kl-coef", type=not_negative, default=0.05, help="weight of the KL penalty (paper: 0.05)")
     add("--kl-limit", type=not_negative, default=0, help="`approx_kl` that ends a phase; 0: none")
     add("--clip-range", type=not_negative, default=0.2, help="limit of ratios and value changes")
+    add("--clip-high", type=not_negative, help="limit of rising ratios (default: --clip-range)")
+    add("--advantage", choices=["gae", "group", "loo", "mc"], default="gae", help="estimator")
+    add("--group-std", action="store_true", help="group: divide by the standard deviation")
+    add("--mc-samples", type=whole, default=9, help="mc: completions per prefix (VinePPO: 9)")
+    add("--drop-uniform", action="store_true", help="skip questions with equally good samples")
     add("--gae-lambda", type=fraction, default=1.0, help="lambda of GAE (often 0.95)")
     add("--value-lr", type=not_negative, default=1e-3, help="learning rate of the value function")
     add("--no-detach-value", action="store_true", help="the value loss trains the policy too")
@@ -100,8 +116,7 @@ def parse_args(argv: list[str]):
     add("--hide", type=fraction, nargs=2, metavar=("ANSWERS", "SOLUTIONS"), help=about)
     add("--references", metavar="FILE", help="scored samples for missing or hidden solutions")
     add = parser.group("selection").add_argument
-    kinds = ["lowest", "floor", "frontier", "random"]
-    add("--select", choices=kinds, help="add questions of --scores")
+    add("--select", choices=["lowest", "floor", "frontier", "random"], help="some of --scores")
     add("--scores", nargs="+", default=[], metavar="FILE", help="one scored file per domain")
     add("--select-fraction", type=runtime.number(float, 1e-6, 1), default=0.1, help="paper: 0.1")
     add = parser.group("run").add_argument
@@ -113,6 +128,16 @@ def parse_args(argv: list[str]):
         parser.error("--temperature 0: greedy samples are all the same, so nothing is learned")
     if is_staged and not uses_genrm:
         parser.error("--curriculum verifiable_first needs --reward genrm or hybrid")
+    if args.samples == 1 and (args.advantage != "gae" or args.drop_uniform):
+        parser.error("--samples 1: a sample is compared with the others of its question")
+    if args.advantage == "mc" and args.reward != "sparse":
+        parser.error("--advantage mc needs --reward sparse")
+    if args.drop_uniform and (args.reward == "genrm" or args.reward == "hybrid"):
+        parser.error("--drop-uniform needs answers, and --reward genrm and hybrid hide some")
+    parser.only_with("--advantage group", args.advantage == "group", args, "group_std")
+    parser.only_with("--advantage mc", args.advantage == "mc", args, "mc_samples")
+    flags = "gae_lambda", "value_lr", "no_detach_value"
+    parser.only_with("--advantage gae", args.advantage == "gae", args, *flags)
     parser.only_with("--reward orm or orm_dense", uses_orm, args, "orm", "add_outcome")
     parser.only_with("--reward genrm or hybrid", uses_genrm, args, "genrm", "hide", "references")
     parser.only_with("--curriculum verifiable_first", is_staged, args, "switch")
@@ -153,15 +178,39 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
     return advantages, advantages + values
 
 
+def group_advantages(rewards: Tensor, k: int, kind: str, std: bool = False) -> Tensor:
+    """Compare the summed reward of each sample with those of its question: [samples, longest].
+
+    rewards: [samples, longest], the k samples of a question in a row. kind: "group" (less the mean
+    of all) or "loo" (less the mean of the others). std: divide by the standard deviation.
+    """
+    totals = rewards.sum(1).view(-1, k)
+    advantages = totals - totals.mean(1, keepdim=True)
+    if kind == "loo":
+        advantages = advantages * k / (k - 1)
+    if std:
+        advantages = advantages / (totals.std(1, correction=0, keepdim=True) + 1e-6)
+    return advantages.view(-1, 1).repeat(1, rewards.shape[1])
+
+
+def mc_advantages(rewards: Tensor, lines: Tensor, values: Tensor) -> Tensor:
+    """Give every token of line j the advantage r_j + V_j - V_{j-1}: [samples, longest].
+
+    lines: the line of every token, from 0. values: V_0 V_1 ..., 0 for the last line: [samples, n].
+    """
+    per_line = values.diff()
+    return per_line.scatter_add(1, lines, rewards).gather(1, lines)
+
+
 def whiten(x: Tensor) -> Tensor:
     """Shift and scale to mean 0 and variance 1 over all tokens."""
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float):
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low, high) -> Tensor:
     """Return the clipped surrogate of every token (Schulman et al. 2017, equation 7), negated."""
     ratio = (logprobs - old_logprobs).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
@@ -317,6 +366,42 @@ class ValueFunction(torch.nn.Module):
                 hidden = layer(hidden, *args[1:], **others)
                 hidden = hidden[0] if isinstance(hidden, (tuple, list)) else hidden
         return logprobs, self.head(self.norm(hidden[rows, columns - 1].float()))[:, 0]
+
+
+class NoValues(torch.nn.Module):
+    """Stands for the value function where there is none. All values are 0."""
+
+    def forward(self, policy, examples: list, temperature: float) -> tuple[Tensor, Tensor]:
+        logprobs = common.response_logprobs(policy, examples, temperature)
+        return logprobs, torch.zeros_like(logprobs)
+
+
+def complete_lines(policy, samples, file: Path, run, how: dict) -> tuple[Tensor, Tensor, int]:
+    """Return lines and values for `mc_advantages`, and the number of completions."""
+    from rcrl import estimate_q, lines_of, prefixes_of  # not part of every fork
+
+    prefixes = prefixes_of(samples)  # a prefix that several samples share is completed once
+    q, lines, values = estimate_q(policy, prefixes, file, run, **how), [], []
+    for group in common.by_problem(samples):
+        n_passed, n_others = sum(sample.passed for sample in group), len(group) - 1
+        for sample in group:
+            texts = list(itertools.accumulate(lines_of(sample)))[:-1]
+            of_others = (n_passed - sample.passed) / n_others
+            values.append([of_others, *(q[sample.problem.id, text] for text in texts), 0])
+            breaks = [policy.decode([token]).count("\n") for token in sample.tokens[:-1]]
+            lines.append(np.cumsum([sample.prefix.count("\n"), *breaks]).clip(max=len(texts)))
+    padded = (pad_sequence([*map(torch.as_tensor, x)], batch_first=True) for x in (lines, values))
+    return *padded, len(prefixes) * how["samples"]
+
+
+def estimate_advantages(args, rewards: Tensor, values: Tensor, *of_lines) -> tuple[Tensor, Tensor]:
+    """Return advantages and returns: both [samples, longest]. Without values no return is used."""
+    if args.advantage == "gae":
+        return gae(rewards, values, 1.0, args.gae_lambda)
+    if args.advantage == "mc":
+        return mc_advantages(rewards, *of_lines), torch.zeros_like(rewards)
+    advantages = group_advantages(rewards, args.samples, args.advantage, args.group_std)
+    return advantages, torch.zeros_like(rewards)
 
 
 @torch.no_grad()
@@ -490,6 +575,28 @@ def load_questions(args) -> tuple[list[common.Problem], list[dict]]:
     return train + [question["problem"] for question in selected], selected
 
 
+def load_models(args) -> tuple:
+    """Return the policy, its initial copy, its adapters, its value function, the reward model."""
+    policy, reward_model = common.Policy(args.model, args.device, args.dtype), None
+    policy.condition("none")  # without the labels of rcrl.py
+    lora_rank = 128 * (policy.model.num_parameters() > 10**7)
+    lora_rank = lora_rank if args.lora_rank is None else args.lora_rank
+    # Copy the reference and the top layers before hooks are added.
+    reference = copy.copy(policy)
+    if not lora_rank:
+        reference.model = copy.deepcopy(policy.model).requires_grad_(False)
+    torch.manual_seed(args.seed)  # for the adapters alone
+    has_values, detach = args.advantage == "gae", not args.no_detach_value
+    critic = ValueFunction(policy, detach) if has_values else NoValues()
+    lora = common.Lora(policy, lora_rank) if lora_rank else None
+    if args.orm or args.genrm:
+        from reward_model import GenerativeRewardModel, RewardModel  # not part of every fork
+
+        kind = RewardModel if args.orm else GenerativeRewardModel
+        reward_model = kind(args.orm or args.genrm, args.device, args.dtype)
+    return policy, reference, lora, critic, reward_model
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     # 0. Load the questions, so that errors show before a model is loaded. Load the models.
@@ -502,23 +609,8 @@ def main(argv: list[str]) -> None:
     if run.is_finished:
         print(f"{args.out} is complete")
         return
-    policy = common.Policy(args.model, args.device, args.dtype)
-    policy.condition("none")  # without the labels of rcrl.py
-    lora_rank = 128 * (policy.model.num_parameters() > 10**7)
-    lora_rank = lora_rank if args.lora_rank is None else args.lora_rank
-    # Copy the reference and the top layers before hooks are added.
-    reference = copy.copy(policy)
-    if not lora_rank:
-        reference.model = copy.deepcopy(policy.model).requires_grad_(False)
-    torch.manual_seed(args.seed)  # for the adapters alone
-    critic = ValueFunction(policy, detach=not args.no_detach_value)
-    lora = common.Lora(policy, lora_rank) if lora_rank else None
-    trained, reward_model = lora or policy.model, None
-    if args.orm or args.genrm:
-        from reward_model import GenerativeRewardModel, RewardModel  # not part of every fork
-
-        kind = RewardModel if args.orm else GenerativeRewardModel
-        reward_model = kind(args.orm or args.genrm, args.device, args.dtype)
+    policy, reference, lora, critic, reward_model = load_models(args)
+    trained, has_values = lora or policy.model, args.advantage == "gae"
     common.encode_prompts(policy, train + dev, args.few_shot)  # refuses one that is too long
     run.begin()
     rows = [question | {"problem": question["problem"].id} for question in selected]
@@ -540,14 +632,20 @@ def main(argv: list[str]) -> None:
         run.log(step=0, samples=0, tokens=0, phase=0, **metrics)
         progress |= {"best": metrics["maj@1"], "start": metrics["maj@1"]}
 
+    clips = args.clip_range, args.clip_high or args.clip_range
     for phase in range(progress["phase"] + 1, args.phases + 1):
         # 1. Choose questions and sample solutions.
         started = time.monotonic()
         chosen, prefixes = curriculum.draw(phase, args.questions)
-        how = common.sampling(args) | dict(few_shot=args.few_shot, progress=f"phase {phase}")
-        how |= dict(seed=[args.seed, phase], prefixes=prefixes)
-        samples = common.generate(policy, [train[i] for i in chosen], **how)
+        how = common.sampling(args) | dict(few_shot=args.few_shot)
+        of_phase = dict(seed=[args.seed, phase], prefixes=prefixes, progress=f"phase {phase}")
+        samples = common.generate(policy, [train[i] for i in chosen], **how, **of_phase)
         common.write_samples(run.out / "samples" / f"phase_{phase}.jsonl", samples)
+        of_lines, n_completions = [], 0
+        if args.advantage == "mc":
+            file = run.out / "samples" / f"completions_{phase}.jsonl"
+            how |= dict(samples=args.mc_samples, seed=[args.seed, phase, 1])
+            *of_lines, n_completions = complete_lines(policy, samples, file, run, how)
         seconds_sampling, started = time.monotonic() - started, time.monotonic()
 
         # 2. Give every token its task reward.
@@ -565,18 +663,23 @@ def main(argv: list[str]) -> None:
         # 4. Subtract the KL penalty.
         token_rewards = penalised_rewards(task, old_logprobs, ref_logprobs, args.kl_coef)
 
-        # 5. Estimate the advantages and whiten them. Their size is the error of the values.
-        advantages, returns = gae(token_rewards, old_values, 1.0, args.gae_lambda)
+        # 5. Estimate the advantages. Their size is the error of the values.
+        advantages, returns = estimate_advantages(args, token_rewards, old_values, *of_lines)
         errors = [float(advantages[i, :n].abs().mean()) for i, n in enumerate(lengths)]
-        advantages[real] = whiten(advantages[real])
+        if has_values:
+            advantages[real] = whiten(advantages[real])
         correct = [float(sample.passed) for sample in samples]
         solved, error = np.reshape([correct, errors], (2, len(chosen), -1)).mean(2).tolist()
         curriculum.update(chosen, solved, error)
 
         # 6. Train. First the value function alone, without clipping: from zero it has a long way.
         value_clip = args.clip_range if phase > 1 else np.inf
-        orders = [common.shuffled(len(samples), args.seed, phase, e) for e in range(args.epochs)]
-        starts = range(0, len(samples), args.batch_size)
+        trains_policy = phase > 1 or not has_values
+        rates = np.repeat(solved, args.samples)
+        used = [i for i, rate in enumerate(rates) if 0 < rate < 1 or not args.drop_uniform]
+        epochs = [common.shuffled(len(used), args.seed, phase, e) for e in range(args.epochs)]
+        orders = [[used[i] for i in epoch] for epoch in epochs]
+        starts = range(0, len(used), args.batch_size)
         minibatches = [order[i : i + args.batch_size] for order in orders for i in starts]
         stats, deviations = [], []
         for minibatch in tqdm(minibatches, desc=f"phase {phase} training", disable=None):
@@ -588,14 +691,14 @@ def main(argv: list[str]) -> None:
                 tables = old_logprobs, old_values, advantages, returns
                 flat = (table[micro][real[micro]].to(policy.device) for table in tables)
                 old_logprob, old_value, advantage, target = flat  # [response tokens]
-                pi_loss = policy_loss(logprobs, old_logprob, advantage, args.clip_range)
+                pi_loss = policy_loss(logprobs, old_logprob, advantage, *clips)
                 v_loss = value_loss(values, old_value, target, value_clip)
-                loss = pi_loss + v_loss if phase > 1 else v_loss
+                loss = pi_loss + v_loss if trains_policy else v_loss
                 (loss.sum() / n_tokens).backward()
                 with torch.no_grad():
-                    distance = ((logprobs - old_logprob).exp() - 1).abs()
-                    deviation = max(deviation, distance.max().item())
-                    clipped = (distance > args.clip_range).float()
+                    change = (logprobs - old_logprob).exp() - 1
+                    deviation = max(deviation, change.abs().max().item())
+                    clipped = ((change > clips[1]) | (-change > args.clip_range)).float()
                     logged = pi_loss, v_loss, clipped, kl_k3(old_logprob, logprobs)
                     sums += [x.sum().item() / n_tokens for x in logged]
             means = common.sum_gradients(weights + critic_weights, *sums)
@@ -605,7 +708,7 @@ def main(argv: list[str]) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 break
             # The first steps of Adam are as long as any, in directions that are mostly noise.
-            progress["policy_steps"] += phase > 1
+            progress["policy_steps"] += trains_policy
             rising = min(1.0, progress["policy_steps"] / LR_WARMUP)
             lr = args.lr * rising * (1 - (phase - 1) / args.phases)
             optimizer.param_groups[0]["lr"] = lr
@@ -619,7 +722,8 @@ def main(argv: list[str]) -> None:
             progress["tokens"] += n_tokens
 
         # 7. Describe the phase. Every few phases measure the policy on dev.
-        progress |= {"phase": phase, "samples": progress["samples"] + len(samples)}
+        progress |= {"phase": phase}
+        progress["samples"] += len(samples) + n_completions
         row = {key: progress[key] for key in ("step", "samples", "tokens", "phase")}
         row |= sample_metrics(samples, rewards, solved, sources)
         sampled = torch.from_numpy(np.concatenate([sample.logprobs for sample in samples]))
@@ -627,7 +731,7 @@ def main(argv: list[str]) -> None:
         row |= token_metrics(sampled, *flat)
         if stats:
             row |= dict(zip(STATS, np.mean(stats, 0).tolist(), strict=True))
-        row |= {"max_ratio_deviation": max(runtime.gather(deviations[:1]))}
+        row |= {"max_ratio_deviation": max(runtime.gather(deviations[:1]), default=None)}
         row |= {"minibatches": len(stats), "lr": optimizer.param_groups[0]["lr"]}
         row |= dict(seconds_sampling=seconds_sampling, seconds_training=time.monotonic() - started)
         if phase % args.eval_every == 0 or phase == args.phases:

@@ -87,7 +87,7 @@ def test_clipped_policy_loss_by_hand():
     old = torch.zeros(6)
     ratios, advantages = torch.tensor([1.0, 1.0, 1.5, 1.5, 0.5, 0.5]), torch.tensor([2.0, -2.0] * 3)
     logprobs = ratios.log().requires_grad_()
-    losses = ppo.policy_loss(logprobs, old, advantages, 0.2)
+    losses = ppo.policy_loss(logprobs, old, advantages, 0.2, 0.2)
     torch.testing.assert_close(losses, torch.tensor([-2.0, 2.0, -2.4, 3.0, -1.0, 1.6]))
     losses.sum().backward()
     assert (logprobs.grad == 0).tolist() == [False, False, True, False, False, True]
@@ -432,7 +432,9 @@ def test_without_clipping_the_gradient_is_the_exact_policy_gradient():
     advantages, _ = ppo.gae(
         ppo.penalised_rewards(task, old, ref, kl_coef), torch.zeros_like(old), 1.0, 1.0
     )
-    loss = (probability.detach()[:, None] * ppo.policy_loss(logprobs, old, advantages, 1e9)).sum()
+    loss = (
+        probability.detach()[:, None] * ppo.policy_loss(logprobs, old, advantages, 1e9, 1e9)
+    ).sum()
     for got, expected in zip(torch.autograd.grad(loss, (first, second)), exact, strict=True):
         torch.testing.assert_close(got, -expected, atol=1e-6, rtol=1e-5)
 
@@ -701,7 +703,7 @@ def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its
     for minibatch, (sums, *gradients) in zip((order[:3], order[3:]), seen[-2:], strict=True):
         wanted = real & torch.isin(torch.arange(4), torch.tensor(minibatch))[:, None]
         value_clip = np.inf if value_only else 0.2
-        policy_loss = ppo.policy_loss(logprobs, old_logprobs, advantages, 0.2)[wanted].mean()
+        policy_loss = ppo.policy_loss(logprobs, old_logprobs, advantages, 0.2, 0.2)[wanted].mean()
         value_loss = ppo.value_loss(values, old_values, returns, value_clip)[wanted].mean()
         change = (logprobs - old_logprobs)[wanted].detach()
         deviations = (change.exp() - 1).abs()
