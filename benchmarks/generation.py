@@ -1,35 +1,40 @@
-"""Tokens per second of `common.generate`, beside other ways to sample and the machine's limit.
+"""Measure the tokens per second of `common.generate`.
 
-    generate          the loop of engine/: shared prompts, rows that are refilled
-    plain loop        `common.decode_plainly`, as for a model that engine/ does not know
-    model.generate    `model.generate(num_return_sequences=K, top_k=0)` on batches of the same size;
-                      the usual way
-    generate_batch    transformers' continuous batching, with its own choice of batch size
-    unconditioned     for a model of rcrl.py: `generate` without its labels, where generate puts
-                      [GOOD] before every line. Labels are not counted as tokens
+It is compared with other ways to sample and with the limit of the machine:
 
-The prompts and the number of samples of each are the same for all. Lengths are natural, so they
-agree in distribution. Every engine runs once to warm up and then `--repeats` times in turn. Medians
-are printed. Tokens are those of the samples with the end-of-text token, without prompts and without
-what an engine computes in vain.
+    generate          The loop of engine/. It shares prompts and refills batch slots.
+    plain loop        `common.decode_plainly`. It runs models that engine/ does not support.
+    model.generate    `model.generate(num_return_sequences=K, top_k=0)`. This is the usual way.
+                      Its batches have the same size.
+    generate_batch    The continuous batching of transformers. It chooses its own batch size.
+    unconditioned     `generate` without the labels of a model of rcrl.py. `generate` puts [GOOD]
+                      before every line. Labels do not count as tokens.
 
-Limit. A token takes 2 FLOP per weight of a matrix (the output head included; attention and
-everything elementwise are left out). The machine's rate is measured here on a product of square
+All engines sample equally often from the same prompts. Sequences end where the model ends them. So
+the lengths agree in distribution. Every engine runs once to warm up. Then all engines run in turn,
+`--repeats` times. The median is printed. The tokens of a sample include its end-of-text token.
+Prompt tokens do not count. Tokens that an engine computes in vain do not count either.
+
+Compute bound. A token takes 2 FLOP per weight of a matrix. The output head is included. Attention
+and elementwise operations are left out. The rate of the machine is measured on a product of square
 matrices:
 
     compute bound  =  FLOP/s  /  (2 x weights of matrices)                              [tokens/s]
 
-On a GPU a step also has to read the weights once, and the keys and values of every sequence once.
-Those of a prompt need to be read only once for its K samples. With L the mean number of a sample's
-own tokens in the cache over its life, P the prompt's, B the memory bandwidth, measured on a copy:
+Memory bound. On a GPU a step also reads the weights once. It reads the keys and values of every
+sequence once. The K samples of a prompt can share one read of its keys and values:
 
     bytes per step  =  weights x 2
                        + batch size x (L + P / K) x (layers x 2 x key heads x head_dim) x 2
     memory bound    =  batch size x B / bytes per step                                  [tokens/s]
 
-The limit is the lower of the two bounds. Started by torchrun, `generate` and `plain loop` are those
-of all processes, `--gen-batch-size` is that of each, and the machine's rates are the sums of what
-the processes measure at the same time. The other engines know of one process only.
+L is the mean number of a sample's own tokens in the cache over its life. P is the mean length of a
+prompt. B is the memory bandwidth, measured on a copy.
+
+The limit is the lower of the two bounds. Under torchrun, the tokens/s of `generate` and `plain
+loop` are the sums over all processes. So are the rates of the machine: all processes measure at the
+same time. `--gen-batch-size` is the batch size of each process. The other engines run in one
+process only.
 
     python benchmarks/generation.py                  the embedded model, minutes on two cores
     python benchmarks/generation.py --gen-batch-size 64 128 256 --samples 1 8 96
@@ -72,7 +77,8 @@ def parse_args(argv: list[str]):
     parser.add_argument("--repeats", type=whole, default=3, help="runs of each engine")
     parser.add_argument("--engines", nargs="+", choices=RUNNERS, default=DEFAULT_ENGINES)
     parser.add_argument("--out", help="a JSON file to write")
-    for action in parser._actions:  # several values make a table
+    # With several values every combination is measured.
+    for action in parser._actions:
         if action.dest == "gen_batch_size":
             action.nargs = "+"
     return parser.parse_args(argv)
@@ -84,7 +90,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two square matrices, the best of several."""
+    """Return the FLOP/s of the product of two square matrices, the best of several."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
@@ -98,7 +104,10 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes/s read and written by a copy of 1 GiB (a quarter on a CPU), the best of several."""
+    """Return the bytes/s that a copy reads and writes, the best of several.
+
+    The copy has 1 GiB, on a CPU a quarter of it.
+    """
     size = (1 << 30) // (1 if device.type == "cuda" else 4)
     source = torch.ones(size, device=device, dtype=torch.uint8)
     target, best = torch.empty_like(source), 0.0
@@ -112,16 +121,16 @@ def bandwidth(device: torch.device) -> float:
 
 
 def as_usual(policy: common.Policy) -> common.Policy:
-    """Return the policy with bfloat16 weights where `generate` works in bfloat16 under autocast.
+    """Return the policy with bfloat16 weights if `generate` works in bfloat16 under autocast.
 
-    Under autocast the caches of the other engines would be float32, and generate_batch, which
-    decodes in a thread of its own, would not be under it.
+    Autocast does not suit the other engines. Their caches would be float32. generate_batch decodes
+    in a thread of its own, where autocast is off.
     """
     if not policy.bfloat16:
         return policy
     policy = copy.copy(policy)
     policy.model = copy.deepcopy(policy.model)
-    # Not the buffers: rotary frequencies in bfloat16 make it another model.
+    # Keep the buffers. Rotary frequencies in bfloat16 would change the model.
     for weight in policy.model.parameters():
         weight.data = weight.data.to(torch.bfloat16)
     return policy
@@ -134,20 +143,21 @@ def of_all_processes(measured: float) -> float:
 def limits(
     policy, batch_size: int, samples: int, prompt_lengths: list[int], lengths: list[int]
 ) -> dict:
-    """Return the tokens/s that the machine allows, as the docstring of this file says."""
+    """Return the tokens/s that the machine allows. The top of this file has the formulas."""
     device, gpu = policy.device, policy.device.type == "cuda"
     head = policy.model.get_output_embeddings().weight
     matrices = [p for p in policy.model.parameters() if p.ndim == 2 and p is not head]
     weights = head.numel() + sum(p.numel() for p in matrices)
     embedding = policy.model.get_input_embeddings().weight
-    weights -= 0 if embedding is head else embedding.numel()  # looked up, not multiplied
+    # An embedding is looked up, not multiplied.
+    weights -= 0 if embedding is head else embedding.numel()
     flops = of_all_processes(rate(device, torch.bfloat16 if gpu else torch.float32))
     found = {"matrix_flops": flops, "weights": weights, "compute_bound": flops / (2 * weights)}
     config = policy.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = 2 if gpu else 4
-    # A long sample is there for more steps.
+    # The mean is over steps: a long sample counts for more steps.
     life = np.sum(np.square(lengths)) / (2 * np.sum(lengths))
     entries = life + np.mean(prompt_lengths) / samples
     entry = config.num_hidden_layers * 2 * heads * head_dim
@@ -161,7 +171,7 @@ def limits(
 def counted(policy):
     """Count the tokens that go through the model: {"prefill": ..., "decode": ...}.
 
-    The replays of CUDA graphs bypass it.
+    Tokens of replayed CUDA graphs are not counted.
     """
     model = policy.model.base_model
     counts, forward = {"prefill": 0, "decode": 0}, model.forward
@@ -180,9 +190,9 @@ def counted(policy):
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device):
-    """Measure how far the memory in use rises above where it stood: {"bytes": ...}.
+    """Measure how far the memory in use rises: {"bytes": ...}.
 
-    On a CPU it is looked at every 10 ms (Linux only).
+    On a CPU it is measured every 10 ms (Linux only).
     """
     result, done = {"bytes": None}, threading.Event()
     if device.type == "cuda":
@@ -213,7 +223,7 @@ def peak_memory(device: torch.device):
 
 
 def run_generate(policy, problems, samples, batch_size, args, seed) -> list[int]:
-    """Return the length of every sample, in tokens that were sampled."""
+    """Return the number of sampled tokens of every sample."""
     drawn = common.generate(
         policy,
         problems,
@@ -229,7 +239,7 @@ def run_generate(policy, problems, samples, batch_size, args, seed) -> list[int]
 
 @contextlib.contextmanager
 def usual_attention(policy):
-    """Without the attention of engine/, whose cache others do not know."""
+    """Use PyTorch's attention instead of engine/'s, which needs the cache of engine/."""
     ours = policy.model.config._attn_implementation
     if ours == "paged_attention":
         policy.model.set_attn_implementation("sdpa")
@@ -290,7 +300,8 @@ def run_model_generate(policy, problems, samples, batch_size, args, seed) -> lis
     return lengths
 
 
-@torch.no_grad()  # not inference_mode: it decodes in a thread of its own, outside of it
+# Not inference_mode: generate_batch decodes in a thread of its own, outside of this mode.
+@torch.no_grad()
 def run_generate_batch(policy, problems, samples, batch_size, args, seed) -> list[int]:
     torch.manual_seed(seed)
     prompts = [policy.encode_prompt(common.prompt_text(problem)) for problem in problems]
@@ -312,7 +323,8 @@ RUNNERS = {
     "unconditioned": run_unconditioned,
 }
 DEFAULT_ENGINES = ["generate", "plain loop", "model.generate"]
-SPEEDUPS = {  # key of the report: of which engine over which
+# Key of the report -> (engine, the engine that it is compared with).
+SPEEDUPS = {
     "speedup": ("generate", "model.generate"),
     "plain_loop_speedup": ("plain loop", "model.generate"),
     "speedup_over_generate_batch": ("generate", "generate_batch"),
@@ -321,7 +333,7 @@ SPEEDUPS = {  # key of the report: of which engine over which
 
 
 def replays_graphs(policy) -> bool:
-    """Return whether `generate` replays CUDA graphs, whose tokens are not counted."""
+    """Return whether `generate` replays CUDA graphs. Their tokens are not counted."""
     fast = policy.model.config._attn_implementation == "paged_attention"
     return fast and policy.device.type in engine.decode.GRAPH_DEVICES
 
@@ -336,7 +348,7 @@ def measure(policy, problems, samples: int, batch_size: int, args) -> dict:
         for name in args.engines:
             if name in broken:
                 continue
-            # The first time is to warm up.
+            # The first run warms up.
             part = problems if repeat else problems[: max(1, len(problems) // 8)]
             runs = usual if name in ("model.generate", "generate_batch") else policy
             try:
@@ -346,9 +358,11 @@ def measure(policy, problems, samples: int, batch_size: int, args) -> dict:
                     drawn = RUNNERS[name](runs, part, samples, batch_size, args, repeat)
                     synchronize(policy.device)
                     elapsed = time.perf_counter() - started
-            except Exception as error:  # reported; the others go on
+            # Report the error and go on with the other engines.
+            except Exception as error:
                 if runtime.process_count() > 1:
-                    raise  # the other processes wait for this one
+                    # The other processes wait for this one.
+                    raise
                 broken[name] = f"{type(error).__name__}: {runtime.first_line(error)}"[:300]
                 continue
             if not repeat:
@@ -357,7 +371,7 @@ def measure(policy, problems, samples: int, batch_size: int, args) -> dict:
             tokens.setdefault(name, []).append(sum(drawn))
             lengths += drawn if name == "generate" else []
             speeds = [n / t for n, t in zip(tokens[name], seconds[name], strict=True)]
-            # generate_batch runs in processes of its own.
+            # generate_batch runs prompt tokens and decoded tokens in the same calls.
             hidden = name in ("generate", "unconditioned") and replays_graphs(policy)
             seen = name != "generate_batch" and not hidden
             row[name] = {
@@ -381,7 +395,7 @@ def measure(policy, problems, samples: int, batch_size: int, args) -> dict:
 
 
 def shown_number(value: float | int | str | None) -> str:
-    """Return a number in three digits, or whole."""
+    """Return a number with three digits. From 1000 on return it without decimals."""
     if isinstance(value, float):
         return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
     return "-" if value is None else str(value)
@@ -416,7 +430,8 @@ def main(argv: list[str]) -> None:
             row = measure(policy, problems, samples, batch_size, args)
             report["table"].append(row)
             keys = "speedup", "plain_loop_speedup", "fraction_of_limit"
-            report |= {key: row.get(key) for key in keys}  # of the last combination
+            # The report has the values of the last combination.
+            report |= {key: row.get(key) for key in keys}
             for name in args.engines:
                 found = row.get(name, {})
                 if "error" in found:

@@ -1,9 +1,9 @@
-"""Fast decoding. Optional: `common.generate` works without this folder.
+"""Decode fast. Optional: `common.generate` works without this folder.
 
-decode.py   the loop: rows of a batch, one token at a time
-cache.py    keys and values in prompt slots and pages
-kernel.py   the attention that reads them, with PyTorch or as one GPU kernel
-graphs.py   CUDA graphs, packed weights, fused norms
+decode.py   The loop over the steps of a batch.
+cache.py    The keys and values, in prompt slots and pages.
+kernel.py   The attention that reads them, with PyTorch or as one GPU kernel.
+graphs.py   CUDA graphs, packed weights and fused norms.
 """
 
 import transformers
@@ -25,7 +25,7 @@ def supports(config) -> bool:
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     plain = kinds <= {"full_attention", "sliding_attention"}
-    # Gemma 4 shares its keys between layers, which works from transformers 5.24 on.
+    # Gemma 4 shares its keys between layers. This works from transformers 5.24 on.
     version = tuple(map(int, transformers.__version__.split(".")[:2]))
     known = config.model_type in FAMILIES
     return known and plain and (config.model_type != "gemma4_text" or version >= (5, 24))

@@ -1,6 +1,6 @@
 """Keys and values of the sequences that are being decoded.
 
-A prompt lies in a slot, the sampled tokens of a sequence lie in pages.
+A prompt lies in a slot. The sampled tokens of a sequence lie in pages.
 """
 
 import heapq
@@ -15,7 +15,7 @@ PAGE = 32  # tokens
 
 
 class Pool:
-    """Numbered slots for prompts, or numbered pages for sampled tokens.
+    """Number the slots of prompts, or the pages of sampled tokens.
 
     The keys and values of a prompt or page have the same number in all layers. `growths` counts
     how often the tensors were replaced by larger ones.
@@ -38,11 +38,12 @@ class Pool:
                 for i, t in enumerate(layer):
                     layer[i] = t.new_zeros(size, *t.shape[1:])
                     layer[i][:old] = t
-            self.free += range(old, size)  # larger than all others, so it stays a heap
+            # The new numbers are larger than all others, so the list stays a heap.
+            self.free += range(old, size)
             self.growths += 1
 
     def take(self, count: int) -> list[int]:
-        """Return `count` free numbers. A pool with too few grows by a quarter or more."""
+        """Return `count` free numbers. If there are too few, grow by a quarter or more."""
         if len(self.free) < count:
             self.reserve(len(self) + max(count, len(self) // 4))
         return [heapq.heappop(self.free) for _ in range(count)]
@@ -52,10 +53,11 @@ class Pool:
             heapq.heappush(self.free, number)
 
     def compact(self, used: np.ndarray, first: int) -> np.ndarray | None:
-        """Move the used numbers together, from `first` on, if a quarter below the highest is free.
+        """Move the used numbers together if a quarter of the numbers below the highest is free.
 
-        A step computes everything up to the highest number. When the last samples run, most of it
-        would be unused. Returns the new numbers by the old ones, or None if nothing was moved.
+        A step computes everything up to the highest number. Without a move, most of this would be
+        unused while the last samples run. The used numbers start at `first`. Returns the new
+        numbers by the old ones, or None if nothing was moved.
         """
         if used.max() + 1 <= 1.25 * (len(used) + first) + 4:
             return None
@@ -71,20 +73,22 @@ class Pool:
 
 
 class PagedCache:
-    """Stands in for a transformers cache during decoding.
+    """Stand in for a transformers cache during decoding.
 
-    The model calls `update` once per layer and hands the result to `paged_attention`. A prompt is
-    held once, in a slot, and read by all of its samples. The sampled tokens of a sequence lie in
-    pages of 32. So a short sample takes little room however long the longest is, and handing a row
-    to the next sample moves nothing.
+    The model calls `update` once per layer and passes the result to `paged_attention`. A prompt is
+    stored once, in a slot, and all of its samples read it. The sampled tokens of a sequence lie in
+    pages of 32. So a short sample needs little memory even if another one is long. When a row goes
+    to the next sample, nothing is moved.
     """
 
     def __init__(self, longest_prompt: int, fused: bool = False):
-        # [slots or pages, key heads, tokens, head_dim], but the values of sampled tokens are
-        # [pages, key heads, head_dim, tokens]: for so few rows this order is faster.
+        # Keys and the values of prompts: [slots or pages, key heads, tokens, head_dim].
+        # The values of sampled tokens: [pages, key heads, head_dim, tokens]. This order is faster
+        # if few rows read a page.
         self.prompts, self.own = Pool(), Pool()
         self.longest_prompt, self.fused = longest_prompt, fused
-        self.recorded = None  # while prompts are run: per layer (keys, values)
+        # Per layer (keys, values) while prompts are run, otherwise None.
+        self.recorded = None
 
     @property
     def growths(self) -> int:
@@ -112,9 +116,9 @@ class PagedCache:
         return slots
 
     def _make_layers(self, recorded: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Learn from the first prompts how many layers there are, and of what shape."""
+        """Create the layers. The first prompts tell their number and their shapes."""
         for keys, values in recorded:
-            # Under autocast keys come in float32, and attention works in bfloat16.
+            # Under autocast keys are float32, but attention works in bfloat16.
             device, dtype = values.device.type, values.dtype
             if torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
@@ -129,18 +133,18 @@ class PagedCache:
     def begin_step(self, ages: torch.Tensor, starts: torch.Tensor, view: "View") -> None:
         """Describe the next forward pass.
 
-        ages [rows]: how many sampled tokens of a row are cached. starts [rows]: the position of
-        the first of them. view: where everything lies.
+        ages [rows]: the number of sampled tokens of a row that are cached. starts [rows]: the
+        position of the first of them. view: where the keys and values lie.
         """
         self.ages, self.starts, self.view, self.biases = ages, starts, view, {}
         if not self.fused:
             self.page, self.place = view.table.gather(1, ages[:, None] // PAGE)[:, 0], ages % PAGE
 
     def bias(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return 0 where a row sees a key and -1e30 where it does not, the same for all layers.
+        """Return 0 where a row sees a key and -1e30 where it does not. All layers share it.
 
-        For prompts [slots, 1, readers, 1, keys], for sampled tokens [pages, 1, 1, 1, keys].
-        window: of sliding attention.
+        The shape is [slots, 1, readers, 1, keys] for prompts and [pages, 1, 1, 1, keys] for sampled
+        tokens. window: the window of sliding attention, or None.
         """
         if window not in self.biases:
             view, longest = self.view, self.longest_prompt
@@ -148,7 +152,7 @@ class PagedCache:
             prompt_length = self.starts[view.grid][..., None]
             query = (self.starts + self.ages)[view.grid][..., None]
             seen = column[:longest] < prompt_length
-            # How far back a key lies.
+            # The distance of a key from the query.
             back = (self.ages[view.own_row] - view.own_first)[:, None] - column[:PAGE]
             own_seen = back >= 0
             if window is not None:
@@ -161,57 +165,69 @@ class PagedCache:
 
 
 class CachedLayer(typing.NamedTuple):
-    """The keys or the values of a layer, as `paged_attention` gets them."""
+    """Hold the keys or the values of a layer for `paged_attention`.
+
+    new [rows, key heads, width]: the keys or values of this step. The attention stores them.
+    """
 
     cache: PagedCache
     layer: int
-    new: torch.Tensor  # of this step, to be stored by the attention [rows, key heads, width]
+    new: torch.Tensor  # [rows, key heads, width]
 
 
 class Size(typing.NamedTuple):
-    """How many of each a step computes, whether they are used or not."""
+    """Hold the dimensions of a step. It computes all of them, also the unused ones."""
 
     rows: int
     slots: int
-    readers: int  # of a slot
+    # The most rows that read one slot.
+    readers: int
     pages: int
 
 
-EMPTY = np.zeros(0, np.int64)  # a view is made of arrays first, of tensors in the end
+# A view is made of arrays first and of tensors in the end.
+EMPTY = np.zeros(0, np.int64)
 
 
 class View(typing.NamedTuple):
-    """Where a step finds its keys and values.
+    """Tell a step where its keys and values lie.
 
-    Unused slots and pages are computed as well, and the results ignored. The fused kernel reads
-    only the first two fields. Example: rows 0 and 2 sample after the prompt in slot 0, row 1 after
-    the prompt in slot 1. Row 0 has 41 tokens of its own, in pages 1 and 4. The others have fewer
-    than 32, in pages 2 and 3. Page 0 stands for "no page":
+    slot: the slot of a row's prompt. table: the pages of a row, 0 for "no page". grid: the rows
+    that read a slot, padded with row 0. reader: the rank of a row among the rows of its slot.
+    own_row: the row that owns a page. own_first: the index of a page's first token in its row.
+
+    Unused slots and pages are computed as well. Their results are ignored. The fused kernel reads
+    only `slot` and `table`.
+
+    Example: rows 0 and 2 sample after the prompt in slot 0, row 1 after the prompt in slot 1. Row 0
+    has 41 tokens of its own, in pages 1 and 4. The others have fewer than 32, in pages 2 and 3:
 
         slot  [0, 1, 0]           grid    [[0, 2], [1, 0]]    own_row    [0, 0, 1, 2, 0]
         table [[1, 4], [2, 0],    reader  [0, 0, 1]           own_first  [far, 0, 0, 0, 32]
                [3, 0]]
     """
 
-    slot: torch.Tensor  # of a row's prompt [rows]
-    table: torch.Tensor  # the pages of a row, 0 for none [rows, pages of a row]
-    grid: torch.Tensor = EMPTY  # the rows that read a slot, padded with row 0 [slots, readers]
-    reader: torch.Tensor = EMPTY  # where a row stands among those of its slot [rows]
-    own_row: torch.Tensor = EMPTY  # whose page it is [pages]
-    own_first: torch.Tensor = EMPTY  # the row's token that is the first of the page [pages]
+    slot: torch.Tensor  # [rows]
+    table: torch.Tensor  # [rows, pages of a row]
+    grid: torch.Tensor = EMPTY  # [slots, readers]
+    reader: torch.Tensor = EMPTY  # [rows]
+    own_row: torch.Tensor = EMPTY  # [pages]
+    own_first: torch.Tensor = EMPTY  # [pages]
 
 
 class PageTable:
-    """Where every row of the batch finds its keys and values, on the host."""
+    """Keep on the host where every row of the batch finds its keys and values."""
 
     def __init__(self, cache: PagedCache, batch_size: int, width: int):
         self.cache, self.width = cache, width
-        self.pages = np.zeros((batch_size, (width - 1) // PAGE + 1), np.int64)  # of a row, 0: none
-        self.row_slot = np.zeros(batch_size, np.int64)  # of a row's prompt
+        # The pages of a row, 0 for "no page".
+        self.pages = np.zeros((batch_size, (width - 1) // PAGE + 1), np.int64)
+        # The slot of a row's prompt.
+        self.row_slot = np.zeros(batch_size, np.int64)
         self.slot_of_prompt: dict[int, int] = {}
 
     def add_pages(self, lengths: np.ndarray) -> None:
-        """Give the first rows the pages that so many tokens need. lengths [rows]."""
+        """Give the first rows the pages that they need. lengths [rows]: their tokens."""
         pages, needed = self.pages[: len(lengths)], (lengths - 1) // PAGE + 1
         missing = (pages == 0) & (np.arange(pages.shape[1]) < needed[:, None])
         pages[missing] = self.cache.own.take(int(missing.sum()))
@@ -229,9 +245,9 @@ class PageTable:
         self.pages[rows] = 0
 
     def used(self, n: int) -> Size:
-        """Return what a step of the first n rows reads. Move it together if much lies between.
+        """Return the size of a step of the first n rows. Close large gaps between used numbers.
 
-        The fused kernel finds its keys row by row, so for it only the rows count.
+        The fused kernel finds its keys row by row. So for it only the number of rows counts.
         """
         if self.cache.fused:
             return Size(n, 0, 0, 0)
@@ -254,12 +270,12 @@ class PageTable:
         return View(*(torch.from_numpy(array).to(device) for array in view))
 
     def _group_by_prompt(self, n: int, size: Size) -> dict[str, np.ndarray]:
-        """Order the rows by prompt, so that a prompt is multiplied with all its queries at once."""
+        """Order the rows by prompt. Then a prompt is multiplied with all its queries at once."""
         self.cache.prompts.reserve(size.slots)
         self.cache.own.reserve(size.pages)
         slot, reader = self.row_slot[:n], np.zeros(size.rows, np.int64)
         readers, order = np.bincount(slot), slot.argsort(kind="stable")
-        # a row's rank among the rows of its slot
+        # The rank of a row among the rows of its slot.
         reader[order] = np.arange(n) - (readers.cumsum() - readers)[slot[order]]
         grid = np.zeros((size.slots, size.readers), np.int64)
         grid[slot, reader[:n]] = np.arange(n)

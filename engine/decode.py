@@ -1,8 +1,8 @@
 """Sample many sequences at once. Token ids go in; token ids and log-probabilities come out.
 
-`generate_tokens` runs each prompt once and shares its keys and values among its samples. A sequence
-that has finished hands its row of the batch to the next sample. On a CPU the host looks at the
-tokens after every step. On a GPU it looks after every 16th step, and a step is a CUDA graph.
+`generate_tokens` runs each prompt once and shares its keys and values among its samples. When a
+sequence has finished, the next sample takes its row of the batch. On a CPU the host reads the
+tokens after every step. On a GPU it reads them after every 16th step, and a step is a CUDA graph.
 """
 
 import itertools
@@ -21,28 +21,33 @@ GRAPH_DEVICES = {"cuda"}
 
 
 class Output(NamedTuple):
-    """One sampled sequence. A sequence that did not end by itself is not `finished`."""
+    """Hold one sampled sequence. It is `finished` if it ended by itself.
 
-    prompt: int  # index
-    number: int  # of the sample, from 0
-    ids: np.ndarray  # [length] int32, with the end-of-text token
+    prompt: the index of the prompt. number: the number of the sample, from 0. ids include the
+    end-of-text token.
+    """
+
+    prompt: int
+    number: int
+    ids: np.ndarray  # [length] int32
     logprobs: np.ndarray  # [length] float32
     finished: bool
 
 
 class Request(NamedTuple):
-    """What to sample. Every list has one entry per prompt.
+    """Hold the arguments of sampling. Every list has one entry per prompt.
 
+    pending maps the index of a prompt to its sample numbers. limits: the most tokens of a sample.
     pick maps hidden states [rows, width] and uniforms [rows] to tokens [rows] and their
-    log-probabilities [rows]. seeds and the sample's number key the uniforms of a sample.
+    log-probabilities [rows]. seeds and the number of a sample key its uniforms.
     breaks_line [vocabulary] marks the tokens with a line break. After each of them the token
-    `label` follows without being sampled, with log-probability 0, and `is_complete` may end the
+    `label` follows without being sampled, with log-probability 0. There `is_complete` may end the
     sequence.
     """
 
     prompts: list[list[int]]
-    pending: dict[int, Sequence[int]]  # prompt index -> sample numbers
-    limits: list[int]  # most tokens of a sample
+    pending: dict[int, Sequence[int]]
+    limits: list[int]
     seeds: list[list[int]]
     pick: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     eos_ids: list[int]
@@ -52,7 +57,7 @@ class Request(NamedTuple):
     stop: Callable[[], bool] = lambda: False
 
     def uniforms(self, prompt: int, number: int, length: int) -> np.ndarray:
-        """Return the random numbers of a sample: [length], in [0, 1)."""
+        """Return the uniforms of a sample: [length], in [0, 1)."""
         generator = np.random.default_rng([*self.seeds[prompt], number])
         return generator.random(length, np.float32)
 
@@ -77,10 +82,10 @@ def generate_tokens(model, batch_size: int, **request) -> Iterator[Output]:
 
 
 class Decoder:
-    """The batch of one request: which row samples what, and the tokens so far.
+    """Decode the batch of one request. Keep which row samples what, and the tokens so far.
 
-    The state of the rows lives on the device, and a step touches nothing else. Between two looks
-    the host does not know what was sampled. A row is computed only if its index is below
+    The state of the rows lives on the device. A step touches nothing else. Between two reads the
+    host does not know what was sampled. A row is computed only if its index is below
     `self.active`.
     """
 
@@ -89,14 +94,15 @@ class Decoder:
         self.base, self.config = model.base_model, model.config.get_text_config()
         self.device = next(model.parameters()).device
         self.on_gpu = self.device.type in GRAPH_DEVICES
-        self.stride = 16 if self.on_gpu else 1  # steps between two looks
+        # Steps between two reads.
+        self.stride = 16 if self.on_gpu else 1
         self.last_position = (getattr(self.config, "max_position_embeddings", None) or 1 << 30) - 1
         longest_prompt = max(1, max(map(len, request.prompts)) - 1)
         self.cache = PagedCache(longest_prompt, fused)
         self.cache_argument = {cache_argument(self.base): self.cache, "use_cache": True}
         self.graphs = Graphs(self.device, batch_size)
 
-        # A row may run on until the host looks.
+        # A row may run on until the host reads the tokens.
         self.longest = max(request.limits)
         width = self.longest + self.stride - 1
         shape = batch_size, width
@@ -121,7 +127,7 @@ class Decoder:
         self.finished: list[Output] = []
 
     def run(self) -> Iterator[Output]:
-        """Yield every sample. On a GPU the last samples are handled while it computes the next."""
+        """Yield every sample. On a GPU, finished samples are handled during the next step."""
         try:
             self.active = len(self.fill(range(self.batch_size)))
             while self.active:
@@ -186,7 +192,7 @@ class Decoder:
         """Sample one token for each of the first n rows. Touches the device only."""
         self.cache.begin_step(self.ages[:n], self.starts[:n], view)
         positions = (self.starts[:n] + self.ages[:n]).clamp_(max=self.last_position)[:, None]
-        # The mask is not used. Without one the model would make its own.
+        # The mask is not used. Without one the model would make a mask of its own.
         hidden = self.base(
             input_ids=self.inputs[:n, None],
             position_ids=positions,

@@ -1,4 +1,4 @@
-"""What makes a decoding step cheaper: CUDA graphs, packed weights, fused norms."""
+"""Make a decoding step cheaper: CUDA graphs, packed weights, fused norms."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-# "fused attention" and "graphs" are added here when they fail once.
+# A fast path that failed once: "fused attention" or "graphs".
 disabled: set[str] = set()
 
 
@@ -20,14 +20,14 @@ def disable(name: str, reason: str) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether the memory of the device ran out. PyTorch and CUDA report it in many ways."""
+    """Return whether the memory of the device ran out. PyTorch and CUDA have many messages."""
     messages = ("t allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(message in str(error) for message in messages)
 
 
 class Graphs:
-    """The CUDA graphs of the decoding steps that were made so far, one per size of a step."""
+    """Keep the CUDA graphs of the decoding steps so far, one per size of a step."""
 
     def __init__(self, device: torch.device, batch_size: int):
         self.device, self.batch_size, self.growths = device, batch_size, -1
@@ -38,15 +38,15 @@ class Graphs:
         if growths != self.growths:
             self.growths = growths
             self.by_size.clear()
-            # All graphs share their memory: only one runs at a time.
+            # All graphs share their memory because only one runs at a time.
             self.memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def round_up(self, used):
         """Round the dimensions of a step up, so that one CUDA graph serves many steps.
 
-        Take the smallest recorded size that is nowhere more than twice too large. If there is
-        none, round the rows to the batch size or to a half, a quarter ... of it, and the others to
-        the next of 1, 2, 3 ... 8, 10, 12, 14, 16, 20 ...
+        Take the smallest recorded size that fits. Each dimension may be at most twice too large.
+        If no size fits, make a new one. Round the rows to the batch size divided by a power of 2.
+        Round the other dimensions to the next of 1, 2, 3 ... 8, 10, 12, 14, 16, 20 ...
         """
         pairs = [(size, list(zip(used, size, strict=True))) for size in self.by_size]
         fits = [size for size, pair in pairs if all(a <= b <= 2 * a for a, b in pair)]
@@ -71,9 +71,9 @@ class Graphs:
             run()
 
     def _first_step(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Make a step of a new size and record it as a graph. Return what replays the step.
+        """Make a step of a new size and record it as a graph. Return a function that replays it.
 
-        The step itself warms up what a graph needs. If it cannot be recorded, return `run`.
+        The step itself warms up the graph. If the step cannot be recorded, return `run`.
         """
         done = False
         try:
@@ -86,21 +86,23 @@ class Graphs:
                 raise
             reason = str(error).strip().split("\n")[0]
         if not done:
-            run()  # again: until its end a step changes nothing that it reads
+            # Make the step again. Until its end it changes nothing that it reads.
+            run()
         disable("graphs", f"a step cannot be recorded ({reason})")
         return run
 
 
 @contextlib.contextmanager
 def packed_weights(model: torch.nn.Module):
-    """On a CPU, lay the weights of linear layers out for the kernels of oneDNN.
+    """Lay the weights of linear layers out for the kernels of oneDNN. Only on a CPU.
 
-    Otherwise every product rearranges the weights. That is 1.2 to 2 times slower for SmolLM2, and
-    5 times with the 4 rows that are left at the end. Costs a second copy of the weights. Use it
+    Otherwise every product rearranges the weights. SmolLM2 is then 1.2 to 2 times slower. With the
+    last 4 rows of a batch it is 5 times slower. This costs a second copy of the weights. Use it
     without gradients only.
     """
     usable = next(model.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available()
-    usable = usable and not torch.is_autocast_enabled("cpu")  # its products are bfloat16
+    # Under autocast the products are bfloat16.
+    usable = usable and not torch.is_autocast_enabled("cpu")
     pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
@@ -120,7 +122,7 @@ def packed_weights(model: torch.nn.Module):
 def casts_kept(model: torch.nn.Module):
     """Let autocast keep its bfloat16 copies of frozen weights from step to step.
 
-    It keeps them only for weights that require a gradient. Use it without gradients only.
+    Autocast keeps them only for weights that require a gradient. Use it without gradients only.
     """
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     for weight in frozen:
@@ -141,7 +143,7 @@ def rms_norm(weight: torch.Tensor, eps: float, promotes: bool, x: torch.Tensor) 
 def fuse_norms(model: torch.nn.Module) -> None:
     """Let PyTorch compute root mean square norms in one kernel instead of six small ones.
 
-    A module whose result would differ stays as it is, for example the norm of Gemma.
+    Modules with a different result stay as they are, for example the norm of Gemma.
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -152,10 +154,11 @@ def fuse_norms(model: torch.nn.Module) -> None:
             x = x.view(2, *weight.shape)
             try:
                 promotes = module(x.bfloat16()).dtype != torch.bfloat16
-                # No lambda: a deep copy of the module must use its own weight.
+                # A lambda would not do. A deep copy of the module must use its own weight.
                 fused = functools.partial(rms_norm, weight, eps, promotes)
                 same = torch.allclose(module(x), fused(x), rtol=1e-4, atol=1e-5)
-            except (TypeError, RuntimeError):  # another signature
+            # The module has another signature.
+            except (TypeError, RuntimeError):
                 continue
             if same:
                 module.forward = fused
@@ -163,14 +166,15 @@ def fuse_norms(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def waiting_is_an_error(device: torch.device):
-    """Raise RuntimeError if the host waits for the GPU, because then a graph cannot be recorded.
+    """Raise RuntimeError if the host waits for the GPU. Then a graph cannot be recorded.
 
-    A recording that fails is worse: after it older releases of PyTorch cannot free memory any more
+    A failed recording is worse. After it, older releases of PyTorch cannot free memory any more
     (PyTorch issues 180395 and 190348).
     """
     if device.type == "cuda":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch warns that this mode is a prototype
+            # PyTorch warns that this mode is a prototype.
+            warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -180,7 +184,7 @@ def waiting_is_an_error(device: torch.device):
 
 
 def record(step: Callable[[], None], device: torch.device, graph_memory) -> Callable[[], None]:
-    """Return a CUDA graph of `step` that runs without Python. On a CPU return `step` itself."""
+    """Return a CUDA graph of `step` that runs without Python. On a CPU return `step`."""
     if device.type != "cuda":
         return step
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -188,7 +192,8 @@ def record(step: Callable[[], None], device: torch.device, graph_memory) -> Call
         with torch.cuda.graph(graph, pool=graph_memory):
             step()
     except RuntimeError as error:
-        torch.cuda.set_stream(stream)  # a failed recording stays on a stream of its own
+        # Leave the stream of the failed recording.
+        torch.cuda.set_stream(stream)
         # The end of a failed recording fails as well and hides the reason.
         raise (error.__context__ or error) from None
     return graph.replay

@@ -1,4 +1,4 @@
-"""The attention of a decoding step: with PyTorch, and on a GPU as one fused Triton kernel."""
+"""Compute the attention of a decoding step: with PyTorch, or on a GPU as one Triton kernel."""
 
 import torch
 from transformers import AttentionInterface
@@ -10,12 +10,13 @@ from .cache import CachedLayer
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Triton comes with PyTorch for GPUs
+# Triton comes with PyTorch for GPUs.
+except ImportError:
     triton = None
 
 
 class KernelError(Exception):
-    """The fused attention cannot be built or run here."""
+    """Report that the fused attention cannot be built or run here."""
 
 
 if triton:
@@ -197,7 +198,8 @@ def paged_attention(
             return fused_attention(query[:, :, 0], key, value, scaling, sliding_window)[
                 :, None
             ], None
-        except Exception as error:  # Triton raises whatever its compiler raises
+        # Triton passes on every exception of its compiler.
+        except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise KernelError(str(error).strip().split("\n")[0]) from None
@@ -234,7 +236,7 @@ def paged_attention(
 
 
 def take_rows(table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """table[places]: rows of a table, several times as fast on a CPU as by indexing."""
+    """Return table[places]. On a CPU this is several times as fast as indexing."""
     return table.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 

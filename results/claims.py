@@ -1,8 +1,8 @@
 """Print the numbers behind the table of claims: `python results/claims.py`.
 
-Differences are between runs with the same seed, with the 95 % interval of their mean over the seeds
-(Student's t). A test metric belongs to the epoch, round or phase with the best maj@1 on dev, so it
-says nothing about what came later.
+The script compares runs with the same seed. It prints the 95 % interval of the mean difference over
+the seeds (Student's t). A test metric is from the epoch, round or phase with the best maj@1 on dev.
+It says nothing about later checkpoints.
 """
 
 import sys
@@ -18,7 +18,10 @@ TASKS = "arithmetic", "hard"
 
 
 def dev(method: str, key: str, **where) -> dict[int, float]:
-    """Return a metric on dev by seed: in the row with these values, or in the last row with it."""
+    """Return a metric on dev by seed.
+
+    The value is from the last row with the metric. `where` restricts the rows to these values.
+    """
     found = {}
     for seed, log in metrics(method).items():
         for row in log:
@@ -160,7 +163,8 @@ def samples_per_question() -> None:
             both = (dev(name, metric, round=1) for name in (method, control))
             where = "training samples'" if metric == "follows_reference" else "dev"
             show(f"{where} {metric} in round 1, {method} - {control}", *both)
-        if method != "hard/k16_round":  # it has one round only
+        # k16_round has one round only.
+        if method != "hard/k16_round":
             for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
                 show_test(f"test {metric}, {method} - {control}", metric, method, control)
 
@@ -177,7 +181,7 @@ def restarting() -> None:
 
 
 def by_policy(values: dict[int, float]) -> dict[int, float]:
-    """Average the seeds 0, 4 and 5 of a ratio: all three sample from the policy of seed 0."""
+    """Average the seeds 0, 4 and 5 of a ratio. All three sample from the policy of seed 0."""
     same = {seed: value for seed, value in values.items() if seed in (0, 4, 5)}
     return {0: mean(same)} | {seed: v for seed, v in values.items() if seed not in same}
 
@@ -293,7 +297,7 @@ def gsm8k() -> None:
     print("SmolLM2-135M-Instruct on GSM8K, one run each: differences on the same test problems")
 
     def solved(method: str) -> list[float]:
-        """Return 1 for each test problem that the greedy solution got right, else 0."""
+        """Return 1 for each test problem with a correct greedy solution, else 0."""
         (indices,) = evaluations(f"gsm8k_smollm2/{method}", "greedy_right").values()
         (report,) = evaluations(f"gsm8k_smollm2/{method}").values()
         return np.isin(np.arange(report["n_problems"]), indices).astype(float).tolist()
@@ -319,7 +323,7 @@ def gsm8k() -> None:
 
 
 def hours() -> None:
-    """Print the hours of each experiment. The runs on the H200 shared it: left out."""
+    """Print the hours of each experiment. The runs on the H200 are left out: they shared it."""
     note = "some runs with two threads, most with one beside another job"
     print(f"hours, as recorded: training, evaluation ({note})")
     for file in sorted(RESULTS.glob("*.jsonl"), key=lambda file: file.stem):

@@ -1,8 +1,9 @@
 """Compare methods with a control: `python results/compare.py results/pre_ppo.jsonl original`.
 
-For each method the mean over its seeds, the differences to the control with the same seed, and the
-95 % interval of their mean. If the interval holds 0, these runs cannot tell the two apart. Metrics
-to compare may follow (default: maj@1 pass@1 pass@16).
+For each method the table has the mean over its seeds. It has the differences to the control with
+the same seed and the 95 % interval of their mean. If the interval contains 0, these runs cannot
+tell the methods apart. Name the metrics to compare after the control (default: maj@1 pass@1
+pass@16).
 """
 
 import sys

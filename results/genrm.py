@@ -29,7 +29,7 @@ def print_quality() -> None:
 
 
 def print_ppo() -> None:
-    """Print what PPO reaches with each reward. Of the verifier only the seeds of the others."""
+    """Print the results of PPO with each reward. The verifier has only the seeds of the others."""
     columns = [
         "maj@1",
         "pass@16",

@@ -1,19 +1,20 @@
 """Draw the curves of runs, or the figures of the pages. Needs matplotlib.
 
-`python results/plot.py RUN [RUN ...] [--out FILE.png]` draws what the runs in these folders logged,
-one line per run: over the samples for training, or over steps if no run samples as it trains.
+`python results/plot.py RUN [RUN ...] [--out FILE.png]` draws the metrics of the runs in these
+folders, one line per run. The x axis is the number of training samples. It is the number of steps
+if no run samples while it trains.
 
 `python results/plot.py` draws the figures of the pages from the records:
 
-    methods.png        all methods: maj@1 over samples, pass@16, distinct correct solutions
-    hard.png           the same for the harder task
-    sft_epochs.png     what more epochs of SFT do to maj@1 and pass@8
-    rcrl.png           return-conditioned RL: mixtures and labels
-    ppo_rewards.png    PPO with each kind of reward: accuracy, reward and KL
-    ppo_stability.png  PPO with and without the KL penalty and the detached value branch
-    genrm.png          PPO rewarded by the verifier and by a generative reward model
+    methods.png        All methods: maj@1 over samples, pass@16, distinct correct solutions.
+    hard.png           The same for the harder task.
+    sft_epochs.png     The effect of more epochs of SFT on maj@1 and pass@8.
+    rcrl.png           Return-conditioned RL: mixtures and labels.
+    ppo_rewards.png    PPO with each kind of reward: accuracy, reward and KL.
+    ppo_stability.png  PPO with and without the KL penalty and the detached value branch.
+    genrm.png          PPO rewarded by the verifier and by a generative reward model.
 
-Lines and bars are means over the seeds. Bands and whiskers reach from the lowest to the highest.
+Lines and bars are means over the seeds. Bands and whiskers show the range of the seeds.
 """
 
 import argparse
@@ -40,7 +41,7 @@ SAMPLES = "samples for training"
 
 
 def panels_of(logs: dict[str, list[dict]]) -> dict[str, list[str]]:
-    """Return title -> keys that fit it, of the panels for which some run has a key."""
+    """Return title -> keys of each panel. A panel needs one run with one of its keys."""
     logged = {key for log in logs.values() for row in log for key in row if row[key] is not None}
     sizes = [int(key[5:]) for key in logged if key.startswith("pass@") and key != "pass@1"]
     pass_at_k = f"pass@{max(sizes, default=1)}"
@@ -58,7 +59,7 @@ def panels_of(logs: dict[str, list[dict]]) -> dict[str, list[str]]:
 
 
 def curve(log: list[dict], keys: list[str], x: str) -> tuple[list, list]:
-    """Return x and y of the rows that have one of the keys. The first key that a row has counts."""
+    """Return x and y of the rows that have one of the keys. The first key of a row counts."""
     points = []
     for row in log:
         values = [row[key] for key in keys if row.get(key) is not None]
@@ -73,13 +74,13 @@ def draw_runs(folders: list[str], out: Path) -> None:
         file = Path(folder) / "metrics.jsonl"
         if not file.is_file():
             sys.exit(f"error: {folder} is no run (it has no metrics.jsonl)")
-        # A run that is still going on may have written half of its last line.
+        # A run that has not ended may have written half of its last line.
         lines = file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
         logs[folder] = [json.loads(line) for line in lines]
     panels = panels_of(logs)
     if not panels:
         sys.exit("error: nothing to draw yet; no run has logged a metric that has a panel")
-    # Most runs draw all their samples first, or none. Their curves have to be over steps.
+    # Most runs generate all their samples first, or none. Their curves must be over steps.
     grows = any(len({row["samples"] for row in log}) > 1 for log in logs.values())
     x, label = ("samples", SAMPLES) if grows else ("step", "optimizer steps")
     columns = min(3, len(panels))
@@ -177,8 +178,7 @@ FALSE_POSITIVE = "false_positive_rate", "fraction of incorrect samples scored 0.
 def band(axis, curves: list[dict], style: str, colour: str, label: str) -> None:
     """Draw the mean and the range of the seeds. curves: x -> y of each seed.
 
-    Some runs ended early, and some do not have every key in every row. Only an x that all seeds
-    have is drawn.
+    Some runs ended early. Some rows lack some keys. So an x is drawn only if all seeds have it.
     """
     x = [x for x in curves[0] if all(x in points for points in curves)]
     y = np.array([[points[at] for at in x] for points in curves])
@@ -188,7 +188,7 @@ def band(axis, curves: list[dict], style: str, colour: str, label: str) -> None:
 
 
 def over_samples(axis, method: str, key: str, style: str, colour: str, label: str) -> None:
-    """Draw a metric of a recorded method over samples, if it was logged while they grew."""
+    """Draw a recorded metric over samples, if it was logged while the samples grew."""
     curves = []
     for log in metrics(method).values():
         curves.append({row["samples"]: row[key] for row in log if row.get(key) is not None})
@@ -205,8 +205,8 @@ def whiskers(values: list[float]) -> dict:
 def draw_ppo(file: str, rows: dict[str, list], panels: list[tuple], with_reward: bool) -> None:
     """Draw metrics of variants of PPO over samples.
 
-    rows: what the titles of a row begin with -> variants. panels: (key, title). with_reward: next
-    to the accuracy of the samples draw what a learned reward says about them, dashed.
+    rows: start of the titles of a row -> variants. panels: (key, title). with_reward: also draw the
+    mean learned reward, dashed, next to the accuracy of the samples.
     """
     shape = len(rows), len(panels)
     size = 4.6 * shape[1], 4.2 * shape[0]
@@ -222,7 +222,8 @@ def draw_ppo(file: str, rows: dict[str, list], panels: list[tuple], with_reward:
             axis.grid(alpha=0.3)
         if not with_reward:
             line[1].legend(fontsize=8)
-    if with_reward:  # too many lines for a legend among them
+    # Too many lines for a legend inside a panel.
+    if with_reward:
         names = axes[0][1].get_legend_handles_labels()
         figure.legend(*names, loc="outside lower center", ncols=4, fontsize=8)
     save(figure, RESULTS / file)
@@ -259,7 +260,8 @@ def draw_epochs() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
     titles = {"maj@1": "greedy solutions correct", "pass@8": "any of 8 samples correct"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        curves = {}  # of each seed the last row of every run: epochs -> metric
+        # Epochs -> metric in the last row of the run, one dictionary per seed.
+        curves = {}
         for n in (2, 4, 16):
             for seed, log in metrics(f"sft_epochs/epochs{n}").items():
                 curves.setdefault(seed, {})[n] = log[-1][key]
@@ -274,7 +276,7 @@ def draw_epochs() -> None:
 
 
 def draw_labels() -> None:
-    """Draw the accuracy after each label of return-conditioned RL, and that of its controls."""
+    """Draw the accuracy after each label of return-conditioned RL and of its controls."""
     mixtures = {
         "ratio1": "1 : 1,\nper line",
         "ratio10": "10 : 1,\nper line",
@@ -296,7 +298,8 @@ def draw_labels() -> None:
             if not values:
                 continue
             x, label = i + 0.27 * (j - 1), label if i == 0 else None
-            if name.startswith("control"):  # it was tested without a label only
+            # A control was tested without a label only.
+            if name.startswith("control"):
                 x, colour = i, "tab:gray"
             axis.bar(x, np.mean(values), 0.25, color=colour, label=label, **whiskers(values))
     sft = mean(test_metric("arithmetic/sft", "maj@1"))

@@ -15,8 +15,8 @@ from pathlib import Path
 def read_run(folder: Path) -> dict:
     """Return args, metrics and evaluation of a run.
 
-    Evaluations are all other .json files in the folder, and the questions that `ppo.py --select`
-    chose.
+    Evaluations are all other .json files in the folder. The questions that `ppo.py --select` chose
+    are one as well.
     """
     args, log = folder / "args.json", folder / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
@@ -26,7 +26,8 @@ def read_run(folder: Path) -> dict:
         for file in sorted(files, key=lambda file: file.name)
         if not file.name.endswith("args.json")
     }
-    if not evaluation.get("selected"):  # `ppo.py` without --select writes an empty list
+    # Without --select `ppo.py` writes an empty list.
+    if not evaluation.get("selected"):
         evaluation.pop("selected", None)
     return {
         "args": json.loads(args.read_text(encoding="utf-8")) if args.exists() else None,

@@ -1,14 +1,14 @@
-"""The records of the runs: one file per experiment, one line per run.
+"""Read the records of the runs: one file per experiment, one line per run.
 
 A line of results/EXPERIMENT.jsonl is an object with five keys:
 
-    name        the method
-    seed        tells the runs of a method apart, mostly the seed of the run
-    args        settings of the run (args.json). None if only an evaluation was recorded
-    metrics     rows of metrics.jsonl
-    evaluation  evaluations by name: test, bad, none, quality, ...
+    name        The method.
+    seed        Tells the runs of a method apart. It is mostly the seed of the run.
+    args        The settings of the run (args.json). None if only an evaluation was recorded.
+    metrics     The rows of metrics.jsonl.
+    evaluation  The evaluations by name: test, bad, none, quality, ...
 
-The scripts next to this file call a method EXPERIMENT/METHOD, such as "hard/ei".
+The scripts next to this file call a method EXPERIMENT/METHOD, for example "hard/ei".
 """
 
 import functools
@@ -76,21 +76,22 @@ def over_phases(method: str | Path, key: str, first: int, last: int) -> dict[int
 
 
 def mean(values: dict[int, float]) -> float:
-    # Python's sum rounds differently since 3.12, and some means are half-way between two digits.
+    # The sum of Python rounds differently since 3.12. Some means are half-way between two digits.
     return float(np.mean(list(values.values())))
 
 
 def spread(values: dict[int, float], digits: int = 3) -> str:
-    """Return the mean of the seeds as text. Several seeds: with the lowest and the highest."""
+    """Return the mean of the seeds as text. With several seeds add the lowest and the highest."""
     low, high = min(values.values()), max(values.values())
     spread = f" ({low:.{digits}f} - {high:.{digits}f})" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
 
 def paired(values: dict[int, float], control: dict[int, float]) -> tuple[list[float], str]:
-    """Return the differences of the seeds that both have, and their mean with its interval as text.
+    """Return the differences of the seeds that both have, and their mean as text.
 
-    The 95 % interval is Student's. With three seeds its half-width is 4.30 standard errors.
+    The text has the 95 % interval of Student's t. With three seeds its half-width is 4.30 standard
+    errors.
     """
     pairs = [values[seed] - control[seed] for seed in sorted(values.keys() & control.keys())]
     if len(pairs) < 2:

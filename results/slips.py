@@ -1,10 +1,13 @@
 """Describe the errors of best-scored samples: `python results/slips.py RUN.samples.jsonl ...`.
 
 A false calculation is a line whose <<expression=result>> does not hold or is not complete. Other
-incorrect samples calculate without error what was not asked. Printed for each file: how many
-problems have an incorrect best-scored sample, how many of these hold a false calculation, how many
-score at most 0.03 above the best correct sample, and the fraction of false calculations among all
-incorrect samples.
+incorrect samples calculate correctly, but they do not answer the question. For each file the script
+prints four numbers:
+
+1. The number of problems with an incorrect best-scored sample.
+2. How many of these samples contain a false calculation.
+3. How many of them score at most 0.03 above the best correct sample.
+4. The fraction of incorrect samples that contain a false calculation.
 """
 
 import ast
@@ -23,7 +26,7 @@ OPERATIONS = {
 
 
 def value_of(node: ast.expr) -> float:
-    """Evaluate an expression. Raises an error if it holds more than numbers and + - * /."""
+    """Evaluate an expression. Raise an error if it has more than numbers and + - * /."""
     if isinstance(node, ast.BinOp):
         return OPERATIONS[type(node.op)](value_of(node.left), value_of(node.right))
     if isinstance(node, ast.UnaryOp):
@@ -32,7 +35,7 @@ def value_of(node: ast.expr) -> float:
 
 
 def is_false(text: str) -> bool:
-    """Return whether a solution holds a false calculation."""
+    """Return whether a solution contains a false calculation."""
     for line in text.split("\n"):
         found = ANNOTATION.search(line)
         if "<<" in line and not found:
@@ -52,7 +55,8 @@ def describe(path: str) -> str:
     with open(path) as file:
         for sample in map(json.loads, file):
             problems.setdefault(sample["problem"], []).append(sample)
-    misled = []  # (best-scored sample, best score of a correct one), if the former is incorrect
+    # (Incorrect best-scored sample, best score of a correct sample).
+    misled = []
     for group in problems.values():
         best = max(group, key=lambda sample: sample["score"])
         score = max([sample["score"] for sample in group if sample["correct"]], default=-1.0)

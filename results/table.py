@@ -1,8 +1,8 @@
 """Print one table of records: `python results/table.py results/arithmetic.jsonl [FILE.jsonl ...]`.
 
-A row is a method: the mean over its seeds, with the lowest and the highest seed, of each metric on
-the test split, and of maj@1 after [BAD] and without a label if these were evaluated. The 95 %
-interval over problems of a single run is in its record.
+A row is a method. A cell is the mean over its seeds, with the lowest and the highest seed. The
+columns are the metrics on the test split. If they were evaluated, maj@1 after [BAD] and without a
+label follow. The 95 % interval over problems of a single run is in its record.
 """
 
 import re
@@ -16,7 +16,7 @@ METRIC = r"(maj|rerank|weighted|pass|distinct)@\d+"
 
 
 def columns_of(method: Path) -> dict[str, tuple[str, str]]:
-    """Return title -> (metric, kind of evaluation) of what was measured."""
+    """Return title -> (metric, kind of evaluation) of every metric that was measured."""
     reports = evaluations(method).values()
     names = [name for report in reports for name in report if re.fullmatch(METRIC, name)]
     columns = {name: (name, "test") for name in names}

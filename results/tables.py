@@ -1,6 +1,6 @@
 """Print the tables of the pages that are made of records: `python results/tables.py`.
 
-A row is a method: the mean over its seeds, of some metrics with the lowest and the highest seed.
+A row is a method. Its cells are means over the seeds. Some have the lowest and the highest seed.
 tests/test_results.py compares these rows with the pages.
 """
 
@@ -16,12 +16,12 @@ def print_head(title: str, columns: list[str]) -> None:
 
 
 def last_row(method: str, key: str) -> dict[int, float]:
-    """Return a metric of the last row of metrics.jsonl by seed, 0 where it is missing."""
+    """Return a metric of the last row of metrics.jsonl by seed, or 0 if the row lacks it."""
     return {seed: log[-1].get(key, 0) for seed, log in metrics(method).items()}
 
 
 def sum_of_means(parts: list[tuple[str, str]], seeds: dict[int, float]) -> float:
-    """Return the sum over parts, (method, key of the last row), of the mean over these seeds."""
+    """Return the sum over (method, key of the last row) of the means over these seeds."""
     total = 0.0
     for method, key in parts:
         values = last_row(method, key)
@@ -34,8 +34,8 @@ def print_methods(
 ) -> None:
     """Print accuracy and cost of some methods.
 
-    rows: label -> (method that was tested, runs that it cost). A run is a method, of which samples
-    and minutes count, or (method, key, ...), of which only these keys count.
+    rows: label -> (tested method, runs that count for its cost). A run is a method or
+    (method, key, ...). A method counts with its samples and minutes, otherwise only the keys count.
     """
     print_head(title, ["method", "seeds", *with_spread, *without, "rollouts", "minutes"])
     for label, (tested, cost) in rows.items():
@@ -83,8 +83,8 @@ def print_single_runs(title: str, names: dict[str, bool], rows: dict[str, str]) 
 def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, bool]]) -> None:
     """Print return-conditioned RL and controls.
 
-    rows: label -> (method, whether it was trained on a mixture). The other methods count with the
-    seeds that a mixture was made of.
+    rows: label -> (method, whether it was trained on a mixture). Other methods count only with the
+    seeds of the mixtures.
     """
     columns = ["correct + incorrect", "maj@1 after `[GOOD]`", "after `[BAD]`", "no label", *without]
     print_head(title, ["mixture", "seeds", *columns])
@@ -99,7 +99,8 @@ def print_labels(title: str, without: list[str], rows: dict[str, tuple[str, bool
         counts = ("n_correct", "n_incorrect") if is_mixture else ()
         size = " + ".join(f"{mean(last_row(method, key)):,.0f}" for key in counts)
         good, bad, none = (tested(method, "maj@1", kind) for kind in ("test", "bad", "none"))
-        if not bad:  # a model without labels
+        # The model has no labels.
+        if not bad:
             good, none = {}, good
         cells = [str(len(tested(method, "maj@1"))), size]
         cells += [spread(values) if values else "" for values in (good, bad, none)]
@@ -116,7 +117,7 @@ def print_variants(rows: dict[str, str]) -> None:
         kept = []
         for log in metrics(method).values():
             evaluated = [row for row in log if "maj@1" in row]
-            # Of equally good phases the first one is kept.
+            # Among equally good phases the first one is kept.
             kept.append(str(max(evaluated, key=lambda row: row["maj@1"])["phase"]))
         print(f"| {label} | {' | '.join(cells)} | {', '.join(kept)} |")
 
@@ -132,7 +133,8 @@ def main() -> None:
             "expert iteration": ("rerank/ei", ["arithmetic/ei"]),
             "expert iteration, `--deduplicate`": ("rerank/ei_dedup", ["arithmetic/ei_dedup"]),
             "PPO": ("orm/orm_on_ppo", ["arithmetic/ppo"]),
-            "RCRL": (  # its samples were drawn by the run of another ratio
+            # Its samples are from the run of another ratio.
+            "RCRL": (
                 "rerank/rcrl_ratio10",
                 [
                     "arithmetic/ei_dedup",

@@ -6,10 +6,14 @@ A story is a plan of steps. Each kind of step has an operation and a few sentenc
 import functools
 import random
 
-STEPS = {"arithmetic": (1, 4), "arithmetic-hard": (4, 6)}  # fewest and most steps of a problem
-NAMES = {"arithmetic": "arithmetic4", "arithmetic-hard": "arithmetic6"}  # begin the ids of problems
-N_TRAIN, N_TEST = 2560, 1000  # the last 256 of the training problems are dev
-N_WRITTEN = 24  # training problems that carry a written solution
+# Fewest and most steps of a problem.
+STEPS = {"arithmetic": (1, 4), "arithmetic-hard": (4, 6)}
+# The ids of problems start with these names.
+NAMES = {"arithmetic": "arithmetic4", "arithmetic-hard": "arithmetic6"}
+# The last 256 training problems are the dev split.
+N_TRAIN, N_TEST = 2560, 1000
+# The number of training problems with a written solution.
+N_WRITTEN = 24
 
 OPERATIONS = {
     "groups": "*",
@@ -63,7 +67,8 @@ def solve_story(
     value, other, steps = plan[0][1], 0, []
     for kind, operand in plan[1:]:
         if kind in ("fewer", "more"):
-            other = value  # of the first person, for a total of both
+            # "total" adds the value of the first person.
+            other = value
         op = operations.get(kind)
         if op is None:
             continue
@@ -92,7 +97,7 @@ def tell_story(rng: random.Random, n_steps: int) -> tuple[str, list[tuple[str, i
     kinds += [rng.choice(["fewer", "more"]) if kind == "compare" else kind for kind in ending]
     grouped, compared = "groups" in kinds, len(ending) > 0
     operands = {"groups": range(2, 8), "times": range(2, 4), "half": [2], "total": [0]}
-    # Draw numbers until every value on the way is a small positive integer.
+    # Sample numbers until every intermediate value is a small positive integer.
     for _ in range(100):
         plan = [("start", rng.randrange(2, 8 if grouped else 21))]
         plan += [(kind, rng.choice(operands.get(kind, range(2, 10)))) for kind in kinds]
@@ -109,7 +114,7 @@ def tell_story(rng: random.Random, n_steps: int) -> tuple[str, list[tuple[str, i
         )
     (a, c), (x, y) = rng.sample(PEOPLE, 2), rng.sample(THINGS, 2)
     words = {"a": a, "c": c, "x": x, "y": y, "v": plan[0][1], "w": c if compared else a}
-    # "3 bags with 4 apples each" holds the first value as well.
+    # "3 bags with 4 apples each" contains the first value as well.
     told = plan[1:] if grouped else plan
     told = told if "total" in kinds else [*told, ("ask", 0)]
     return " ".join(

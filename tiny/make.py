@@ -1,12 +1,17 @@
-"""Make the embedded base model: `python tiny/make.py` writes the files of this folder again (about 7 minutes on two cores).
+"""Make the embedded base model: `python tiny/make.py` writes the files of this folder again.
 
-It stands for a *pretrained* model, so it must know something, also something wrong. It is a Llama of 0.7 million
-parameters trained once over 60,000 generated problems, none of which is in a split of the embedded task. Their
-solutions were written by authors with systematic misconceptions: each kind of step is misread with its own
-probability ("fewer" taken as "more", a number that does not matter added, ...), so that 40 % of the
-solutions are right. A model of that corpus knows the right way and the wrong way and prefers the wrong one in places:
-it can be sharpened by reinforcement learning, which noise on the answers (greedy decoding removes it) or a model that
-reads badly (nothing to select from) would not show.
+It takes about 7 minutes on two cores. The model is a Llama of 0.7 million parameters. It is trained
+once over 60,000 generated problems. No problem of the embedded task is among them.
+
+The model stands for a *pretrained* model. It must know correct steps and incorrect steps. The
+authors of its solutions have systematic misconceptions. Each kind of step is misread with its own
+probability. For example "fewer" is taken as "more", or an irrelevant number is added. So only 40 %
+of the solutions are correct.
+
+A model of this corpus knows both readings of a step. At some steps it prefers the incorrect one.
+Reinforcement learning can sharpen such a model. Two other ways to make a weak model would not show
+this. Noise on the answers disappears under greedy decoding. A model that reads badly has no correct
+samples to select.
 """
 
 import argparse
@@ -25,7 +30,7 @@ import common
 from sft import train_step
 from tiny import arithmetic
 
-# kind of step: (what authors with the misconception do instead, how common it is)
+# Kind of step -> what authors with the misconception compute, how common the misconception is.
 MISCONCEPTIONS = {
     "fewer": ("+", 0.6),
     "more": ("-", 0.2),
@@ -40,7 +45,10 @@ MISCONCEPTIONS = {
 
 
 def corpus(n: int, seed: int) -> tuple[list[tuple[str, str]], float]:
-    """n pairs (prompt, solution), none of them a problem of the embedded task, and the share of right solutions."""
+    """Return `n` pairs (prompt, solution) and the fraction of correct solutions.
+
+    No pair is a problem of the embedded task.
+    """
     taken = {question for name in arithmetic.STEPS for question, _ in arithmetic.generate(name)}
     rng, pairs, right = random.Random(seed), [], 0
     while len(pairs) < n:
@@ -57,8 +65,11 @@ def corpus(n: int, seed: int) -> tuple[list[tuple[str, str]], float]:
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Every word of the corpus with the space before it, every digit and every mark is one token; any other text
-    falls apart into bytes, so that decoding always gives the text back."""
+    """Return a tokenizer for the words of the texts.
+
+    One token is a word with the space before it, a digit, or a mark. Other text becomes bytes.
+    So decoding returns every text unchanged.
+    """
     pieces = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
@@ -113,10 +124,11 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         policy = common.Policy(folder)
     print(
-        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens"
+        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters, "
+        f"{len(tokenizer)} tokens"
     )
     examples = [(policy.encode_prompt(p), policy.encode_solution(s)) for p, s in pairs]
-    # a pretrained model has read the questions too: everything after the first token is a target
+    # A pretrained model has read the questions too. Every token after the first is a target.
     examples = [(prompt[:1], prompt[1:] + solution) for prompt, solution in examples]
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     order, n_steps = common.shuffled(len(examples), 0), len(examples) // args.batch_size
@@ -131,7 +143,8 @@ def main() -> None:
                 f"step {step}/{n_steps}  loss {loss:.4f}  {time.monotonic() - started:.0f} s",
                 flush=True,
             )
-    policy.model.save_pretrained(args.out)  # the files of this folder change only now
+    # The files of this folder change only now.
+    policy.model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
 
