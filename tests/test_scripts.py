@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: end to end, killed and resumed, with bad input."""
+"""Run the scripts as a user does: end to end, killed and resumed, with bad input."""
 
 import argparse
 import errno
@@ -36,13 +36,14 @@ EI = f"{EI} --max-new-tokens 80 --gen-batch-size 96".split()
 def run_cli(script, *argv, monkeypatch, capsys) -> tuple[int, str]:
     """Run `python script.py argv...` in this process. Return exit code and standard error.
 
-    Unless told otherwise on a CPU: what is compared to the last bit is so there.
+    The device is the CPU unless argv names one. Only a CPU repeats a run bit by bit.
     """
     argv = [*map(str, argv)]
     argv += [] if "--device" in argv else ["--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *argv])
     handler = signal.getsignal(signal.SIGINT)
-    runtime.warn.cache_clear()  # a new process warns again
+    # A new process warns again.
+    runtime.warn.cache_clear()
     try:
         runtime.run_main(script.main)
         code = 0
@@ -76,10 +77,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
-    """SFT on the 24 written solutions raises dev accuracy above the base by at least 15 points.
+    """SFT raises dev accuracy, expert iteration runs two rounds from it, and evaluation agrees.
 
-    Expert iteration runs two rounds from it. The evaluation of its model agrees with the samples
-    that it writes.
+    SFT trains on the 24 written solutions. It gains at least 15 points over the base model. The
+    report of the evaluation agrees with the samples that it writes.
     """
     sft_out, ei_out, report_file = (
         tmp_path / "sft",
@@ -148,7 +149,8 @@ def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
         "--out",
         tmp_path / "eval" / "lenient.json",
     ]
-    assert cli(evaluate, *lenient)[0] == 0  # its files of samples say what the report says
+    # The files of samples agree with the report.
+    assert cli(evaluate, *lenient)[0] == 0
     read = rows_of(tmp_path / "eval" / "lenient.greedy.jsonl")
     said = json.loads((tmp_path / "eval" / "lenient.json").read_text())["no_answer@1"]["value"]
     assert said == pytest.approx(sum(row["answer"] is None for row in read) / 40)
@@ -157,7 +159,7 @@ def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
     assert json.loads(report_file.read_text()) == report | {"seconds": None}
 
 
-def test_expert_iteration_from_the_base_continue_and_without_sft_data(cli, tmp_path):
+def test_only_sft_data_adds_written_solutions_to_expert_iteration(cli, tmp_path):
     argv = [*EI, "--rounds", "1", "--epochs", "1", "--pass-k", "0"]
     sizes = {}
     for name, flags in {
@@ -172,7 +174,7 @@ def test_expert_iteration_from_the_base_continue_and_without_sft_data(cli, tmp_p
     assert sizes == {"base": 0, "with": 24, "continue": 0, "few": 0}
 
 
-def test_problems_without_solutions_cannot_be_fine_tuned_on(cli, tmp_path):
+def test_sft_refuses_problems_without_written_solutions(cli, tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text(
         "".join(json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(20))
@@ -196,7 +198,8 @@ BAD = {
     "dataset": (["--dataset", "gsm9k"], "no such file"),
     "dataset folder": (["--dataset", "EMPTY"], "no train.jsonl"),
     "model folder": (["--model", "runs/none/model"], "no such folder"),
-    "model name": (["--model", "runs/none"], "no such folder"),  # not looked for on the hub
+    # This name is not looked for on the hub.
+    "model name": (["--model", "runs/none"], "no such folder"),
     "run folder": (["--model", "RUN"], "did you mean"),
     "a flag that deletes": (["--overwrite"], "unrecognized"),
     "empty model folder": (["--model", "EMPTY"], "no config.json"),
@@ -223,8 +226,8 @@ FILES = {
     "script", [sft, expert_iteration, evaluate, ppo, reward_model, rcrl], ids=lambda m: m.__name__
 )
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_in_one_line_and_harms_nothing(cli, script, name, tmp_path):
-    """Exit code 2, one line on standard error. What was in the folder before is still there."""
+def test_bad_input_gives_a_one_line_error_and_changes_no_file(cli, script, name, tmp_path):
+    """The exit code is 2, standard error has one line, and the folder keeps its files."""
     empty, out = tmp_path / "empty", tmp_path / "out"
     empty.mkdir()
     out.mkdir()
@@ -248,7 +251,7 @@ def test_bad_input_ends_in_one_line_and_harms_nothing(cli, script, name, tmp_pat
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, nano, tmp_path):
+def test_a_finished_run_is_not_replaced_and_not_mixed_with_other_settings(cli, nano, tmp_path):
     argv = [*SFT, "--model", nano, "--out", tmp_path / "run", "--max-new-tokens", "8"]
     assert cli(sft, *argv)[0] == 0
     before = contents(tmp_path / "run")
@@ -257,16 +260,15 @@ def test_a_finished_run_is_neither_replaced_nor_mixed_with_other_settings(cli, n
     code, message = cli(sft, *argv, "--lr", "1e-3", "--resume")
     assert code == 2 and "other settings (lr)" in message
     assert contents(tmp_path / "run") == before
-    assert (
-        cli(sft, *argv, "--token-budget", "64", "--gen-batch-size", "4", "--resume")[0] == 0
-    )  # as on a smaller machine
+    # A smaller machine may need smaller batches.
+    assert cli(sft, *argv, "--token-budget", "64", "--gen-batch-size", "4", "--resume")[0] == 0
     assert cli(sft, *argv, "--resume")[0] == 0
     assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("script", [ppo, evaluate], ids=lambda m: m.__name__)
-def test_the_results_of_another_run_are_refused_without_resume(script, cli, tmp_path):
-    """With other settings as well, before a model is loaded. Nothing is deleted."""
+def test_without_resume_an_existing_run_is_refused(script, cli, tmp_path):
+    """The refusal comes before a model is loaded, with other settings as well. No file changes."""
     if script is ppo:
         argv, name = [*short_run(ppo), "--out", tmp_path / "run"], "already holds a run"
     else:
@@ -284,14 +286,13 @@ def test_the_results_of_another_run_are_refused_without_resume(script, cli, tmp_
         assert contents(tmp_path) == before
 
 
-def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path):
-    """Two processes that resume one run would both log the same phases and write the same files."""
+def test_a_folder_is_refused_while_another_process_writes_to_it(cli, nano, tmp_path):
+    """Otherwise two processes would log the same phases and write the same files."""
     fcntl = pytest.importorskip("fcntl")
     argv = [*SFT, "--model", nano, "--out", tmp_path, "--max-new-tokens", "8"]
     other = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(
-        other, fcntl.LOCK_EX
-    )  # belongs to the open file, so this process is refused like any other
+    # The lock belongs to the open file. So this process is refused like any other.
+    fcntl.flock(other, fcntl.LOCK_EX)
     code, message = cli(sft, *argv)
     assert code == 2 and "another process" in message and not list(tmp_path.iterdir())
     os.close(other)
@@ -305,7 +306,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(cli, nano, tmp_path)
 def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(
     cli, nano, tmp_path, monkeypatch
 ):
-    """Both would add their samples to one file. Another name in the same folder is free."""
+    """Otherwise both would add their samples to one file. Another name in the folder is free."""
     fcntl = pytest.importorskip("fcntl")
     argv = ["--model", nano, "--limit-eval", 2, "--samples", 2, "--max-new-tokens", 4]
     lock = tmp_path / "a.json.lock"
@@ -319,7 +320,8 @@ def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(
             and contents(tmp_path) == {"a.json.lock": b""}
         )
         assert cli(evaluate, *argv, "--out", tmp_path / "b.json")[0] == 0
-    with monkeypatch.context() as patch:  # another one comes and goes while the model is loaded
+    # Another evaluation starts and ends while the model is loaded.
+    with monkeypatch.context() as patch:
         load = common.Policy
         patch.setattr(
             common,
@@ -335,7 +337,7 @@ def test_a_second_evaluation_does_not_write_to_the_files_of_the_first(
 
 
 def short_run(script) -> list[str]:
-    """Flags with which a training script ends within seconds, and comes to its end."""
+    """Return flags that make a training script end within seconds. All of its steps run."""
     few = {expert_iteration: "--rounds 1", ppo: "--phases 1 --questions 4", rcrl: "--completions 2"}
     argv = "--model tiny --limit-train 8 --limit-eval 4 --epochs 1 --max-new-tokens 60".split()
     argv += [] if script is sft else ["--samples", "4"]
@@ -346,7 +348,7 @@ def short_run(script) -> list[str]:
     "script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__
 )
 def test_no_script_trains_or_chooses_on_the_test_split(script, cli, tmp_path, monkeypatch):
-    """Trap: the best checkpoint chosen on the problems that it is then tested on."""
+    """Trap: choosing the checkpoint on the test set."""
     asked, load = [], common.load_problems
 
     def spied(dataset, split, limit=None):
@@ -362,7 +364,7 @@ def test_no_script_trains_or_chooses_on_the_test_split(script, cli, tmp_path, mo
 @pytest.mark.parametrize(
     "script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__
 )
-def test_micro_batches_are_small_on_a_cpu_unless_told_otherwise(
+def test_micro_batches_are_small_on_a_cpu_unless_a_flag_sets_their_size(
     script, flags, expected, cli, tmp_path, monkeypatch
 ):
     budgets, split = set(), common.micro_batches
@@ -385,7 +387,7 @@ def test_micro_batches_are_small_on_a_cpu_unless_told_otherwise(
         ("cuda:1", True, 1024, 32768),
     ],
 )
-def test_more_is_computed_at_a_time_on_a_gpu(device, there, batch_size, budget, monkeypatch):
+def test_batches_are_larger_on_a_gpu(device, there, batch_size, budget, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     args = sft.parse_args(["--device", device])
     assert (args.gen_batch_size, args.token_budget) == (batch_size, budget)
@@ -393,7 +395,9 @@ def test_more_is_computed_at_a_time_on_a_gpu(device, there, batch_size, budget, 
     assert (args.gen_batch_size, args.token_budget) == (7, budget)
 
 
-def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
+def test_sft_saves_the_model_of_the_epoch_with_the_best_dev_accuracy(
+    cli, nano, tmp_path, monkeypatch
+):
     measured, states = iter([0.1, 0.5, 0.3, 0.5]), []
 
     def measuring(policy, problems, *args):
@@ -408,10 +412,13 @@ def test_the_best_epoch_on_dev_is_the_model(cli, nano, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more", ["", "--max-per-question 1"])
-def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(
+def test_expert_iteration_resumes_in_the_round_in_which_it_was_stopped(
     more, cli, tmp_path, monkeypatch
 ):
-    """In the second round of two steps each; what the first accepted is read back."""
+    """It is stopped in the second of two rounds. Each round has two steps.
+
+    The solutions that round 1 accepted are read back.
+    """
     flags = f"--limit-train 24 --pass-k 0 --epochs 2 --batch-size 1000 --rounds 2 {more}"
     argv = [*EI, *flags.split()]
     assert cli(expert_iteration, *argv, "--out", tmp_path / "whole")[0] == 0
@@ -436,7 +443,9 @@ def test_expert_iteration_goes_on_in_the_round_in_which_it_was_stopped(
 
 
 @pytest.mark.parametrize("first", [0.2, 0.9])
-def test_expert_iteration_says_when_it_gained_nothing(first, cli, tmp_path, monkeypatch):
+def test_expert_iteration_warns_if_no_round_was_better_than_its_start(
+    first, cli, tmp_path, monkeypatch
+):
     measured = iter([0.9, first, 0.1])
     monkeypatch.setattr(common, "dev_metrics", lambda *_, **__: {"maj@1": next(measured)})
     code, message = cli(
@@ -451,7 +460,7 @@ def test_expert_iteration_says_when_it_gained_nothing(first, cli, tmp_path, monk
     assert code == 2 and "--pass-k 0" in message
 
 
-def test_expert_iteration_refuses_long_solutions_and_knows_the_base_by_another_name(
+def test_expert_iteration_refuses_long_solutions_and_recognises_the_base_by_its_path(
     cli, tmp_path, monkeypatch
 ):
     rows = [
@@ -465,9 +474,8 @@ def test_expert_iteration_refuses_long_solutions_and_knows_the_base_by_another_n
     assert (
         code == 2 and "a solution with its prompt is" in message and not (tmp_path / "run").exists()
     )
-    with pytest.raises(
-        pytest.fail.Exception, match="sampled"
-    ):  # tiny is the base: its data has no written solutions
+    # tiny is the base model, and its data has no written solutions.
+    with pytest.raises(pytest.fail.Exception, match="sampled"):
         cli(expert_iteration, *argv, "--model", ROOT / "tiny", "--base", "tiny")
 
 
@@ -491,7 +499,7 @@ def written_commands() -> list[tuple[str, str, list[str]]]:
     return found
 
 
-def test_the_commands_of_the_pages_are_understood(capsys):
+def test_every_command_in_the_pages_and_docstrings_parses(capsys):
     scripts, commands = (
         {m.__name__: m for m in (sft, expert_iteration, evaluate, ppo, reward_model, rcrl)},
         written_commands(),
@@ -505,8 +513,8 @@ def test_the_commands_of_the_pages_are_understood(capsys):
 
 
 @pytest.mark.parametrize("script", [expert_iteration, rcrl], ids=lambda m: m.__name__)
-def test_another_model_is_not_trained_from_tiny(script, cli, nano, tmp_path):
-    """Who gives --model and forgets --base would get a trained tiny back."""
+def test_another_model_needs_its_own_base(script, cli, nano, tmp_path):
+    """Without --base the user would get a trained tiny instead of a trained --model."""
     code, message = cli(script, *short_run(script), "--model", nano, "--out", tmp_path / "run")
     assert (
         code == 2
@@ -516,7 +524,7 @@ def test_another_model_is_not_trained_from_tiny(script, cli, nano, tmp_path):
     )
 
 
-def test_flags_that_would_do_nothing_are_refused(cli, tmp_path):
+def test_flags_without_an_effect_are_refused(cli, tmp_path):
     for script, flags in (
         (expert_iteration, ["--orm-threshold", "0.9"]),
         (rcrl, ["--labels", "outcome", "--label-rule", "any"]),
@@ -532,7 +540,7 @@ def test_flags_that_would_do_nothing_are_refused(cli, tmp_path):
         )
 
 
-def test_where_every_sample_was_cut_the_length_is_to_blame(cli, tmp_path):
+def test_if_every_sample_was_truncated_the_error_names_max_new_tokens(cli, tmp_path):
     code, message = cli(expert_iteration, *EI, "--max-new-tokens", 1, "--out", tmp_path / "run")
     assert code == 2 and "--max-new-tokens" in message
 
@@ -548,12 +556,13 @@ def test_no_flag_reads_false_as_true(script, monkeypatch):
         types.append(options.get("type"))
         return add(parser, *names, **options)
 
-    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", spied)  # groups as well
+    # This also records the flags of groups.
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", spied)
     script.parse_args([])
     assert len(types) > 15 and bool not in types
 
 
-def test_greedy_samples_are_not_drawn_more_than_once(cli, tmp_path):
+def test_more_than_one_greedy_sample_is_refused(cli, tmp_path):
     for script, flags in (
         (evaluate, []),
         (reward_model, []),
@@ -567,8 +576,8 @@ def test_greedy_samples_are_not_drawn_more_than_once(cli, tmp_path):
         ), message
 
 
-def test_a_folder_that_holds_only_metrics_is_not_touched(cli, nano, tmp_path):
-    """Recorded results keep args.json and metrics.jsonl alone."""
+def test_a_folder_with_only_args_and_metrics_is_not_changed(cli, nano, tmp_path):
+    """Recorded results have only args.json and metrics.jsonl."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "args.json").write_text("{}")
     before = contents(tmp_path)
@@ -576,7 +585,7 @@ def test_a_folder_that_holds_only_metrics_is_not_touched(cli, nano, tmp_path):
     assert code == 2 and "already holds a run" in message and contents(tmp_path) == before
 
 
-def test_a_bad_model_does_not_cost_the_run_that_is_there(cli, nano, tmp_path):
+def test_resuming_with_a_bad_model_keeps_the_run(cli, nano, tmp_path):
     argv = [*SFT, "--model", nano, "--out", tmp_path / "run", "--max-new-tokens", "8"]
     assert cli(sft, *argv)[0] == 0
     before = contents(tmp_path / "run")
@@ -584,8 +593,8 @@ def test_a_bad_model_does_not_cost_the_run_that_is_there(cli, nano, tmp_path):
     assert contents(tmp_path / "run") == before
 
 
-def test_samples_of_another_question_or_model_are_not_mixed_in(cli, nano, tmp_path):
-    """An evaluation samples changed questions anew. It does not resume with another model."""
+def test_samples_of_another_question_or_model_are_not_reused(cli, nano, tmp_path):
+    """An evaluation samples changed questions again. It does not resume with another model."""
     file, out = tmp_path / "p.jsonl", tmp_path / "report.json"
     rows = [{"question": f"q{i}", "answer": str(i)} for i in range(4)]
     argv = [
@@ -633,7 +642,9 @@ def test_samples_of_another_question_or_model_are_not_mixed_in(cli, nano, tmp_pa
     assert code == 2 and "other settings" in message
 
 
-def test_a_reward_model_scores_samples_that_are_there_already(cli, nano, tmp_path, monkeypatch):
+def test_a_reward_model_scores_existing_samples_without_sampling_again(
+    cli, nano, tmp_path, monkeypatch
+):
     orms, out = [tmp_path / "orm_0", tmp_path / "orm_1"], tmp_path / "report.json"
     for i, folder in enumerate(orms):
         orm = reward_model.RewardModel(nano, "cpu", new=True)
@@ -648,7 +659,8 @@ def test_a_reward_model_scores_samples_that_are_there_already(cli, nano, tmp_pat
     )
     monkeypatch.setattr(common, "generate", lambda *_, **__: pytest.fail("sampled again"))
     scores = []
-    for orm in orms:  # the second in place of the first
+    # The scores of the second reward model replace the scores of the first.
+    for orm in orms:
         assert cli(evaluate, *argv, "--orm", orm, "--resume")[0] == 0
         report, rows = json.loads(out.read_text()), rows_of(tmp_path / "report.samples.jsonl")
         assert "rerank@3" in report and all(
@@ -657,14 +669,13 @@ def test_a_reward_model_scores_samples_that_are_there_already(cli, nano, tmp_pat
         assert [row["text"] for row in rows] == texts
         scores.append([row["score"] for row in rows])
     assert scores[0] != scores[1]
-    code, message = cli(
-        evaluate, *argv, "--resume"
-    )  # would leave their scores out of a report that names none
+    # The report would name no reward model and lose the scores.
+    code, message = cli(evaluate, *argv, "--resume")
     assert code == 2 and "other settings" in message
 
 
 @pytest.mark.parametrize("name", ["args.json", "checkpoint/state.pt"])
-def test_a_damaged_run_folder_is_an_error_that_names_the_file(cli, nano, tmp_path, name):
+def test_a_damaged_run_folder_gives_an_error_that_names_the_file(cli, nano, tmp_path, name):
     argv = [*SFT, "--model", nano, "--out", tmp_path, "--max-new-tokens", "8"]
     assert cli(sft, *argv)[0] == 0
     (tmp_path / name).write_bytes(b"\x00garbage")
@@ -672,14 +683,14 @@ def test_a_damaged_run_folder_is_an_error_that_names_the_file(cli, nano, tmp_pat
     assert code == 2 and name in message and message.count("\n") == 1
 
 
-def test_a_place_that_cannot_be_written_is_an_error_in_one_line(cli, nano, tmp_path):
+def test_a_path_that_cannot_be_written_gives_a_one_line_error(cli, nano, tmp_path):
     (tmp_path / "file").write_text("mine")
     code, message = cli(sft, *SFT, "--model", nano, "--out", tmp_path / "file")
     assert code == 2 and "file" in message and message.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_model_loadable(
+def test_after_a_full_disk_the_last_checkpoint_and_the_model_can_be_loaded(
     cli, nano, tmp_path, monkeypatch
 ):
     out, save, calls = tmp_path / "run", torch.save, []
@@ -702,7 +713,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_model_loadable(
     assert [row["step"] for row in rows_of(out / "metrics.jsonl")] == [0, 6, 12]
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(cli, nano, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cli, nano, tmp_path):
     argv = [
         *SFT,
         "--model",
@@ -736,20 +747,14 @@ def snapshot(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def resumed(script: str, out: Path) -> list:
-    """The flags with which a run of KILLED begins or goes on."""
+    """Return the flags that start or resume a run of KILLED."""
     where = [out / "report.json"] if script == "evaluate" else [out, "--checkpoint-every", "0"]
-    return [
-        *KILLED[script][0],
-        "--device",
-        "cpu",
-        "--resume",
-        "--out",
-        *where,
-    ]  # a CPU restarts to the last bit
+    # Only a CPU resumes a run bit by bit.
+    return [*KILLED[script][0], "--device", "cpu", "--resume", "--out", *where]
 
 
 def run_script(path: Path, argv: list, output: Path) -> None:
-    """Do what `python script.py argv... >output 2>&1` does, in the folder of the output."""
+    """Run `python script.py argv... >output 2>&1` in the folder of the output."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -762,14 +767,13 @@ def run_in_process(path: Path, argv: list) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-FORKS = multiprocessing.get_context(
-    "forkserver"
-)  # from a process that has imported what takes four seconds
+# The fork server imports the slow packages once. This saves four seconds per process.
+FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
 
 
 def start(script: str, out: Path) -> multiprocessing.Process:
-    """Run a script in a process of its own. It prints to output.txt beside its folder."""
+    """Run a script in a process of its own. It prints to output.txt next to its folder."""
     process = FORKS.Process(
         target=run_script,
         args=(ROOT / f"{script}.py", resumed(script, out), out.parent / "output.txt"),
@@ -781,9 +785,9 @@ def start(script: str, out: Path) -> multiprocessing.Process:
 def stop_after_changes(
     process: multiprocessing.Process, out: Path, changes: int, how: int, delay: float
 ) -> bool:
-    """Send a signal once the run folder has changed so often, and wait for the end.
+    """Send a signal after the run folder has changed `changes` times. Wait for the end.
 
-    Returns False if the run was over before.
+    Returns False if the run ended before the signal.
     """
     last = snapshot(out)
     while process.is_alive():
@@ -794,7 +798,8 @@ def stop_after_changes(
                 time.sleep(delay)
                 try:
                     os.kill(process.pid, how)
-                except ProcessLookupError:  # it ended meanwhile
+                # The run ended before the signal.
+                except ProcessLookupError:
                     return False
                 process.join()
                 return process.exitcode != 0
@@ -803,7 +808,8 @@ def stop_after_changes(
 
 
 TINY = "--model tiny --limit-eval 8 --max-new-tokens 60 --gen-batch-size 24"
-KILLED = {  # script: (flags, SIGKILLs); of those with two, one Ctrl-C as well
+# Script -> (flags, number of SIGKILLs). A script with two SIGKILLs also gets one Ctrl-C.
+KILLED = {
     "sft": (SFT, 2),
     "expert_iteration": (f"{TINY} --limit-train 24 --samples 2 --epochs 1 --pass-k 2", 2),
     "ppo": (f"{TINY} --limit-train 40 --questions 8 --samples 2 --phases 6 --eval-every 3", 2),
@@ -821,15 +827,15 @@ KILLED = {
     script: (flags if script == "sft" else flags.split(), kills)
     for script, (flags, kills) in KILLED.items()
 }
-# The longer mode: so many more of both, at other moments.
+# A longer mode: this number of additional SIGKILLs and Ctrl-Cs, at other moments.
 MORE_KILLS = int(os.environ.get("MORE_KILLS", 0))
 
 
 @pytest.mark.parametrize("script", KILLED)
 def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, cli, tmp_path):
-    """SIGKILLs and Ctrl-C at random moments (seeded), then --resume: the same to the last bit.
+    """SIGKILL and Ctrl-C at random moments, then --resume, change no bit.
 
-    With those of test_processes.py there are at least ten kills.
+    The moments are seeded. Together with test_processes.py there are at least ten kills.
     """
     whole, broken, rng = tmp_path / "whole", tmp_path / "broken", random.Random(1 + MORE_KILLS)
     whole.mkdir()
@@ -844,18 +850,19 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, cli, tmp_p
     done = 0
     for how in todo:
         process = start(script, broken)
-        # evaluate.py changes its folder seven times, of which some may be missed
+        # evaluate.py changes its folder seven times. The loop may miss some of these changes.
         changes = rng.randrange(3, 6) if script == "evaluate" else rng.randrange(4, 9)
         if not stop_after_changes(process, broken, changes, how, rng.random() * 0.1):
-            break  # the run was over before; below is asserted that this did not happen early
+            # The run ended before the signal. The assertion below limits this case.
+            break
         done += 1
         if how == signal.SIGINT:
             assert process.exitcode == 130 and "--resume" in (tmp_path / "output.txt").read_text()
-    assert MORE_KILLS or done == len(todo), f"over after {done} of {len(todo)} signals"
+    assert MORE_KILLS or done == len(todo), f"ended after {done} of {len(todo)} signals"
     assert cli(module, *resumed(script, broken))[0] == 0
     if script == "evaluate":
         reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, broken)]
-        # An interrupted one does not know its seconds.
+        # An interrupted evaluation does not know its seconds.
         assert reports[0].pop("seconds") > 0 and reports[1].pop("seconds") is None
         assert reports[0] == reports[1]
         names = ["report.greedy.jsonl", "report.samples.jsonl"]
@@ -872,7 +879,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, cli, tmp_p
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that makes a file system of so many bytes, or changes its size."""
+    """Return a function that makes a file system of `size` bytes, or changes its size."""
     folder, mounted = tmp_path / "disk", []
     folder.mkdir()
 
@@ -888,7 +895,8 @@ def small_disk(tmp_path):
 
     yield resize
     if mounted:
-        subprocess.run(["umount", "-l", folder], check=True)  # whatever is still open in it
+        # Lazy: a file may still be open.
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 ROUND = f"{TINY} --limit-train 24 --samples 2 --epochs 1 --rounds 1".split()
@@ -905,10 +913,8 @@ ROUND = f"{TINY} --limit-train 24 --samples 2 --epochs 1 --rounds 1".split()
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_disk_that_is_really_full_leaves_something_to_go_on_from(
-    script, argv, size, cli, small_disk
-):
-    """There is room for one checkpoint and the model, not for the next one beside them."""
+def test_a_run_resumes_after_a_real_disk_was_full(script, argv, size, cli, small_disk):
+    """The disk has room for one checkpoint and the model. A second checkpoint does not fit."""
     out = small_disk(size) / "run"
     argv = ["--model", "tiny", *argv, "--out", out, "--checkpoint-every", "0"]
     code, message = cli(script, *argv)
