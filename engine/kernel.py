@@ -167,9 +167,9 @@ def fused_attention(
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor):
     """Attend from several queries to the same keys, so that other keys can be merged in later.
 
-    query [pages, key heads, queries, heads per key head, head_dim], keys and values [pages,
+    query [pages, key heads, queries, heads per key head, head_dim]. keys and values [pages,
     key heads, keys, head_dim]. Returns the mean of the values under softmax weights, shaped as
-    query, and the log of the sum of exp(scores) [pages, key heads, queries, heads per key head, 1].
+    query. Also returns the log of the sum of exp(scores) [..., 1].
     """
     scores = (query.flatten(2, 3) @ keys.mT).float().unflatten(2, query.shape[2:4]) + bias
     weights = scores.softmax(-1)
@@ -184,8 +184,9 @@ def paged_attention(
     """Compute the attention of a layer. transformers calls it for models that use the engine.
 
     In decoding it stores the new keys and values. A prompt is read once for all the rows that
-    sample from it. The parts of a row, its prompt and its own pages, are merged by the weight of
-    each part in the softmax over all of them. Outside of decoding it is the usual attention.
+    sample from it. A row has several parts: its prompt and its own pages. They are merged by the
+    weight of each part in the softmax over all parts. Outside of decoding it is the usual
+    attention.
     """
     if not isinstance(key, CachedLayer):
         return sdpa_attention_forward(
@@ -247,8 +248,8 @@ AttentionMaskInterface.register("paged_attention", sdpa_mask)
 def attention_masks(config, positions: torch.Tensor, length: int):
     """Return which of `length` tokens the queries at `positions` [rows, queries] see.
 
-    A boolean mask [rows, 1, queries, length], or one per kind of layer if the model mixes full and
-    sliding attention.
+    The mask is boolean [rows, 1, queries, length]. If the model mixes full and sliding attention,
+    there is one mask per kind of layer.
     """
     distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
     full, window = distance >= 0, getattr(config, "sliding_window", None)

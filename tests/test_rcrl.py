@@ -1,4 +1,4 @@
-"""Return-conditioned RL: the labels, the mixture, the targets, and sampling with forced labels."""
+"""Check return-conditioned RL: labels, mixture, targets, and sampling with forced labels."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def sample_of(problem, text, number=0, finished=True) -> common.Sample:
 
 @pytest.fixture(scope="module")
 def labelled() -> common.Policy:
-    """The embedded model with two new tokens."""
+    """Return the embedded model with two new tokens."""
     policy = common.Policy("tiny", "cpu")
     torch.manual_seed(0)
     rcrl.teach_labels(policy, "step")
@@ -41,7 +41,7 @@ def labelled() -> common.Policy:
 # ---- labels and mixture
 
 
-def test_a_line_is_good_if_at_least_half_of_its_completions_are_right():
+def test_a_line_is_good_if_at_least_half_of_its_completions_are_correct():
     sample = sample_of(THREE, THREE.reference)
     starts = list(rcrl.prefixes_of([sample, sample]))
     assert [text for _, text in starts] == [
@@ -49,12 +49,8 @@ def test_a_line_is_good_if_at_least_half_of_its_completions_are_right():
     ]
     q = dict(zip(starts, (0.5, 0.375, 1.0), strict=True))
     row = rcrl.label_solution(sample, q, "step")
-    assert [line["label"] for line in row["lines"]] == [
-        "good",
-        "bad",
-        "good",
-        "good",
-    ]  # the last: the answer is right
+    # The last line has the outcome.
+    assert [line["label"] for line in row["lines"]] == ["good", "bad", "good", "good"]
     assert "".join(line["text"] for line in row["lines"]) == THREE.reference
     wrong = sample_of(THREE, THREE.reference.replace("####", "#### 1"))
     assert [x["label"] for x in rcrl.label_solution(wrong, q, "step")["lines"]] == [
@@ -73,7 +69,7 @@ def test_a_line_is_good_if_at_least_half_of_its_completions_are_right():
     ("mean", True, True, "good good good good"), ("mean", True, False, "good good bad bad"),
     ("any", True, True, "good good good good"), ("any", True, False, "good good good bad"),
 ])  # fmt: skip
-def test_the_rules_for_a_good_line(rule, monotone, correct, expected):
+def test_each_rule_gives_the_expected_labels(rule, monotone, correct, expected):
     """The lines have Q = 0, 0.5 and 0.125, and the last line has the outcome."""
     text = THREE.reference if correct else THREE.reference.replace("####", "#### 1")
     sample = sample_of(THREE, text)
@@ -83,8 +79,8 @@ def test_the_rules_for_a_good_line(rule, monotone, correct, expected):
     assert [line["q"] for line in lines] == [0.0, 0.5, 0.125, float(correct)], "Q does not change"
 
 
-def test_beginnings_have_random_numbers_of_their_own():
-    """Two beginnings of one problem, completed with the same uniforms, would not be independent."""
+def test_every_prefix_has_its_own_uniforms():
+    """With shared uniforms, the completions of two prefixes would not be independent."""
     problems = list(rcrl.prefixes_of([sample_of(THREE, THREE.reference)]).values())
     assert len({p.id for p in problems}) == 3 and {p.answer for p in problems} == {THREE.answer}
 
@@ -96,7 +92,7 @@ def test_beginnings_have_random_numbers_of_their_own():
     (109, 50, 10, None, (109, 10)), (100, 50, 1, 60, (30, 30)), (100, 50, 10, 55, (50, 5)),
     (100, 50, 100, 50, (50, 0)), (9, 48, 0.1, 5, (1, 4)), (9, 48, 1, 1, (1, 0)),
 ])  # fmt: skip
-def test_the_mixture_has_the_ratio_and_is_as_large_as_it_can_be(
+def test_the_mixture_has_the_ratio_and_the_largest_possible_size(
     n_right, n_wrong, ratio, size, expected
 ):
     right, wrong = [("r", i) for i in range(n_right)], [("w", i) for i in range(n_wrong)]
@@ -105,7 +101,7 @@ def test_the_mixture_has_the_ratio_and_is_as_large_as_it_can_be(
     assert len(set(mixed)) == len(mixed)
 
 
-def test_equal_and_cut_solutions_count_once_or_not_at_all():
+def test_equal_solutions_count_once_and_truncated_ones_never():
     right = sample_of(THREE, THREE.reference)
     same = sample_of(THREE, THREE.reference + " ", 1)
     cut = sample_of(THREE, "1+1=<<1+1=2>>2\n", 2, finished=False)
@@ -128,12 +124,13 @@ def test_lines_are_targets_and_labels_are_not(by):
     assert [i for i, flag in zip(response, targets, strict=True) if not flag] == (
         [ids["good"], ids["bad"]] if by == "step" else [ids["good"]]
     )
-    assert policy.decode(response) == "1+1=<<1+1=2>>2\n#### 2"  # labels are not part of the text
+    # Labels are not part of the text.
+    assert policy.decode(response) == "1+1=<<1+1=2>>2\n#### 2"
     assert prompt == policy.encode_prompt(common.prompt_text(THREE))
 
 
-def test_the_new_labels_lie_as_far_apart_as_other_tokens_do(labelled):
-    """Rows at the mean of the others, where transformers puts them, are hard to tell apart."""
+def test_new_labels_are_as_far_apart_as_other_tokens(labelled):
+    """transformers puts new rows at the mean of the others. They would be hard to tell apart."""
     *_, good, bad = rows = labelled.model.get_input_embeddings().weight.detach()
     assert labelled.tokenizer.convert_ids_to_tokens([len(rows) - 2, len(rows) - 1]) == list(
         rcrl.LABELS.values()
@@ -145,7 +142,7 @@ def test_the_new_labels_lie_as_far_apart_as_other_tokens_do(labelled):
 
 
 def test_the_control_learns_the_solutions_without_labels(labelled, tmp_path):
-    """Also from a base that has labels already."""
+    """This includes a base model that has labels already."""
     labelled.save(tmp_path)
     lines = [{"label": "good", "text": "1+1=<<1+1=2>>2\n"}, {"label": "bad", "text": "#### 2"}]
     for base in ("tiny", str(tmp_path)):
@@ -160,8 +157,8 @@ def test_the_control_learns_the_solutions_without_labels(labelled, tmp_path):
         assert common.Policy(str(tmp_path / "saved"), "cpu").label is None
 
 
-def test_labels_get_no_gradient(labelled):
-    """The loss of a batch is the mean over the targets alone."""
+def test_the_loss_leaves_the_labels_out(labelled):
+    """The loss of a batch is the mean over its targets."""
     lines = [{"label": "bad", "text": "1+1=<<1+1=2>>2\n"}, {"label": "good", "text": "#### 2"}]
     example, targets = rcrl.encode(labelled, THREE, lines)
     with torch.no_grad():
@@ -173,9 +170,9 @@ def test_labels_get_no_gradient(labelled):
 
 
 def check_labels(policy, samples, label: int) -> int:
-    """Check that every line begins with the label. Return how many labels were seen.
+    """Check that every line starts with the label. Return the number of labels after a line break.
 
-    The log-probability of a label is 0. The others are those of the training pass.
+    The log-probability of a label is 0. The other log-probabilities equal the training pass.
     """
     seen = 0
     for sample in samples:
@@ -183,7 +180,8 @@ def check_labels(policy, samples, label: int) -> int:
         after_break = [
             i + 1 for i, t in enumerate(ids) if policy.breaks_line[t] and i + 1 < len(ids)
         ]
-        assert sample.prompt[-1] == label  # of the first line
+        # The label of the first line.
+        assert sample.prompt[-1] == label
         for i in after_break:
             assert ids[i] == label and not sample.logprobs[i]
         free = [i for i in range(len(ids)) if i not in after_break]
@@ -195,7 +193,7 @@ def check_labels(policy, samples, label: int) -> int:
 
 @pytest.mark.parametrize("batch_size", [3, 16])
 @pytest.mark.parametrize("on", ["good", "bad"])
-def test_every_sampled_line_begins_with_the_forced_label(labelled, batch_size, on):
+def test_every_sampled_line_starts_with_the_forced_label(labelled, batch_size, on):
     labelled.condition(on)
     samples = common.generate(
         labelled, PROBLEMS[:4], samples=4, max_new_tokens=60, batch_size=batch_size, seed=3
@@ -212,14 +210,17 @@ def test_every_sampled_line_begins_with_the_forced_label(labelled, batch_size, o
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_labels_are_forced_on_every_path(name, tmp_path_factory, monkeypatch):
+def test_labels_are_forced_on_every_decoding_path(name, tmp_path_factory, monkeypatch):
     """The samples do not depend on the batch size, the stride of a GPU, or the plain loop."""
-    policy = copy.copy(random_policy(name, tmp_path_factory))  # others use it, too
+    # Other tests use the same policy.
+    policy = copy.copy(random_policy(name, tmp_path_factory))
     broken = np.zeros(policy.vocabulary, bool)
-    broken[::3] = True  # a random model hardly ever breaks a line
+    # A random model hardly ever samples a line break. So every third token counts as one.
+    broken[::3] = True
     policy.__dict__["breaks_line"] = broken
     policy.label, policy.label_every_line = 5, True
-    policy.eos_ids = list(range(1, policy.vocabulary, 30))  # sequences end at any time
+    # With many end tokens, sequences end at any time.
+    policy.eos_ids = list(range(1, policy.vocabulary, 30))
     how = dict(samples=3, max_new_tokens=24, seed=1)
     found = []
     paths = [(2, set(), True), (9, set(), True), (9, {"cpu"}, True), (4, set(), False)]
@@ -243,7 +244,7 @@ def test_labels_are_forced_on_every_path(name, tmp_path_factory, monkeypatch):
     assert labels > 20
 
 
-def test_a_model_that_takes_no_new_tokens_is_refused(nano, monkeypatch):
+def test_a_model_that_cannot_add_tokens_is_refused(nano, monkeypatch):
     policy = common.Policy(nano, "cpu")
 
     def refuse(*_, **__):
@@ -258,7 +259,7 @@ def test_a_model_that_takes_no_new_tokens_is_refused(nano, monkeypatch):
 # ---- the script
 
 
-def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_path):
+def test_rcrl_labels_trains_and_evaluates_under_each_condition(cli, tmp_path):
     out = tmp_path / "rcrl"
     assert cli(rcrl, *RUN, "--out", out)[0] == 0
     rows = rows_of(out / "metrics.jsonl")
@@ -300,7 +301,7 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
         and not (tmp_path / "x.json").exists()
     )
 
-    # trained on by another script, it has no labels any more
+    # A model loses its labels when another script trains it.
     short = [
         "--epochs",
         "1",
@@ -326,9 +327,8 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
         "--pass-k",
         "0",
     ]
-    assert (
-        cli(expert_iteration, "--model", out / "model", *short)[0] == 0
-    )  # its labels are in the samples of round 1 only
+    # Its labels are only in the samples of round 1.
+    assert cli(expert_iteration, "--model", out / "model", *short)[0] == 0
     assert "return_labels" not in json.loads(
         (tmp_path / "ei" / "model" / "config.json").read_text()
     )
@@ -351,8 +351,8 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
     config = json.loads((tmp_path / "outcome" / "model" / "config.json").read_text())
     assert config["return_labels"]["by"] == "outcome"
 
-    # A model with labels neither labels nor is trained anew.
-    # Its completions would not carry the labels on.
+    # A model with labels is refused as --model and as --base.
+    # Its completions would not continue the labels.
     for flag in ("--model", "--base"):
         code, message = cli(rcrl, *RUN, flag, out / "model", "--out", tmp_path / "again")
         assert (
@@ -362,8 +362,8 @@ def test_labelling_training_and_conditioned_evaluation_work_end_to_end(cli, tmp_
         )
 
 
-def test_completions_of_other_beginnings_are_not_read_back(tmp_path):
-    """Beginnings are numbered. After a change of the samples a number may stand for another."""
+def test_completions_of_other_prefixes_are_not_read_back(tmp_path):
+    """Prefixes are numbered. If the samples change, a number can belong to another prefix."""
     policy, how = (
         common.Policy("tiny", "cpu"),
         {"samples": 2, "batch_size": 8, "max_new_tokens": 30, "progress": None},
@@ -377,8 +377,8 @@ def test_completions_of_other_beginnings_are_not_read_back(tmp_path):
         )
 
 
-def test_a_run_labels_its_lines_by_the_rules_that_it_is_given(cli, tmp_path):
-    """The labels follow from the Q that two runs have in common."""
+def test_a_run_labels_its_lines_by_the_rules_of_its_flags(cli, tmp_path):
+    """Two runs have the same Q. The labels of the second run follow from it."""
     assert cli(rcrl, *RUN, "--out", tmp_path / "first")[0] == 0
     flags = ["--label-rule", "any", "--monotone", "--out", tmp_path / "second"]
     assert cli(rcrl, *RUN, *flags)[0] == 0
@@ -398,7 +398,7 @@ def test_a_run_labels_its_lines_by_the_rules_that_it_is_given(cli, tmp_path):
 @pytest.mark.parametrize(
     "correct, finished, advice", [(False, True, "--samples"), (True, False, "--max-new-tokens")]
 )
-def test_nothing_to_learn_from_is_said(cli, tmp_path, correct, finished, advice):
+def test_if_no_sample_can_be_used_the_error_names_a_flag(cli, tmp_path, correct, finished, advice):
     problem = common.load_problems("arithmetic", "train", 1)[0]
     text = f"#### {problem.answer if correct else 'none'}"
     (tmp_path / "samples.jsonl").write_text(
@@ -414,7 +414,7 @@ def test_nothing_to_learn_from_is_said(cli, tmp_path, correct, finished, advice)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):
-    """Killed while its completions are being written, and at a checkpoint."""
+    """The run is killed while it writes its completions, and at a checkpoint."""
 
     class Killed(Exception):
         pass
@@ -462,8 +462,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):
     )
 
 
-def test_a_completion_that_was_cut_is_not_right(tiny, tmp_path, monkeypatch):
-    """Even if its answer line is complete."""
+def test_a_truncated_completion_counts_as_incorrect(tiny, tmp_path, monkeypatch):
+    """This holds even if its answer line is complete and correct."""
     starts = rcrl.prefixes_of([sample_of(THREE, THREE.reference)])
 
     def drawn(policy, problems, *_, samples, **__):
@@ -479,7 +479,7 @@ def test_a_completion_that_was_cut_is_not_right(tiny, tmp_path, monkeypatch):
     assert q == dict.fromkeys(starts, 0.75)
 
 
-def test_ppo_goes_on_from_a_model_with_labels_without_them(cli, labelled, tmp_path):
+def test_ppo_trains_a_model_with_labels_without_its_labels(cli, labelled, tmp_path):
     labelled.condition("good")
     labelled.save(tmp_path / "labelled")
     argv = [
@@ -501,8 +501,8 @@ def test_ppo_goes_on_from_a_model_with_labels_without_them(cli, labelled, tmp_pa
     assert before.label is not None and after.label is None
 
 
-def test_a_labelled_solution_that_is_too_long_is_left_out(cli, tmp_path, capsys):  # noqa: F811
-    """It filled the last position when it was sampled, and its labels lengthen it."""
+def test_a_solution_that_is_too_long_with_labels_is_left_out(cli, tmp_path, capsys):  # noqa: F811
+    """The solution filled the last position when it was sampled. Its labels make it longer."""
     policy = common.Policy("tiny", "cpu")
     policy.model.config.max_position_embeddings = 50
     policy.save(tmp_path / "short")

@@ -1,7 +1,7 @@
-"""That every setting reaches its part, and that what is logged is what docs/metrics.md says of the key.
+"""Every setting has its effect, and every logged key has the meaning that docs/metrics.md gives it.
 
-Each test fails if a script forgets one. The formulas, and what passes between the parts of a loop,
-have tests of their own.
+Each test fails if a script forgets one setting or key. Formulas have tests of their own. So has
+the data that passes between the parts of a loop.
 """
 
 import argparse
@@ -30,7 +30,8 @@ import runtime
 import sft
 
 TRAIN = common.load_problems("arithmetic", "train", 64)
-LOST = "1+1=<<1+1=2>>2\n#### 99"  # the answer of none of them
+# This answer is incorrect for all of the problems.
+LOST = "1+1=<<1+1=2>>2\n#### 99"
 scripts = {"ids": lambda script: script.__name__}
 
 
@@ -42,7 +43,7 @@ def last_row(run) -> dict:
 
 
 @pytest.mark.parametrize("script", [expert_iteration, rcrl, reward_model], **scripts)
-def test_samples_are_drawn_at_the_temperature(script, cli, tmp_path, drawn, measured):
+def test_samples_have_the_temperature_of_the_flag(script, cli, tmp_path, drawn, measured):
     argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 3, "--epochs", 1]
     argv += ["--temperature", 1.3]
     argv += {
@@ -55,7 +56,7 @@ def test_samples_are_drawn_at_the_temperature(script, cli, tmp_path, drawn, meas
 
 
 @pytest.mark.parametrize("script", [sft, expert_iteration, rcrl, reward_model], **scripts)
-def test_every_epoch_has_an_order_of_its_own_and_a_loss_of_its_own(
+def test_every_epoch_has_its_own_order_and_logs_its_own_loss(
     script, cli, tmp_path, measured, monkeypatch
 ):
     seen, seeds, shuffled = [], set(), common.shuffled
@@ -74,7 +75,8 @@ def test_every_epoch_has_an_order_of_its_own_and_a_loss_of_its_own(
     assert cli(script, *argv, "--out", tmp_path / "run")[0] == 0
     first, second = seen
     assert sorted(first) == sorted(second) and first != second and seeds == {7}
-    labels = 2 * len(first) if script is rcrl else 0  # no targets
+    # Labels are no targets.
+    labels = 2 * len(first) if script is rcrl else 0
     assert (
         last_row(tmp_path / "run")["tokens"]
         == 2 * sum(len(response) for _, response in first) - labels
@@ -82,15 +84,16 @@ def test_every_epoch_has_an_order_of_its_own_and_a_loss_of_its_own(
     assert last_row(tmp_path / "run")["loss"] == 2.0
 
 
-def test_the_learning_rate_is_a_cosine_and_the_second_moment_is_short():
-    assert common.cosine_lr(54, 200, 1.0) == pytest.approx(
-        0.8565, abs=1e-3
-    )  # a quarter of the way; on a line 0.75
+def test_the_learning_rate_follows_a_cosine_and_adam_has_beta2_of_095():
+    # A quarter of the way. A linear schedule would give 0.75.
+    assert common.cosine_lr(54, 200, 1.0) == pytest.approx(0.8565, abs=1e-3)
     assert common.adam_w([torch.nn.Parameter(torch.zeros(1))], 0.1).defaults["betas"] == (0.9, 0.95)
 
 
-def test_each_group_of_weights_is_clipped_by_its_own_gradient(cli, tmp_path, measured, monkeypatch):
-    """PPO: a gradient of 3 for the policy and one of 0.5 for the value function."""
+def test_ppo_clips_the_gradients_of_policy_and_value_function_separately(
+    cli, tmp_path, measured, monkeypatch
+):
+    """The gradient of the policy has norm 3, the gradient of the value function 0.5."""
     adam_w, sum_gradients, optimizers, clipped = common.adam_w, common.sum_gradients, [], []
 
     def norms(optimizer):
@@ -126,7 +129,7 @@ def test_each_group_of_weights_is_clipped_by_its_own_gradient(cli, tmp_path, mea
 
 
 @pytest.mark.parametrize("script", [ppo, rcrl], **scripts)
-def test_of_equally_good_ones_the_first_is_kept(script, cli, tmp_path, monkeypatch):
+def test_among_equally_good_checkpoints_the_first_is_kept(script, cli, tmp_path, monkeypatch):
     states = []
 
     def dev_metrics(policy, *_, **__):
@@ -144,7 +147,7 @@ def test_of_equally_good_ones_the_first_is_kept(script, cli, tmp_path, monkeypat
     )
 
 
-def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_kept(
+def test_a_reward_model_starts_from_the_policy_and_keeps_the_first_of_equal_epochs(
     cli, start, tmp_path, monkeypatch
 ):
     states, begun, step = [], [], reward_model.train_step
@@ -181,9 +184,7 @@ def test_a_reward_model_begins_as_the_student_and_the_first_of_equal_epochs_is_k
     )
 
 
-def test_the_difference_of_an_evaluation_is_the_metric_less_the_vote(
-    cli, tmp_path, nano, monkeypatch
-):
+def test_an_evaluation_reports_the_metric_minus_majority_voting(cli, tmp_path, nano, monkeypatch):
     columns = {
         "maj@1": [0.0] * 3,
         "maj@4": [1.0, 0.0, 0.0],
@@ -231,7 +232,7 @@ def begin(args) -> None:
     (rcrl, ["--label-rule", "any", "--labels", "outcome"], "--labels step"),
     (rcrl, ["--monotone", "--labels", "none"], "--labels step"),
 ])  # fmt: skip
-def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsys):
+def test_a_flag_without_an_effect_names_the_flag_that_it_needs(script, flags, condition, capsys):
     with pytest.raises(SystemExit) as left:
         script.parse_args(flags)
     said = capsys.readouterr().err
@@ -240,7 +241,8 @@ def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsy
         and f"does nothing without {condition}" in said
         and said.count("\n") == 1
     )
-    script.parse_args([*flags, "--resume"])  # a run that was begun with it goes on
+    # A run that was started with the flag can be resumed.
+    script.parse_args([*flags, "--resume"])
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
@@ -248,12 +250,12 @@ def test_a_flag_that_would_do_nothing_is_refused(script, flags, condition, capsy
     (sft, []), (expert_iteration, []), (expert_iteration, ["--sft-data"]), (rcrl, []), (ppo, []),
     (reward_model, ["--kind", "genrm"]), (evaluate, []),
 ])  # fmt: skip
-def test_what_does_not_fit_shows_before_anything_is_written_or_sampled(
+def test_a_question_that_is_too_long_is_refused_before_sampling(
     script, flags, split, cli, tmp_path, drawn
 ):
-    """One question of 30 is too long. It shows before anything is written or sampled."""
+    """One question of 30 is too long. The run stops before it writes or samples."""
     rows = [{"question": f"q{i}", "answer": f"1+1=2\n#### {i}"} for i in range(30)]
-    # sft.py trains on written solutions alone. A GenRM is measured next to them.
+    # sft.py trains on written solutions only. A GenRM is evaluated next to them.
     written = script is reward_model or (script is sft and split == "train")
     answer = "1+1=2\n#### 5" if written else "5"
     rows[{"train": 5, "dev": 29}[split]] = {"question": "How many?" * 600, "answer": answer}
@@ -268,7 +270,7 @@ def test_what_does_not_fit_shows_before_anything_is_written_or_sampled(
 
 
 @pytest.mark.parametrize("key", ["model", "base", "orm", "genrm"])
-def test_a_run_does_not_go_on_with_another_model(key, tmp_path):
+def test_a_run_does_not_resume_with_another_model(key, tmp_path):
     given, policy = tmp_path / "given", common.Policy("tiny", "cpu")
     policy.save(given)
     args = argparse.Namespace(
@@ -278,7 +280,8 @@ def test_a_run_does_not_go_on_with_another_model(key, tmp_path):
         **{key: str(given)},
     )
     begin(args)
-    runtime.Run(args)  # nothing has changed
+    # Nothing has changed.
+    runtime.Run(args)
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.add_(1.0)
     policy.save(given)
@@ -289,7 +292,7 @@ def test_a_run_does_not_go_on_with_another_model(key, tmp_path):
 # ---- PPO
 
 
-def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
+def test_a_phase_of_ppo_logs_its_own_questions_samples_and_minibatches(
     cli, tmp_path, drawn, measured, monkeypatch
 ):
     asked, losses, estimates, states = [], [], [], []
@@ -320,10 +323,10 @@ def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
         samples = drawn[i].samples
         chosen = [group[0].problem for group in common.by_problem(samples)]
         assert chosen == [TRAIN[j] for j in curriculum.draw(i + 1, 6)[0]]
-        # two epochs of 10, 10 and 4 samples, after two passes over all of them
+        # Two passes over all samples come first. Then each epoch has 10, 10 and 4 samples.
         minibatches = [set(map(id, examples)) for examples in asked[8 * i : 8 * i + 8][2:]]
         assert list(map(len, minibatches)) == [10, 10, 4] * 2
-        assert minibatches[0] != minibatches[3], "an order for every epoch"
+        assert minibatches[0] != minibatches[3], "every epoch has its own order"
         columns = {"policy_loss": [], "value_loss": [], "clip_fraction": [], "approx_kl": []}
         both = losses[12 * i : 12 * i + 12]
         for (args, policy), (_, value) in zip(both[::2], both[1::2], strict=True):
@@ -334,7 +337,8 @@ def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
             columns["approx_kl"].append((change.exp() - 1 - change).mean().item())
         for key, column in columns.items():
             assert row[key] == pytest.approx(np.mean(column), rel=1e-4, abs=1e-8)
-        assert (row["clip_fraction"] > 0) == (i > 0)  # in phase 1 the policy does not move
+        # In phase 1 the policy does not move.
+        assert (row["clip_fraction"] > 0) == (i > 0)
         lengths = torch.tensor([len(sample.tokens) for sample in samples])
         real = torch.arange(lengths.max()) < lengths[:, None]
         (_, values, *_), (_, returns) = estimates[i]
@@ -345,7 +349,7 @@ def test_what_a_phase_of_ppo_logs_is_of_its_questions_samples_and_minibatches(
     assert states[-2]["trained"]["down.0"].shape[0] == 3
 
 
-def test_the_policy_trains_after_the_phase_of_the_value_function_alone(cli, tmp_path, measured):
+def test_the_policy_trains_from_phase_2_on(cli, tmp_path, measured):
     argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 4, "--samples", 4]
     argv += ["--phases", 3, "--epochs", 1, "--eval-every", 9, "--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
@@ -353,7 +357,7 @@ def test_the_policy_trains_after_the_phase_of_the_value_function_alone(cli, tmp_
     assert [row["grad_norm"] > 0 for row in rows] == [False, True, True]
 
 
-def test_the_value_function_has_its_number_of_layers_but_no_more_than_half(tmp_path, monkeypatch):
+def test_the_value_function_has_at_most_half_of_the_layers(tmp_path, monkeypatch):
     sizes = SIZES | {"num_hidden_layers": 6}
     write_model(
         lambda v: transformers.LlamaConfig(vocab_size=v, num_key_value_heads=2, **sizes), tmp_path
@@ -380,14 +384,15 @@ def test_the_outcome_is_added_to_the_score_of_the_reward_model(cli, tmp_path, fo
     argv = [*PPO, "--phases", 1, "--limit-train", 24, "--reward", "orm", "--orm", folders.orm]
     argv += ["--add-outcome"]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
-    row = last_row(tmp_path / "run")  # a new reward model says 0.5 of whatever was not cut
+    # A new reward model gives 0.5 to every sample that was not truncated.
+    row = last_row(tmp_path / "run")
     assert (
         row["reward"] == pytest.approx(row["correct"] + (1 - row["truncated"]) / 2, rel=1e-4)
         and row["correct"] > 0
     )
 
 
-def test_dev_is_measured_with_the_worked_examples_of_the_rollouts(cli, tmp_path, monkeypatch):
+def test_dev_is_evaluated_with_the_few_shot_prompt_of_the_rollouts(cli, tmp_path, monkeypatch):
     shown = []
 
     def dev_metrics(policy, problems, args, number, samples=0, few_shot=False):
@@ -401,7 +406,9 @@ def test_dev_is_measured_with_the_worked_examples_of_the_rollouts(cli, tmp_path,
     assert shown == [(0, True)] * 2
 
 
-def test_a_sampler_that_disagrees_with_training_shows(cli, tmp_path, monkeypatch):
+def test_a_sampler_that_disagrees_with_training_shows_in_logprob_mismatch(
+    cli, tmp_path, monkeypatch
+):
     generate = common.generate
 
     def off(*args, **how):
@@ -417,8 +424,8 @@ def test_a_sampler_that_disagrees_with_training_shows(cli, tmp_path, monkeypatch
     assert last_row(tmp_path / "run")["logprob_mismatch"] == pytest.approx(0.5, abs=1e-3)
 
 
-def test_the_largest_distance_of_a_ratio_from_one_is_kept(cli, tmp_path, measured, monkeypatch):
-    """That of the first minibatch, whichever of its micro-batches has it."""
+def test_the_largest_deviation_of_a_ratio_from_one_is_logged(cli, tmp_path, measured, monkeypatch):
+    """The maximum is over all micro-batches of the first minibatch."""
     forward, policy_loss, deviations = common.response_logprobs, ppo.policy_loss, []
     noise = torch.Generator().manual_seed(0)
 
@@ -437,13 +444,14 @@ def test_the_largest_distance_of_a_ratio_from_one_is_kept(cli, tmp_path, measure
     argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 4, "--samples", 2]
     argv += ["--phases", 1, "--epochs", 1, "--batch-size", 4, "--token-budget", 1]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
-    assert len(deviations) == 8  # a micro-batch a sample, 4 in each of two minibatches
+    # Each of two minibatches has 4 micro-batches of one sample.
+    assert len(deviations) == 8
     largest = max(deviations[:4])
     assert largest not in (deviations[0], deviations[3]) and largest < max(deviations)
     assert last_row(tmp_path / "run")["max_ratio_deviation"] == pytest.approx(largest, rel=1e-5)
 
 
-def test_what_backtracking_gives_away_is_not_trained_on(cli, tmp_path, drawn, measured):
+def test_the_prefix_of_backtracking_is_not_trained_on(cli, tmp_path, drawn, measured):
     argv = ["--model", "tiny", *SMALL, "--limit-train", 8, "--questions", 4, "--samples", 2]
     argv += ["--phases", 1]
     assert cli(ppo, *argv, "--curriculum", "backtracking", "--out", tmp_path / "run")[0] == 0
@@ -453,7 +461,7 @@ def test_what_backtracking_gives_away_is_not_trained_on(cli, tmp_path, drawn, me
     )
 
 
-def test_backtracking_goes_back_where_half_of_the_samples_are_right():
+def test_backtracking_hides_one_more_line_if_half_of_the_samples_are_correct():
     curriculum = curriculum_of("backtracking", TRAIN[:2])
     curriculum.update([0, 1], [0.75, 0.25], [0.0, 0.0])
     assert curriculum.state["hidden"] == 2
@@ -462,7 +470,7 @@ def test_backtracking_goes_back_where_half_of_the_samples_are_right():
 # ---- the rewards and the selection of Shen et al.
 
 
-def test_the_fractions_that_are_hidden_are_those_of_the_flags(cli, tmp_path, folders, monkeypatch):
+def test_the_hidden_fractions_are_the_values_of_the_flags(cli, tmp_path, folders, monkeypatch):
     asked = []
 
     def sources(problems, *fractions_and_seed):
@@ -479,7 +487,7 @@ def test_the_fractions_that_are_hidden_are_those_of_the_flags(cli, tmp_path, fol
     assert ppo.parse_args(["--reward", "genrm", "--hide", "0", "0"]).hide == [0, 0]
 
 
-def test_so_many_comparisons_are_made_as_are_asked_for(cli, tmp_path, monkeypatch):
+def test_the_number_of_comparisons_is_the_value_of_the_flag(cli, tmp_path, monkeypatch):
     asked = []
 
     def comparisons(samples, n_pairs, seed):
@@ -494,9 +502,9 @@ def test_so_many_comparisons_are_made_as_are_asked_for(cli, tmp_path, monkeypatc
 
 
 class Partial:
-    """Likes what comes first by 0.1 in every other question and what comes second in the others.
+    """Prefer the first text by 0.1 for every other problem, the second for the others.
 
-    Takes ":" for gold.
+    ":" counts as the gold solution.
     """
 
     def verdicts(self, comparisons, token_budget):
@@ -505,7 +513,7 @@ class Partial:
         return scores[:, None] + np.outer(signs, [0.05, -0.05])
 
 
-def test_a_judge_that_is_partial_and_likes_nonsense_shows():
+def test_order_gap_and_nonsense_worst_show_a_biased_reward_model():
     samples = [
         common.Sample(p, k, text, True)
         for p in TRAIN[:2]
@@ -519,7 +527,7 @@ def test_a_judge_that_is_partial_and_likes_nonsense_shows():
 # ---- return-conditioned RL, and samples from files
 
 
-def test_the_share_of_correct_samples_is_that_of_the_solutions_alone(
+def test_the_logged_accuracy_of_rcrl_excludes_the_completions(
     cli, start, tmp_path, drawn, measured
 ):
     argv = ["--model", start, *SMALL, "--limit-train", 16, "--samples", 3, "--completions", 2]
@@ -529,8 +537,9 @@ def test_the_share_of_correct_samples_is_that_of_the_solutions_alone(
     assert row["correct"] == pytest.approx(np.mean(correct), rel=1e-5)
 
 
-def test_the_mixture_is_as_large_as_the_flags_say(cli, tmp_path, measured):
-    texts, file = ("", LOST), tmp_path / "samples.jsonl"  # each three times
+def test_the_flags_set_the_size_of_the_mixture(cli, tmp_path, measured):
+    # Each text occurs three times.
+    texts, file = ("", LOST), tmp_path / "samples.jsonl"
     rows = [
         common.Sample(p, n, texts[n // 3] or p.reference, True) for p in TRAIN[:4] for n in range(6)
     ]
@@ -545,9 +554,7 @@ def test_the_mixture_is_as_large_as_the_flags_say(cli, tmp_path, measured):
 
 
 @pytest.mark.parametrize("script", [rcrl, reward_model], **scripts)
-def test_samples_of_several_files_are_trained_on_and_are_no_rollouts(
-    script, cli, tmp_path, measured
-):
+def test_samples_from_files_are_trained_on_but_are_no_rollouts(script, cli, tmp_path, measured):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file, problems in zip(files, (TRAIN[:4], TRAIN[4:8]), strict=True):
         texts = (None, LOST)
@@ -566,7 +573,7 @@ def test_samples_of_several_files_are_trained_on_and_are_no_rollouts(
     assert row["train_size"] == 16 and row["samples"] == 0
 
 
-def test_a_sample_that_was_cut_is_read_back_as_one(tmp_path):
+def test_a_truncated_sample_is_read_back_as_one(tmp_path):
     samples = [common.Sample(p, k, p.reference + "\n", k > 0) for p in TRAIN[:2] for k in range(2)]
     common.write_samples(tmp_path / "samples.jsonl", samples)
     assert [s.finished for s in common.read_samples(tmp_path / "samples.jsonl", TRAIN[:2])] == [

@@ -60,7 +60,7 @@ def solve_story(
 ) -> list[tuple[str, int]] | None:
     """Compute the steps [("14+6", 20), ...] of a plan [("start", 14), ("gain", 6), ...].
 
-    `operations` says how each kind of step is read. A kind without an operation is skipped.
+    `operations` defines how each kind of step is read. A kind without an operation is skipped.
     Returns None if a value is no integer in 1..49. The numbers stay small because a tiny model is
     worst at two-digit sums, and sums are not the point of the task.
     """

@@ -30,7 +30,7 @@ import common
 from sft import train_step
 from tiny import arithmetic
 
-# Kind of step -> what authors with the misconception compute, how common the misconception is.
+# Kind of step -> (operation of an author with the misconception, probability of the misconception).
 MISCONCEPTIONS = {
     "fewer": ("+", 0.6),
     "more": ("-", 0.2),
