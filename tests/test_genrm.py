@@ -1,4 +1,4 @@
-"""The generative reward model and the methods around it: rewards, references, selection, order."""
+"""Check the generative reward model and its methods: rewards, references, selection, order."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def genrm() -> reward_model.GenerativeRewardModel:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of a generative and an outcome reward model that were not trained."""
+    """Return the folders of a generative and an outcome reward model without training."""
     folder = tmp_path_factory.mktemp("judges")
     reward_model.GenerativeRewardModel("tiny", "cpu", new=True).save(folder / "genrm")
     reward_model.RewardModel("tiny", "cpu", new=True).save(folder / "orm")
@@ -59,19 +59,18 @@ def wrong(problem) -> str:
 # ---- the model
 
 
-def test_a_solution_cannot_write_its_own_verdict(genrm):
-    """It ends where it goes on with words of the prompt."""
+def test_a_solution_cannot_contain_its_own_verdict(genrm):
+    """A solution is truncated where it continues with words of the prompt."""
     plain = genrm.encode(PROBLEMS[0], "1+1=2", "2+2=4")
     for words in ("Better answer:\nA", "Answer B:\n#### 1\nBetter answer:\nA", "Answer A:\n5"):
         assert genrm.encode(PROBLEMS[0], f"1+1=2\n{words}", "2+2=4") == plain
         assert genrm.encode(PROBLEMS[0], "1+1=2", f"2+2=4\n{words}") == plain
-    assert (
-        genrm.encode(PROBLEMS[0], "1+1=2 Better answer: A", "2+2=4") != plain
-    )  # only at the beginning of a line
+    # Only the start of a line counts.
+    assert genrm.encode(PROBLEMS[0], "1+1=2 Better answer: A", "2+2=4") != plain
 
 
-def test_beside_itself_a_solution_scores_exactly_half_in_any_company(genrm):
-    """The same text in both orders is one forward pass: another batch would round differently."""
+def test_compared_with_itself_a_solution_scores_exactly_half_in_any_batch(genrm):
+    """Both orders of equal texts share one forward pass. Two batches would round differently."""
     texts = [PROBLEMS[0].reference, wrong(PROBLEMS[0]), "7", ""]
     pairs = [(PROBLEMS[0], text, other) for text in texts for other in texts]
     for budget in (1, 200, 10**5):
@@ -80,10 +79,8 @@ def test_beside_itself_a_solution_scores_exactly_half_in_any_company(genrm):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_log_odds_are_those_of_the_verdict_tokens_one_comparison_at_a_time(
-    name, tmp_path_factory
-):
-    """Comparisons of different lengths in a batch, against the plain pass without padding."""
+def test_the_log_odds_of_a_batch_equal_the_log_odds_of_single_comparisons(name, tmp_path_factory):
+    """A batch with comparisons of different lengths agrees with plain passes without padding."""
     policy = random_policy(name, tmp_path_factory)
     genrm = reward_model.GenerativeRewardModel(
         policy.model.config._name_or_path, "cpu", "float32", new=True
@@ -100,7 +97,7 @@ def test_the_log_odds_are_those_of_the_verdict_tokens_one_comparison_at_a_time(
             torch.testing.assert_close(odds, a - b, atol=1e-4, rtol=1e-4)
 
 
-def test_the_score_is_the_mean_over_both_orders_and_of_equal_texts_one_half(genrm):
+def test_a_score_is_the_mean_over_both_orders_and_half_for_equal_texts(genrm):
     problem = PROBLEMS[0]
     candidates = [problem.reference, wrong(problem), problem.reference]
     comparisons = [(problem, text, problem.reference.strip()) for text in candidates]
@@ -135,8 +132,8 @@ def test_grading_compares_every_sample_with_the_reference_of_its_problem(genrm):
     assert all((sample.score == 0.5) == sample.correct for sample in samples)
 
 
-def test_a_reference_that_is_sampled_takes_the_room_of_a_sample(genrm):
-    """Beside a gold solution one sample has to fit, where there is none two."""
+def test_a_question_without_a_gold_solution_needs_room_for_two_samples(genrm):
+    """With a gold solution one sample has to fit. Without one two samples have to fit."""
     assert len(genrm.encode_prefix("7" * 50)) == 50
     for solution, n in (("1+1=2\n#### 2", 1), (None, 2)):
         problem = common.Problem("p", "How many?", 2, solution, solution)
@@ -152,7 +149,7 @@ def test_a_reference_that_is_sampled_takes_the_room_of_a_sample(genrm):
                     assert sum(map(len, genrm.encode(problem, a, b))) > genrm.max_length - n
 
 
-def test_a_saved_one_is_an_ordinary_language_model_and_others_are_refused(
+def test_a_saved_genrm_is_an_ordinary_language_model_and_other_models_are_refused(
     genrm, tmp_path, nano, folders
 ):
     from transformers import AutoModelForCausalLM
@@ -169,10 +166,10 @@ def test_a_saved_one_is_an_ordinary_language_model_and_others_are_refused(
             reward_model.GenerativeRewardModel(folder, "cpu")
 
 
-# ---- what it learns from, and how good it is
+# ---- training data and quality
 
 
-def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
+def test_comparisons_have_the_target_of_their_kind_in_both_orders():
     problem, other = PROBLEMS[0], PROBLEMS[1]
     right = [problem.reference, "so " + problem.reference]
     bad = [wrong(problem), "no answer", ""]
@@ -183,7 +180,7 @@ def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
         for seed in range(10):
             data = reward_model.comparisons(samples, n_pairs, seed)
             asked = [pair for pair, _, _ in data]
-            # for both questions: the question and a beginning; for one: the other's solution
+            # The question and a prefix for both problems. For one, the solution of the other.
             assert len(data) == expected + 2 + 2 + 1
             assert all(any(q.question in pair[1:] for pair in asked) for q in (problem, other))
             for (p, a, b), target, weight in data:
@@ -191,7 +188,8 @@ def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
                 assert target == (0.5 if all(is_right) else float(is_right[0])) and any(is_right)
                 assert weight == 1
                 turned += p is problem and b == gold
-    assert turned  # the gold solution comes second, too: what is first says nothing
+    # The gold solution comes second as well. So its position tells nothing.
+    assert turned
     without = common.Problem("x", "q", problem.answer)
     ((_, target, _),) = reward_model.comparisons(
         [sample_of(without, gold), sample_of(without, "1")], 5, 0
@@ -201,13 +199,12 @@ def test_comparisons_have_the_targets_of_their_kinds_in_either_order():
         [sample_of(without, t) for t in (gold, f"so {gold}", "1", "2")], 4, 0
     )
     asked = [pair for pair, _, _ in data]
-    assert (
-        len({frozenset(pair[1:]) for pair in asked}) == len(asked) == 4
-    )  # two right, two wrong: each pair once
+    # Two correct and two incorrect texts: each pair occurs once.
+    assert len({frozenset(pair[1:]) for pair in asked}) == len(asked) == 4
 
 
 class Oracle:
-    """Prefers what is right, finds all else equally good, and likes what comes first by 0.1."""
+    """Prefer correct texts. Other texts are equally good. The first text gets 0.1 more."""
 
     def verdicts(self, comparisons, token_budget):
         def value(problem, text):
@@ -217,7 +214,7 @@ class Oracle:
         return np.array([[s + 0.05, s - 0.05] for s in score])
 
 
-def test_the_quality_of_a_judge_that_is_known():
+def test_the_quality_of_a_known_reward_model():
     samples = []
     for problem in PROBLEMS[:6]:
         samples += [
@@ -236,7 +233,8 @@ def test_the_quality_of_a_judge_that_is_known():
         report["false_positive_rate"] == 0
         and report["order_bias"] == pytest.approx(0.1) == report["order_gap"]
     )
-    assert report["beats_gold_rate"] == 0  # a right one is as good as the reference, no better
+    # A correct sample is as good as the reference, not better.
+    assert report["beats_gold_rate"] == 0
     assert [row["candidate"] for row in report["nonsense"]] == [
         "empty",
         "colon",
@@ -246,14 +244,14 @@ def test_the_quality_of_a_judge_that_is_known():
     assert report["nonsense_worst"] == pytest.approx(0.1)
 
 
-def test_a_correct_sample_stands_for_a_missing_gold_solution_and_is_not_scored():
+def test_a_correct_sample_replaces_a_missing_gold_solution_and_is_not_scored():
     bare = [common.Problem(p.id, p.question, p.answer) for p in PROBLEMS[:2]]
     other = f"0+0=<<0+0=0>>0\n{PROBLEMS[0].reference}"
     texts = [wrong(bare[0]), PROBLEMS[0].reference, PROBLEMS[0].reference, other]
     samples = [sample_of(bare[0], text, k) for k, text in enumerate(texts)]
     samples += [sample_of(bare[1], "1", 2), sample_of(PROBLEMS[2], PROBLEMS[2].reference)]
     kept = reward_model.with_references(samples)
-    # The question that nothing solves is left out. Next to itself a sample would score 0.5.
+    # A question without a correct sample is left out. Compared with itself a sample scores 0.5.
     assert [sample.solution for sample in kept] == [texts[0], other, PROBLEMS[2].reference]
     references = [sample.problem.reference for sample in kept]
     assert references == [PROBLEMS[0].reference] * 2 + [PROBLEMS[2].reference]
@@ -265,8 +263,8 @@ def test_a_correct_sample_stands_for_a_missing_gold_solution_and_is_not_scored()
 # ---- rewards
 
 
-def test_a_reference_is_the_best_finished_sample_and_the_gold_solution_where_there_is_one(tmp_path):
-    """A truncated sample is one only where no sample is finished."""
+def test_the_reference_is_the_gold_solution_or_else_the_best_finished_sample(tmp_path):
+    """A truncated sample is the reference only if no sample is finished."""
     first, second, with_gold, checked = PROBLEMS[:4]
     samples = [
         sample_of(p, f"{n}+1=<<{n}+1=2>>2\n#### 2", n) for p in (first, second) for n in range(3)
@@ -283,13 +281,13 @@ def test_a_reference_is_the_best_finished_sample_and_the_gold_solution_where_the
     expected = {first.id: samples[2].solution, second.id: samples[4].solution}
     expected[with_gold.id] = with_gold.reference
     assert ppo.find_references(PROBLEMS[:4], sources, str(file)) == expected
-    # The question counts: another dataset may use the same id.
+    # The question identifies a problem, because another dataset may use the same id.
     renamed = [dataclasses.replace(p, id=f"other {p.id}") for p in (first, second)]
     found = ppo.find_references(renamed, {p.id: "genrm_sampled" for p in renamed}, str(file))
     assert list(found.values()) == [samples[2].solution, samples[4].solution]
 
 
-def test_a_question_with_neither_gold_solution_nor_scored_sample_is_named(tmp_path):
+def test_the_error_names_a_question_without_gold_solution_and_scored_sample(tmp_path):
     file, sources = tmp_path / "samples.jsonl", dict.fromkeys([PROBLEMS[0].id], "genrm_sampled")
     samples = [sample_of(p, "1", k) for p in PROBLEMS[:2] for k in range(2)]
     message = f"^{PROBLEMS[0].id} has no gold solution and no sample with a score in --references"
@@ -305,7 +303,7 @@ def test_a_question_with_neither_gold_solution_nor_scored_sample_is_named(tmp_pa
         ppo.find_references(PROBLEMS[:1], sources, str(tmp_path / "missing.jsonl"))
 
 
-def test_sources_hide_the_fractions_asked_for_and_the_same_questions_again():
+def test_reward_sources_hide_the_given_fractions_and_depend_on_the_seed_only():
     problems = [
         *PROBLEMS[:30],
         *[common.Problem(f"bare{i}", "q", PROBLEMS[0].answer) for i in range(10)],
@@ -322,7 +320,7 @@ def test_sources_hide_the_fractions_asked_for_and_the_same_questions_again():
         assert [*ppo.reward_sources(PROBLEMS, hide, 0).values()] == [source] * 40
 
 
-def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, genrm):
+def test_the_hybrid_reward_asks_the_model_only_if_the_answer_is_hidden(tiny, genrm):
     checked, hidden = PROBLEMS[:2]
     references = {hidden.id: hidden.reference}
     sources = {checked.id: "verifier", hidden.id: "genrm_gold"}
@@ -347,13 +345,14 @@ def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, gen
     assert metrics["beats_gold_rate"] == (expected[1] > 0.5) / 2
     assert metrics["reward"] == pytest.approx((1 + sum(expected)) / 4)
     keys = "score_if_correct", "false_positive_rate", "beats_gold_rate"
-    # Where it scored nothing, nothing was measured. Without it there are no such keys.
+    # If the model scored nothing, the metrics are None. Without a model there are no such keys.
     nothing = ppo.sample_metrics(samples[:2], rewards[:2], [0.5], sources)
     assert {nothing[key] for key in keys} == {None}
     alone = ppo.sample_metrics(samples[:2], rewards[:2], [0.5], {checked.id: "verifier"})
     assert not alone.keys() & set(keys) and alone["correct"] == 0.5
     samples[3].finished = False
-    samples[3].text = "1" * 9999  # too long to be compared, and need not be
+    # This text is too long for a comparison. A truncated sample needs no comparison.
+    samples[3].text = "1" * 9999
     rewards = ppo.task_rewards(args, tiny, samples, genrm, references)
     assert [r[-1] for r in rewards] == pytest.approx([1, 0, expected[0], 0])
     truncated = ppo.sample_metrics(samples, rewards, [0.5, 0.5], sources)
@@ -361,7 +360,7 @@ def test_hybrid_asks_the_model_only_where_the_answer_cannot_be_checked(tiny, gen
     assert truncated["score_if_correct"] == metrics["score_if_correct"]
 
 
-def test_a_sampled_reference_is_not_called_gold():
+def test_a_sampled_reference_does_not_count_as_gold():
     """beats_gold_rate leaves out the questions that are compared with a sample."""
     samples = [sample_of(p, wrong(p)) for p in PROBLEMS[:2]]
     rewards = [np.array([score], np.float32) for score in (0.25, 0.75)]
@@ -372,21 +371,22 @@ def test_a_sampled_reference_is_not_called_gold():
     assert ppo.sample_metrics(samples, rewards, [0, 0], sources)["beats_gold_rate"] is None
 
 
-def test_the_source_of_a_reward_does_not_say_when_its_question_comes():
-    """The order of a pass is independent of the sources: no half of it is all of one kind."""
+def test_the_order_of_questions_is_independent_of_their_reward_source():
+    """About half of the questions in the first half of a pass are for the verifier."""
     problems = [common.Problem(f"p{i}", "?", 1, "#### 1", "#### 1") for i in range(400)]
     sources = ppo.reward_sources(problems, [0.5, 0.0], seed=0)
     checked = np.array([sources[problem.id] == "verifier" for problem in problems])
     for turn in range(20):
         half = checked[common.shuffled(400, 0, turn)[:200]].mean()
-        assert 0.35 < half < 0.65, turn  # 0.5 +- 6 standard errors
+        # 0.5 +- 6 standard errors
+        assert 0.35 < half < 0.65, turn
 
 
 # ---- selection
 
 
 def write_scores(file, problems, scores, finished=(True, True)) -> str:
-    """Write a file of correct samples: for each problem one per entry of `finished`."""
+    """Write a file of correct samples. Each problem gets one sample per entry of `finished`."""
     samples = []
     for problem, score in zip(problems, scores, strict=True):
         for k, is_finished in enumerate(finished):
@@ -415,8 +415,8 @@ def test_scores_are_standardised_within_a_file(tmp_path):
     assert sorted(z[2:5]) == z[2:5].tolist()
 
 
-def test_the_lowest_are_taken_from_a_hard_file_and_from_an_easy_one(tmp_path):
-    """Without standardising, the hard one would fill the selection."""
+def test_the_lowest_scores_are_selected_from_a_hard_file_and_an_easy_one(tmp_path):
+    """Without standardisation the hard file would fill the selection."""
     scores = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     easy = write_scores(tmp_path / "easy.jsonl", PROBLEMS[:10], [s + 0.95 for s in scores])
     hard = write_scores(tmp_path / "hard.jsonl", PROBLEMS[10:20], scores)
@@ -445,7 +445,7 @@ def test_questions_of_train_dev_and_test_are_not_selected(tmp_path):
     splits = {s: common.load_problems("arithmetic", s) for s in ("train", "dev", "test")}
     train = splits["train"][:3]
     mixed = [*splits["train"][:5], *splits["dev"][:2], *splits["test"][:2]]
-    # The same questions under other names, as of another dataset, stay out as well.
+    # The same questions under other ids are left out as well, as in another dataset.
     mixed += [dataclasses.replace(p, id=f"other-{p.id}") for p in mixed if p not in mixed[3:5]]
     file = write_scores(tmp_path / "mixed.jsonl", mixed, [0.5] * len(mixed))
     assert [q["problem"] for q in questions_of(file, train=train)] == splits["train"][3:5]
@@ -462,8 +462,8 @@ def test_questions_of_train_dev_and_test_are_not_selected(tmp_path):
     assert [q["problem"] for q in questions] == own[4:]
 
 
-def test_a_question_of_another_dataset_gets_an_id_of_its_own(tmp_path):
-    """Its own problem of the training set, with solution, is found by id and question."""
+def test_a_question_of_another_dataset_gets_its_own_id(tmp_path):
+    """A problem of the training set is found by id and question. It keeps its solution."""
     own, same_id = PROBLEMS[0], dataclasses.replace(PROBLEMS[1], question="Another question?")
     one = write_scores(tmp_path / "one.jsonl", [own, same_id], [0.1, 0.2])
     third = dataclasses.replace(same_id, question="A third question?")
@@ -476,14 +476,14 @@ def test_a_question_of_another_dataset_gets_an_id_of_its_own(tmp_path):
 
 
 def test_two_files_with_the_same_question_are_refused(tmp_path):
-    """Its samples would be the same, and would be trained on twice."""
+    """The samples of both would be equal and would be trained on twice."""
     one = write_scores(tmp_path / "one.jsonl", PROBLEMS[:2], [0.1, 0.2])
     two = write_scores(tmp_path / "two.jsonl", PROBLEMS[1:3], [0.3, 0.4])
     with pytest.raises(runtime.UserError, match="^--scores: a question occurs twice"):
         questions_of(one, two)
 
 
-def test_each_selection_keeps_what_it_says():
+def test_each_selection_keeps_its_kind_of_questions():
     def chosen(kind, correct, fraction, scores=None, seed=0):
         pairs = zip(correct, scores or correct, strict=True)
         questions = [{"i": i, "correct": c, "standardised": z} for i, (c, z) in enumerate(pairs)]
@@ -493,19 +493,22 @@ def test_each_selection_keeps_what_it_says():
     assert chosen("lowest", correct, 0.3) == [0, 1, 2]
     assert chosen("floor", correct, 0.3) in ([2, 3, 4], [2, 3, 5])
     assert chosen("frontier", correct, 0.2) == [4, 5]
-    scores = [0.5, 0.9, 0.1]  # of a reward model: another order than the correct samples give
+    # Scores of a reward model, in another order than the fractions of correct samples.
+    scores = [0.5, 0.9, 0.1]
     assert chosen("lowest", [0.0, 0.5, 1.0], 0.3, scores) == [2]
     assert chosen("frontier", [0.0, 0.5, 1.0], 0.3, scores) == [1]
     assert chosen("floor", [0.5, 0.5, 0.0], 0.3, scores) == [0]
     drawn = [chosen("random", correct, 0.3, seed=seed) for seed in range(30)]
     assert {i for d in drawn for i in d} == set(range(10)) and all(len(set(d)) == 3 for d in drawn)
     ties = [chosen("lowest", correct, 0.1, seed=seed) for seed in range(30)]
-    assert sorted({i for (i,) in ties}) == [0, 1]  # at random, not the first
+    # Ties are broken at random.
+    assert sorted({i for (i,) in ties}) == [0, 1]
     for kind in ("lowest", "floor", "frontier", "random"):
         for seed in (0, 1):
             assert chosen(kind, correct, 0.3, None, seed) == chosen(kind, correct, 0.3, None, seed)
     assert chosen("floor", [0.0, 0.0, 1.0], 1.0) == [2]
-    assert chosen("lowest", [0.0, 0.5, 1.0], 0.1) == [0]  # of few questions one
+    # A small fraction of few questions still keeps one.
+    assert chosen("lowest", [0.0, 0.5, 1.0], 0.1) == [0]
 
 
 # ---- verifiable questions first
@@ -525,7 +528,8 @@ def test_questions_without_a_gold_solution_join_after_the_switch():
     early, late = ({i for p in phases for i in drawn[p]} for phases in (range(1, 5), range(5, 11)))
     assert early == {0, 1, 2, 3, 4} and late == set(range(8))
     assert set(drawn[5]) - early, "they join in the first phase after the switch"
-    for last in (3, 4, 5):  # a run that is resumed before the switch, at it and after it
+    # Resume a run before the switch, at it and after it.
+    for last in (3, 4, 5):
         again = begin()
         for phase in range(1, last + 1):
             again.draw(phase, 4)
@@ -535,7 +539,7 @@ def test_questions_without_a_gold_solution_join_after_the_switch():
         assert [again.draw(phase, 4)[0] for phase in following] == [drawn[p] for p in following]
 
 
-def test_a_run_needs_a_question_before_the_switch():
+def test_a_switch_needs_questions_with_and_without_a_gold_solution():
     sources = {p.id: "genrm_sampled" for p in PROBLEMS[:4]}
     args = SimpleNamespace(curriculum="verifiable_first", seed=0, phases=10, switch=0.0)
     assert sorted(ppo.Curriculum(args, PROBLEMS[:4], sources).draw(1, 4)[0]) == [0, 1, 2, 3]
@@ -551,15 +555,17 @@ def test_a_run_needs_a_question_before_the_switch():
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory, folders) -> str:
-    """Samples of the first 60 training questions that a reward model scored."""
+    """Return samples of the first 60 training questions with the scores of a reward model."""
     folder, samples = tmp_path_factory.mktemp("scored"), []
     for i, problem in enumerate(common.load_problems("arithmetic", "train", 60)):
-        for k in range(2):  # of three questions both, one and none of two samples are correct
+        # Of three questions in a row, two, one and none of two samples are correct.
+        for k in range(2):
             is_correct = k >= i % 3
             text = problem.reference if is_correct else wrong(problem)
             samples.append(sample_of(problem, text, k))
     reward_model.RewardModel(folders.orm, "cpu").grade(samples, 1000)
-    for sample in samples:  # the reward model is new, so it finds all equally good
+    # The reward model is new and scores all samples equally.
+    for sample in samples:
         sample.score += 0.1 * sample.correct + 0.01 * sample.number
     common.write_samples(folder / "scores.samples.jsonl", samples)
     return str(folder / "scores.samples.jsonl")
@@ -586,7 +592,8 @@ def test_a_generative_reward_model_is_trained_and_ppo_maximises_it(cli, tmp_path
             row["beats_gold_rate"] is None if name == "best" else 0 <= row["beats_gold_rate"] <= 1
         )
     first = [rows_of(tmp_path / name / "samples" / "phase_1.jsonl") for name in ("gold", "best")]
-    assert first[0] == first[1]  # the references change nothing about the samples
+    # The references do not change the samples.
+    assert first[0] == first[1]
     rewards = [rows_of(tmp_path / name / "metrics.jsonl")[1]["reward"] for name in ("gold", "best")]
     assert rewards[0] != rewards[1]
     code, message = cli(
@@ -616,7 +623,8 @@ def test_a_run_with_verifiable_questions_first_resumes_across_the_switch(
         log(run, **metrics)
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt  # after the second phase was logged, before its checkpoint
+            # Phase 2 was logged, but its checkpoint was not written.
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(runtime.Run, "log", interrupted)
     assert cli(ppo, *argv, "--out", broken)[0] == 130
@@ -628,13 +636,14 @@ def test_a_run_with_verifiable_questions_first_resumes_across_the_switch(
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
 
 
-def test_selected_questions_join_the_first_ones(cli, tmp_path, scored):
+def test_selected_questions_are_added_to_the_training_questions(cli, tmp_path, scored):
     argv = [*PPO, "--limit-train", 20, "--questions", 24, "--phases", 1, "--samples", 2]
     argv += ["--select", "lowest", "--scores", scored, "--select-fraction", 0.1]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
     train = common.load_problems("arithmetic", "train", 60)
     selected = json.loads((tmp_path / "run" / "samples" / "selected.json").read_text())
-    assert len(selected) == 4  # a tenth of the 40 questions that are scored and not in train
+    # A tenth of the 40 questions that are scored and not in train.
+    assert len(selected) == 4
     for row in selected:
         samples = [s for s in rows_of(Path(scored)) if s["problem"] == row["problem"]]
         assert row["problem"] in [p.id for p in train[20:]] and row["file"] == scored
@@ -646,7 +655,7 @@ def test_selected_questions_join_the_first_ones(cli, tmp_path, scored):
 
 
 @pytest.mark.parametrize("kind", ["lowest", "floor", "frontier", "random"])
-def test_the_written_selection_is_the_one_of_its_kind(kind, scored):
+def test_the_selection_that_is_written_has_the_questions_of_its_kind(kind, scored):
     flags = ["--limit-train", "20", "--select", kind, "--scores", scored]
     train, selected = ppo.load_questions(ppo.parse_args(flags))
     assert train[:20] == PROBLEMS[:20] and train[20:] == [row["problem"] for row in selected]
@@ -655,10 +664,10 @@ def test_the_written_selection_is_the_one_of_its_kind(kind, scored):
     assert {row["correct"] for row in selected} <= allowed
     again = ppo.load_questions(ppo.parse_args(flags))
     other = ppo.load_questions(ppo.parse_args([*flags, "--seed", "1"]))
-    assert again == (train, selected) and other != again, "ties are broken at random, by the seed"
+    assert again == (train, selected) and other != again, "the seed breaks ties at random"
 
 
-def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path, scored):
+def test_flags_that_do_not_fit_together_give_a_one_line_error(cli, tmp_path, scored):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"questions": []}\n')
     for flags, part in (
@@ -675,7 +684,7 @@ def test_combinations_that_make_no_sense_end_in_one_line(cli, tmp_path, scored):
         (["--curriculum", "backtracking", "--reward", "hybrid"], "runs/genrm/model"),
         (["--add-outcome"], "--reward orm"),
         (["--reward", "genrm", "--genrm", "nowhere/at/all"], "nowhere/at/all"),
-        # A reward model that no reward asks would be left out without a word.
+        # Otherwise a reward model that no reward uses would be ignored silently.
         (["--orm", "tiny"], "--reward orm"),
         (["--reward", "orm", "--genrm", "tiny"], "--reward genrm"),
     ):
@@ -711,7 +720,7 @@ def test_an_evaluation_scores_its_samples_next_to_the_gold_solutions(
     assert report["score"]["value"] == pytest.approx(np.mean(expected), abs=1e-5)
     assert all("score" in row for row in rows_of(tmp_path / "report.greedy.jsonl"))
     assert report["genrm_fingerprint"] == runtime.fingerprint(folders.genrm)
-    # The scores would stay in the files of a report that names no reward model.
+    # Without --genrm the report would name no reward model, but its files would have scores.
     code, message = cli(evaluate, *argv, "--resume")
     assert code == 2 and "other settings" in message
 
@@ -732,8 +741,8 @@ def test_an_evaluation_with_a_generative_reward_model_needs_gold_solutions(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):
-    """No solutions but in dev, and of every question one sample: right or wrong, but never both."""
+def test_a_genrm_without_pairs_to_train_on_is_not_saved(cli, tmp_path):
+    """Only dev has solutions. Each question has one sample, so no question has both outcomes."""
     file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
     answers = [f"{i % 3}" if i < 40 else f"1+0=1\n#### {i % 3}" for i in range(60)]
     rows = [json.dumps({"question": f"q{i}", "answer": a}) for i, a in enumerate(answers)]
@@ -748,8 +757,8 @@ def test_a_judge_with_nothing_to_compare_is_not_called_trained(cli, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_dev_split_with_nothing_to_compare_shows_before_the_training(cli, tmp_path, monkeypatch):
-    """No solutions, and none of the dev questions is ever solved."""
+def test_a_dev_split_without_references_is_refused_before_training(cli, tmp_path, monkeypatch):
+    """There are no solutions, and no dev question has a correct sample."""
     file, samples = tmp_path / "answers.jsonl", tmp_path / "samples.jsonl"
     file.write_text(
         "".join(

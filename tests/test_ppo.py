@@ -1,4 +1,4 @@
-"""PPO: its formulas by brute force, values, adapters, and a problem with a known optimum."""
+"""Check PPO: formulas by brute force, values, adapters, and a problem with a known optimum."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ EXAMPLES = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 1]), ([4, 4, 4, 4, 4], [3])
 
 @pytest.fixture(autouse=True)
 def every_warning_is_printed():
-    """Of equal warnings a process prints the first one."""
+    """Clear the cache of warnings. A process prints equal warnings once."""
     runtime.warn.cache_clear()
 
 
@@ -34,10 +34,10 @@ def every_warning_is_printed():
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5), (1.0, 0.0)])
-def test_gae_is_the_sum_that_it_abbreviates(gamma, lam):
+def test_gae_equals_the_sum_of_its_definition(gamma, lam):
     """A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}).
 
-    The samples have different lengths. What stands behind the end of one must not leak into it.
+    The samples have different lengths. Padding after the end of a sample must not leak into it.
     """
     torch.manual_seed(0)
     lengths = [1, 4, 7]
@@ -60,10 +60,10 @@ def test_gae_is_the_sum_that_it_abbreviates(gamma, lam):
 
 
 @pytest.mark.parametrize("distance", [0.05, 1.0, 3.0])
-def test_kl_estimators_against_the_exact_kl_near_and_far(distance):
+def test_both_kl_estimators_are_unbiased(distance):
     """In expectation under pi both are KL(pi, ref), computed exactly over 6 outcomes.
 
-    A flipped sign or direction is off by more than the KL itself when the two are far apart.
+    If the distributions are far apart, a flipped sign or direction has an error above the KL.
     """
     torch.manual_seed(1)
     log_pi = torch.randn(6).log_softmax(0)
@@ -79,10 +79,10 @@ def test_kl_estimators_against_the_exact_kl_near_and_far(distance):
     assert (kl_k3 >= 0).all() and (kl_k1 < 0).any()
 
 
-def test_clipped_policy_loss_by_hand():
-    """Ratios 1, 1.5 and 0.5 with either sign of the advantage, clip 0.2.
+def test_the_clipped_policy_loss_equals_a_calculation_by_hand():
+    """The ratios are 1, 1.5 and 0.5 with both signs of the advantage. The clip range is 0.2.
 
-    The gradient is 0 exactly where clipping bites.
+    The gradient is 0 exactly where the loss is clipped.
     """
     old = torch.zeros(6)
     ratios, advantages = torch.tensor([1.0, 1.0, 1.5, 1.5, 0.5, 0.5]), torch.tensor([2.0, -2.0] * 3)
@@ -93,19 +93,19 @@ def test_clipped_policy_loss_by_hand():
     assert (logprobs.grad == 0).tolist() == [False, False, True, False, False, True]
 
 
-def test_clipped_value_loss_by_hand():
+def test_the_clipped_value_loss_equals_a_calculation_by_hand():
     values, old, returns = (
         torch.tensor([0.0, 0.5, 0.5]),
         torch.zeros(3),
         torch.tensor([1.0, 1.0, 0.4]),
     )
-    # unclipped: 1, .25, .01; held within .2 of 0: 1, .64, .04; the larger counts, halved
+    # Unclipped 1, 0.25, 0.01. Clipped to 0.2 around 0: 1, 0.64, 0.04. The larger one is halved.
     torch.testing.assert_close(
         ppo.value_loss(values, old, returns, 0.2), torch.tensor([0.5, 0.32, 0.02])
     )
 
 
-def test_whitening_and_penalty():
+def test_whitening_gives_mean_0_and_variance_1_and_the_kl_penalty_has_its_sign():
     x = ppo.whiten(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert x.mean().item() == pytest.approx(0, abs=1e-6) and x.var(
         correction=0
@@ -114,7 +114,8 @@ def test_whitening_and_penalty():
     got = ppo.penalised_rewards(
         torch.tensor([0.0, 1.0]), torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0]), 0.1
     )
-    torch.testing.assert_close(got, torch.tensor([-0.1, 1.1]))  # a token that became likelier costs
+    # A token that became more likely is penalised.
+    torch.testing.assert_close(got, torch.tensor([-0.1, 1.1]))
 
 
 # ---- rewards
@@ -134,7 +135,7 @@ REFERENCE = common.Problem(
 )
 
 
-def test_the_sparse_reward_is_on_the_last_token_and_a_cut_solution_has_none(tiny):
+def test_the_sparse_reward_is_on_the_last_token_and_a_truncated_solution_has_none(tiny):
     right, wrong, cut = (
         sampled(tiny, REFERENCE, "10*3=<<10*3=30>>30\n#### 30"),
         sampled(tiny, REFERENCE, "10*3=<<10*3=30>>30\n#### 31"),
@@ -146,7 +147,7 @@ def test_the_sparse_reward_is_on_the_last_token_and_a_cut_solution_has_none(tiny
         assert len(reward) == len(sample.tokens) and reward[-1] == total and not reward[:-1].any()
 
 
-def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of_its_line(tiny):
+def test_the_dense_reward_credits_each_reference_value_once_at_the_end_of_its_line(tiny):
     text = "2+3=<<2+3=5>>5\n7+3=<<7+3=10>>10\n2+3=<<2+3=5>>5\n9+9=<<9+9=18>>18\n#### 30"
     dense = reward_args("dense")
     sample = sampled(tiny, REFERENCE, text)
@@ -162,12 +163,10 @@ def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of
     truncated = sampled(tiny, REFERENCE, text, finished=False)
     assert not ppo.task_rewards(dense, tiny, [truncated])[0].any()
     (reward,) = ppo.task_rewards(dense, tiny, [sampled(tiny, REFERENCE, text, prefix=prefix)])
-    assert reward.sum() == pytest.approx(1 + 1 / 3), "what was given away earns nothing"
+    assert reward.sum() == pytest.approx(1 + 1 / 3), "the prefix has no reward"
     run_on = sampled(tiny, REFERENCE, "2+3=<<2+3=5>>5\n#### 5\n\nQuestion: 5*2=<<5*2=10>>10?")
     (reward,) = ppo.task_rewards(dense, tiny, [run_on])
-    assert reward.sum() == pytest.approx(1 / 3), (
-        "nor does the next question, made up after the answer"
-    )
+    assert reward.sum() == pytest.approx(1 / 3), "text after the answer has no reward"
     whole = sampled(tiny, REFERENCE, REFERENCE.reference)
     assert ppo.task_rewards(dense, tiny, [whole])[0].sum() == pytest.approx(2.0)
 
@@ -176,10 +175,10 @@ def test_the_dense_reward_credits_each_value_of_the_reference_once_at_the_end_of
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_value_branch_is_the_top_of_the_policy_and_starts_at_zero(name, tmp_path_factory):
-    """While the copy equals the original, the head reads the policy's own last hidden state.
+def test_the_value_branch_copies_the_top_of_the_policy_and_starts_at_zero(name, tmp_path_factory):
+    """Until training changes the copy, the head reads the policy's own last hidden state.
 
-    That is before the final norm. The value is exactly 0 and does not depend on padding.
+    This is the state before the final norm. The value is exactly 0 and independent of padding.
     """
     policy = random_policy(name, tmp_path_factory)
     critic = ppo.ValueFunction(policy, detach=True)
@@ -209,7 +208,7 @@ def test_the_value_branch_is_the_top_of_the_policy_and_starts_at_zero(name, tmp_
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_the_value_loss_reaches_the_policy_only_when_attached(detach, nano):
+def test_the_value_loss_reaches_the_policy_only_if_attached(detach, nano):
     policy = common.Policy(nano)
     critic = ppo.ValueFunction(policy, detach=detach)
     torch.nn.init.normal_(critic.head.weight)
@@ -220,12 +219,14 @@ def test_the_value_loss_reaches_the_policy_only_when_attached(detach, nano):
     ]
     assert bool(touched) != detach
     assert not any("layers.1" in name for name in touched), (
-        "the policy's own top layer has no part in the value"
+        "the value does not use the policy's own top layer"
     )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
-def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_factory, tmp_path):
+def test_adapters_start_as_the_identity_and_can_be_switched_off_and_merged(
+    name, tmp_path_factory, tmp_path
+):
     policy = random_policy(name, tmp_path_factory)
     policy = common.Policy(policy.model.config._name_or_path, device="cpu", dtype="float32")
     with torch.no_grad():
@@ -255,11 +256,11 @@ def test_adapters_start_as_the_identity_switch_off_and_merge(name, tmp_path_fact
         )
 
 
-def test_adapters_are_not_rounded_off_in_bfloat16(tiny):
-    """Change all weights of a bfloat16 checkpoint a little, up the gradient.
+def test_small_adapters_are_not_rounded_to_zero_in_bfloat16(tiny):
+    """Move all weights of a bfloat16 checkpoint a little along the gradient.
 
-    The log-probability rises by about 0.85 of what it does in float32. With the sum in bfloat16 it
-    would rise by about 0.25 of it.
+    The log-probability rises by about 0.85 of the rise in float32. If the sum were computed in
+    bfloat16, it would rise by about 0.25 of it.
     """
     problems = common.load_problems("arithmetic", "train", 64)
     examples = [
@@ -287,7 +288,7 @@ def test_adapters_are_not_rounded_off_in_bfloat16(tiny):
     assert gains["float32"] > 1e-3 and 0.6 < gains["bfloat16"] / gains["float32"] < 1.4
 
 
-def test_adapters_begin_as_the_initial_policy_in_bfloat16(tiny):
+def test_adapters_start_as_the_initial_policy_in_bfloat16(tiny):
     policy = common.Policy("tiny", "cpu", "bfloat16")
     lora, problem = common.Lora(policy, 4), common.load_problems("arithmetic", "train", 1)[0]
     example = (
@@ -300,8 +301,8 @@ def test_adapters_begin_as_the_initial_policy_in_bfloat16(tiny):
             assert torch.equal(common.response_logprobs(policy, [example]), with_adapters)
 
 
-def test_adapters_leave_the_cache_in_bfloat16(monkeypatch):
-    """Their sums are float32, and keys and values of that type would take twice the memory."""
+def test_adapters_keep_the_cache_in_bfloat16(monkeypatch):
+    """Sums with adapters are float32. Keys and values in float32 would take twice the memory."""
     policy, dtypes, keep = (
         common.Policy("tiny", "cpu", "bfloat16"),
         set(),
@@ -323,7 +324,7 @@ def test_adapters_leave_the_cache_in_bfloat16(monkeypatch):
 
 @pytest.mark.parametrize("family", ["Mixtral", "Phimoe"])
 def test_experts_and_their_routers_get_no_adapters(family, tmp_path):
-    """The router of Phimoe is derived from a linear layer and returns two things."""
+    """The router of Phimoe is a subclass of a linear layer and returns two values."""
     sizes = SMALL | dict(num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4)
     write_model(lambda v: getattr(transformers, f"{family}Config")(vocab_size=v, **sizes), tmp_path)
     policy = common.Policy(str(tmp_path), "cpu")
@@ -331,7 +332,8 @@ def test_experts_and_their_routers_get_no_adapters(family, tmp_path):
         initial = common.response_logprobs(policy, EXAMPLES)
         lora = common.Lora(policy, 3)
         assert torch.equal(common.response_logprobs(policy, EXAMPLES), initial)
-    assert len(lora.targets) == 2 * 4  # the projections of the attention
+    # The projections of the attention have adapters.
+    assert len(lora.targets) == 2 * 4
 
 
 # ---- curricula
@@ -342,7 +344,7 @@ def curriculum_of(kind: str, problems, seed: int = 0) -> ppo.Curriculum:
     return ppo.Curriculum(args, problems, {problem.id: "verifier" for problem in problems})
 
 
-def test_backtracking_gives_away_all_but_the_answer_and_less_after_success():
+def test_backtracking_starts_before_the_answer_and_shortens_the_prefix_after_success():
     problems = common.load_problems("arithmetic", "train", 4)
     curriculum = curriculum_of("backtracking", problems)
     chosen, prefixes = curriculum.draw(1, 4)
@@ -366,7 +368,7 @@ def test_backtracking_gives_away_all_but_the_answer_and_less_after_success():
     json.dumps(curriculum.state)
 
 
-def test_prioritised_replay_prefers_large_value_errors_and_still_shows_new_questions():
+def test_prioritised_replay_prefers_large_value_errors_and_still_asks_new_questions():
     problems = common.load_problems("arithmetic", "train", 400)
     curriculum = curriculum_of("plr", problems)
     chosen, _ = curriculum.draw(1, 40)
@@ -379,10 +381,11 @@ def test_prioritised_replay_prefers_large_value_errors_and_still_shows_new_quest
         hits += sum(i in chosen[:5] for i in drawn)
         new |= set(drawn) - set(chosen)
     assert hits > 8 * 10 * 5 / 40 * 2, (
-        "more than twice what chance gives the five questions with an error"
+        "more than twice as often as by chance for the five questions with an error"
     )
     assert len(new) == 8 * 10
-    alone = curriculum_of("plr", problems[:4])  # one question a phase: new ones first
+    # With one question per phase, new questions come first.
+    alone = curriculum_of("plr", problems[:4])
     asked = []
     for phase in range(1, 5):
         asked += alone.draw(phase, 1)[0]
@@ -390,14 +393,14 @@ def test_prioritised_replay_prefers_large_value_errors_and_still_shows_new_quest
     assert sorted(asked) == [0, 1, 2, 3]
 
 
-def test_without_curriculum_every_question_comes_once_a_pass():
+def test_without_a_curriculum_every_question_comes_once_per_pass():
     curriculum = curriculum_of("none", common.load_problems("arithmetic", "train", 30))
     drawn = [curriculum.draw(phase, 10)[0] for phase in range(1, 7)]
     for turn in (drawn[:3], drawn[3:]):
         assert sorted(itertools.chain(*turn)) == list(range(30))
     assert drawn[:3] != drawn[3:]
     assert sorted(curriculum.draw(7, 64)[0]) == list(range(30)), (
-        "never twice in a phase: the samples would be the same"
+        "a question comes at most once per phase, because its samples would be equal"
     )
 
 
@@ -405,10 +408,11 @@ def test_without_curriculum_every_question_comes_once_a_pass():
 
 
 def test_without_clipping_the_gradient_is_the_exact_policy_gradient():
-    """Two questions, answers of two tokens out of three, all 9 enumerated.
+    """There are two questions. Answers have two tokens out of three. All 9 are enumerated.
 
-    The expected gradient of the loss (one epoch, lambda 1, no baseline) is minus the gradient of
-    E[reward] - kl_coef * KL, which autograd gets from the definition.
+    Train for one epoch with lambda 1 and no baseline. Then the expected gradient of the loss is
+    minus the gradient of E[reward] - kl_coef * KL. autograd computes the latter from the
+    definition.
     """
     torch.manual_seed(0)
     first, second = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, 3, requires_grad=True)
@@ -440,10 +444,10 @@ def test_without_clipping_the_gradient_is_the_exact_policy_gradient():
 
 
 def test_ppo_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):
-    """Two questions, and a policy that answers each with 1 or 2 at random. It has to learn which.
+    """There are two questions. At first the policy answers both with 1 or 2 at random.
 
-    This runs the whole script. The reward is 0.5 at first. That untrained weights get 40 out of 40
-    right has probability 1e-12.
+    This runs the whole script. The reward is 0.5 at first. Untrained weights answer 40 of 40
+    samples correctly with probability 1e-12.
     """
     model = guesser(nano, tmp_path, {"Is it odd?": "1", "Is it even?": "2"})
     argv = ["--model", model, "--dataset", tmp_path, "--max-new-tokens", 8, "--questions", 18,
@@ -459,7 +463,7 @@ def test_ppo_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):
     assert sum(s.correct for s in drawn) >= 38
 
 
-def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):
+def test_a_run_logs_its_metrics_and_the_first_ratio_is_one(cli, tmp_path):
     out = tmp_path / "run"
     assert cli(ppo, *TINY_RUN, "--phases", 3, "--out", out)[0] == 0
     start, *phases = rows_of(out / "metrics.jsonl")
@@ -482,7 +486,7 @@ def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):
                     "seconds_sampling", "seconds_training"):  # fmt: skip
             assert np.isfinite(row[key])
     assert phases[0]["ref_kl_k3"] == pytest.approx(0, abs=1e-8) and phases[0]["grad_norm"] == 0, (
-        "only the value trains at first"
+        "in phase 1 only the value function trains"
     )
     assert phases[2]["ref_kl_k3"] > 0 and phases[1]["grad_norm"] > 0
     written = rows_of(out / "samples" / "phase_2.jsonl")
@@ -500,7 +504,7 @@ def test_a_run_logs_what_it_should_and_the_first_ratio_is_one(cli, tmp_path):
         ["--curriculum", "plr", "--kl-limit", "1e-12", "--few-shot"],
     ],
 )
-def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(
+def test_a_resumed_run_of_each_variant_equals_an_uninterrupted_one(
     flags, cli, tmp_path, monkeypatch
 ):
     argv = [*TINY_RUN, "--phases", 3, *flags, "--device", "cpu"]
@@ -511,7 +515,8 @@ def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(
         log(run, **metrics)
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt  # after the second phase was logged, before its checkpoint
+            # Phase 2 was logged, but its checkpoint was not written.
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(runtime.Run, "log", interrupted)
     assert cli(ppo, *argv, "--out", tmp_path / "broken")[0] == 130
@@ -528,11 +533,12 @@ def test_the_variants_run_and_a_resumed_run_equals_an_uninterrupted_one(
     if "--kl-limit" in flags:
         assert rows[-1]["minibatches"] < 6
     if "--no-detach-value" in flags:
-        assert rows[1]["grad_norm"] > 0  # in the first phase, in which only the value trains
+        # In phase 1 only the value function trains, but its gradient reaches the policy.
+        assert rows[1]["grad_norm"] > 0
 
 
-def test_merged_adapters_are_measured_in_float32(cli, tmp_path, monkeypatch):
-    """bfloat16 would round small changes of the weights off, and measure the initial policy."""
+def test_merged_adapters_are_evaluated_in_float32(cli, tmp_path, monkeypatch):
+    """bfloat16 would round small changes to zero. Then the initial policy would be evaluated."""
     dtypes, generate = [], common.generate
 
     def spied(policy, problems, **how):
@@ -557,8 +563,8 @@ def test_merged_adapters_are_measured_in_float32(cli, tmp_path, monkeypatch):
     assert dtypes == [("dev", False), ("phase 1", True), ("dev", False)]
 
 
-def test_what_is_measured_on_dev_is_what_is_saved(cli, tmp_path, monkeypatch):
-    """With adapters as well. In bfloat16 the weights that hold them are another policy."""
+def test_the_weights_that_were_evaluated_on_dev_are_saved(cli, tmp_path, monkeypatch):
+    """This includes merged adapters. Rounding the merged weights to bfloat16 changes the policy."""
     measured = []
 
     def dev_metrics(policy, *_, **__):
@@ -580,7 +586,7 @@ def test_what_is_measured_on_dev_is_what_is_saved(cli, tmp_path, monkeypatch):
     assert any(not torch.equal(weight, saved[name]) for name, weight in measured[0].items())
 
 
-def test_bad_combinations_end_in_one_line(cli, tiny, tmp_path):
+def test_flags_and_data_that_do_not_fit_give_a_one_line_error(cli, tiny, tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text(
         "".join(json.dumps({"question": f"q{i}", "answer": str(i)}) + "\n" for i in range(20))
@@ -602,7 +608,7 @@ def test_bad_combinations_end_in_one_line(cli, tiny, tmp_path):
     argv += ["--max-new-tokens", 8]
     code, message = cli(ppo, *argv, "--dataset", long, "--out", tmp_path / "long")
     assert code == 2 and "positions" in message and message.count("\n") == 1
-    # The questions alone fit, the worked examples do not.
+    # The questions alone fit. With the few-shot examples they do not.
     words, room = "How many? " * 300, tiny.max_length
     asked = [common.Problem("p", f"{i}: {words}", 1) for i in range(20)]
     lengths = [
@@ -628,7 +634,7 @@ def test_bad_combinations_end_in_one_line(cli, tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_explained_variance_of_nothing_is_none():
+def test_the_explained_variance_of_constant_returns_is_none():
     returns = torch.tensor([1.0, 0.0, 1.0, 0.0])
     assert ppo.explained_variance(returns, returns) == 1
     assert ppo.explained_variance(returns, torch.full((4,), 0.5)) == pytest.approx(0)
@@ -641,13 +647,13 @@ def test_the_explained_variance_of_nothing_is_none():
 
 @pytest.mark.parametrize("token_budget", [1, 18, 9999])
 @pytest.mark.parametrize("value_only", [False, True])
-def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its_parts(
+def test_gradient_and_metrics_of_a_minibatch_do_not_depend_on_its_micro_batches(
     token_budget, value_only, cli, nano, tmp_path, monkeypatch
 ):
     """Compare the script with the formulas over all tokens of a minibatch at once.
 
-    Four samples of different lengths make two minibatches. The log-probabilities and values of
-    the script are replaced by tables, whose gradients can be read.
+    Four samples of different lengths make two minibatches. Tables replace the log-probabilities
+    and values of the script. The gradients of the tables can be read.
     """
     torch.manual_seed(0)
     lengths = torch.tensor([3, 1, 4, 2])
@@ -657,7 +663,8 @@ def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its
         (old + 0.4 * torch.randn(4, 4)).requires_grad_() for old in (old_logprobs, old_values)
     )
     with torch.no_grad():
-        logprobs[2, 0] = old_logprobs[2, 0] + 1  # furthest, and in the first of several parts
+        # The largest deviation is in the first of several micro-batches.
+        logprobs[2, 0] = old_logprobs[2, 0] + 1
     drawn = [
         common.Sample(
             problem, k, "#### 1", True, np.full(lengths[i], 10 + i, np.int32),
@@ -692,7 +699,8 @@ def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its
     monkeypatch.setattr(ppo.ValueFunction, "forward", forward)
     monkeypatch.setattr(ppo, "gae", lambda *_: (advantages.clone(), returns))
     monkeypatch.setattr(common, "sum_gradients", spied)
-    phases = 1 if value_only else 2  # only the value function trains in the first phase
+    # Only the value function trains in phase 1.
+    phases = 1 if value_only else 2
     argv = ["--model", nano, "--phases", phases, "--questions", 2, "--samples", 2, "--epochs", 1]
     argv += ["--batch-size", 3, "--limit-train", 2, "--token-budget", token_budget]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
@@ -718,20 +726,21 @@ def test_the_gradient_of_a_minibatch_and_what_is_said_of_it_do_not_depend_on_its
         torch.testing.assert_close(gradients[1], exact[1])
         if minibatch[0] == order[0]:
             furthest = deviations.max().item()
-            assert 0.2 < clipped < 0.45 or 0.55 < clipped < 1  # not confused with the others
+            # This range keeps the clip fraction apart from the other metrics.
+            assert 0.2 < clipped < 0.45 or 0.55 < clipped < 1
     row = rows_of(tmp_path / "run" / "metrics.jsonl")[-1]
     assert row["max_ratio_deviation"] == pytest.approx(furthest, rel=1e-4)
     keys = "policy_loss", "value_loss", "clip_fraction", "approx_kl"
     assert [row[key] for key in keys] == pytest.approx(np.mean(logged, 0).tolist(), rel=1e-4)
 
 
-def test_a_policy_that_did_not_get_better_is_not_handed_over_without_a_word(cli, tmp_path):
+def test_a_policy_that_did_not_improve_gives_a_warning(cli, tmp_path):
     code, message = cli(ppo, *TINY_RUN, "--phases", 2, "--lr", 0, "--out", tmp_path / "run")
     assert code == 0 and "no phase was better on dev" in message
 
 
-def test_a_phase_ends_when_the_policy_has_gone_too_far(cli, tmp_path, monkeypatch):
-    """Not the first one, in which it does not move."""
+def test_a_phase_ends_early_above_the_kl_limit(cli, tmp_path, monkeypatch):
+    """Phase 1 is complete because the policy does not move in it."""
     monkeypatch.setattr(ppo, "LR_WARMUP", 1)
     argv = [*TINY_RUN, "--phases", 2, "--lr", 1e-2, "--kl-limit", 0.01]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
@@ -740,7 +749,7 @@ def test_a_phase_ends_when_the_policy_has_gone_too_far(cli, tmp_path, monkeypatc
 
 
 def test_a_model_without_plain_linear_layers_is_refused_adapters(tmp_path):
-    """The layers of Falcon are of a class of their own."""
+    """The layers of Falcon belong to a class of their own."""
     write_model(
         lambda v: transformers.FalconConfig(
             vocab_size=v, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2

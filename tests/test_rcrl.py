@@ -110,7 +110,7 @@ def test_equal_solutions_count_once_and_truncated_ones_never():
     assert rcrl.usable([right, same, cut, wrong], deduplicate=False) == [right, same, wrong]
 
 
-# ---- what is trained, and what is sampled
+# ---- training data and samples
 
 
 @pytest.mark.parametrize("by", ["step", "outcome"])

@@ -1,4 +1,4 @@
-"""The outcome reward model: its formulas against brute force, its scores, and their use."""
+"""Check the outcome reward model: its formulas against brute force, its scores and their use."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ RUN = ["--model", "tiny", "--limit-train", "24", "--limit-eval", "12", "--sample
 
 @pytest.fixture(scope="module")
 def orm() -> reward_model.RewardModel:
-    """The embedded model with a random head: scores that differ from token to token."""
+    """Return the embedded model with a random head. Its scores differ from token to token."""
     model = reward_model.RewardModel("tiny", "cpu", new=True)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.linear.weight)
@@ -49,7 +49,7 @@ def sample_of(problem, text, number=0, finished=True, score=None) -> common.Samp
 
 
 class Known:
-    """A reward model that gives these probabilities."""
+    """Stand in for a reward model with known probabilities."""
 
     def __init__(self, probabilities):
         self.probabilities = probabilities
@@ -69,18 +69,19 @@ def wrong(problem) -> str:
 # ---- formulas
 
 
-def test_auc_is_the_share_of_pairs_in_the_right_order():
+def test_auc_is_the_fraction_of_pairs_in_the_correct_order():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        scores, labels = rng.integers(0, 6, 30) / 5, rng.random(30) < 0.4  # many ties
+        # Few different scores give many ties.
+        scores, labels = rng.integers(0, 6, 30) / 5, rng.random(30) < 0.4
         pairs = list(itertools.product(scores[labels], scores[~labels]))
         expected = np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs])
         assert reward_model.auc(scores, labels) == pytest.approx(expected)
     assert reward_model.auc(scores, np.ones(30, bool)) is None
 
 
-def test_calibration_by_hand():
-    """Bin .8 to .9: two samples at .8 and .85, one right; the last bin holds the score 1.0."""
+def test_calibration_equals_a_calculation_by_hand():
+    """Bin 0.8 to 0.9 has two samples, one of them correct. The last bin has the score 1.0."""
     scores, labels = np.array([0.05, 0.8, 0.85, 1.0]), np.array([False, True, False, True])
     table, error = reward_model.calibration(scores, labels)
     assert [(row["n"], row["correct"]) for row in table] == [(1, 0.0), (2, 0.5), (1, 1.0)]
@@ -88,7 +89,7 @@ def test_calibration_by_hand():
     assert error == pytest.approx((0.05 + 2 * (0.825 - 0.5) + 0.0) / 4)
 
 
-def test_within_a_question_both_classes_weigh_the_same():
+def test_both_classes_of_a_question_have_the_same_weight():
     assert reward_model.balanced_weights([True, False, False, False]) == pytest.approx(
         [2, 2 / 3, 2 / 3, 2 / 3]
     )
@@ -120,8 +121,8 @@ def test_equal_solutions_are_merged_without_changing_the_loss(orm):
     assert loss(samples, every) == pytest.approx(loss(distinct, weights), rel=1e-5)
 
 
-def test_best_of_n_by_hand():
-    """Two questions, four samples each. n = 2 makes two groups a question."""
+def test_best_of_n_equals_a_calculation_by_hand():
+    """Two questions have four samples each. n = 2 makes two groups per question."""
     p, q = PROBLEMS[:2]
     rows = [(p, True, 0.1), (p, False, 0.9), (p, False, 0.2), (p, True, 0.3)]
     rows += [(q, False, 0.5), (q, False, 0.4), (q, False, 0.3), (q, True, 0.6)]
@@ -131,16 +132,12 @@ def test_best_of_n_by_hand():
     ]
     table = {row["n"]: row for row in reward_model.best_of_n(samples)}
     assert table[1] == {"n": 1, "orm": 3 / 8, "majority": 3 / 8, "oracle": 3 / 8}
-    assert table[2] == {
-        "n": 2,
-        "orm": 2 / 4,
-        "majority": 1 / 4,
-        "oracle": 3 / 4,
-    }  # ties of a vote: the first
+    # If a vote is tied, the first answer wins.
+    assert table[2] == {"n": 2, "orm": 2 / 4, "majority": 1 / 4, "oracle": 3 / 4}
     assert table[4] == {"n": 4, "orm": 1 / 2, "majority": 1 / 2, "oracle": 2 / 2}
 
 
-def test_positions_are_shares_of_the_tokens_read():
+def test_a_position_is_a_fraction_of_the_tokens():
     """One solution has four tokens with the probabilities 0.1, 0.2, 0.6, 0.7. One has a token."""
     labels = [common.Problem("a", "?", Fraction(1)), common.Problem("b", "?", Fraction(2))]
     samples = [common.Sample(problem, 0, "#### 1", finished=True) for problem in labels]
@@ -150,17 +147,20 @@ def test_positions_are_shares_of_the_tokens_read():
         {0.0: 0.1, 0.25: 0.1, 0.5: 0.2, 0.75: 0.6, 1.0: 0.7}[row["position"]] >= 0.5
         for row in found
     ]
-    # the wrong one is always above 0.5
+    # The score of the incorrect sample is always above 0.5.
     assert [row["accuracy"] for row in found] == [right_one / 2 for right_one in right]
 
 
-def test_the_paired_interval_stays_within_its_range():
+def test_the_paired_interval_stays_within_minus_one_and_one():
     low, high = evaluate.paired_test([1.0] * 2000, [0.0] * 2000)["ci95"]
     assert 0.99 < low < high == 1.0
 
 
-def test_mcnemar_against_enumeration():
-    """Enumerate all 2^n outcomes of the n problems that differ. Count those as uneven as this."""
+def test_the_p_value_of_mcnemar_equals_an_enumeration():
+    """Enumerate all 2^n outcomes of the n problems that differ. Count the uneven outcomes.
+
+    An outcome counts if it is at least as uneven as the observed outcome.
+    """
     for better, worse in ((5, 1), (3, 3), (0, 4), (0, 0), (7, 2)):
         values = [1.0] * better + [0.0] * worse + [1.0] * 3
         others = [0.0] * better + [1.0] * worse + [1.0] * 3
@@ -178,7 +178,7 @@ def test_mcnemar_against_enumeration():
 
 
 def test_long_solutions_do_not_count_more(orm):
-    """A right solution of 5 tokens and a wrong one of 80 are each half of the loss."""
+    """A correct solution of 5 tokens and an incorrect one of 80 are each half of the loss."""
     problem = PROBLEMS[0]
     short, long = (
         sample_of(problem, f"#### {problem.answer}"),
@@ -203,7 +203,7 @@ def test_long_solutions_do_not_count_more(orm):
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "opt"])
 def test_a_family_without_a_token_classifier_is_refused_as_reward_model(family, tmp_path):
-    """Gemma 3 has embeddings of images. Of Qwen 3.5 the saved text part is a family of its own."""
+    """Gemma 3 has embeddings of images. The saved text part of Qwen 3.5 is its own family."""
     sight = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     grouped = dict(num_key_value_heads=2, head_dim=8, **SMALL)
     linear = dict(
@@ -233,8 +233,10 @@ def test_a_family_without_a_token_classifier_is_refused_as_reward_model(family, 
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gemma3"])
-def test_a_reward_model_is_trained_from_the_weights_of_the_policy(name, tmp_path_factory, tmp_path):
-    """It begins as the network of the policy. All that is trained and saved comes back."""
+def test_a_reward_model_starts_from_the_weights_of_the_policy_and_reloads(
+    name, tmp_path_factory, tmp_path
+):
+    """All trained weights are saved and loaded again."""
     policy = random_policy(name, tmp_path_factory)
     policy.save(tmp_path / "policy")
     orm = reward_model.RewardModel(str(tmp_path / "policy"), "cpu", new=True)
@@ -279,10 +281,9 @@ def test_a_reward_model_without_all_its_weights_is_refused(nano, tmp_path):
             reward_model.RewardModel(str(tmp_path / "orm"), "cpu")
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in ARCHITECTURES if name != "gemma3"]
-)  # transformers has no such class
-def test_a_new_reward_model_says_one_half_and_a_saved_one_loads_without_our_help(
+# transformers has no token classifier for Gemma 3.
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gemma3"])
+def test_a_new_reward_model_gives_one_half_and_a_saved_one_loads_with_transformers(
     name, tmp_path_factory, tmp_path
 ):
     from transformers import AutoModelForTokenClassification
@@ -316,8 +317,8 @@ def test_a_score_does_not_depend_on_the_batch(orm):
         np.testing.assert_allclose(a, c, atol=1e-5)
 
 
-def test_ten_thousand_solutions_are_scored_within_bounded_memory(orm, monkeypatch):
-    """A forward pass holds no more tokens than the budget. Only one number a token is kept.
+def test_ten_thousand_solutions_are_scored_with_bounded_memory(orm, monkeypatch):
+    """A forward pass has no more tokens than the budget. Only one number per token is kept.
 
     Equal texts run once.
     """
@@ -335,7 +336,7 @@ def test_ten_thousand_solutions_are_scored_within_bounded_memory(orm, monkeypatc
     )
 
 
-def test_the_gradient_does_not_depend_on_how_a_batch_is_split(nano):
+def test_the_gradient_does_not_depend_on_the_micro_batches(nano):
     gradients = []
     for budget in (10_000, 60):
         orm = reward_model.RewardModel(nano, "cpu", new=True)
@@ -352,7 +353,9 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_split(nano):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
-def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, nano, tmp_path):
+def test_a_policy_is_refused_as_reward_model_and_a_reward_model_as_policy(
+    cli, orm_folder, nano, tmp_path
+):
     out = ["--out", tmp_path / "r.json", "--model", nano]
     for argv, words in (
         ([*out, "--orm", nano], "not a reward model"),
@@ -366,7 +369,7 @@ def test_a_policy_is_no_reward_model_and_the_other_way_round(cli, orm_folder, na
 @pytest.mark.parametrize(
     "script", [expert_iteration, ppo, evaluate, reward_model], ids=lambda m: m.__name__
 )
-def test_a_reward_model_with_too_few_positions_ends_in_one_line(
+def test_a_reward_model_with_too_few_positions_gives_a_one_line_error(
     script, cli, orm_folder, nano, tmp_path
 ):
     narrow = tmp_path / "narrow"
@@ -446,10 +449,10 @@ def sampled(policy, problem, text, finished=True, prefix="") -> common.Sample:
     return common.Sample(problem, 0, text, finished, np.array(ids, np.int32), prefix=prefix)
 
 
-def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(tiny, orm):
-    """orm: on the last token. orm_dense: on the last token of every line, with the same sum.
+def test_the_reward_of_an_orm_is_its_last_probability_whole_or_by_line(tiny, orm):
+    """`orm` has its reward on the last token, `orm_dense` on the last token of every line.
 
-    A truncated solution has neither. Added to the outcome, both grow by it.
+    Both rewards have the same sum. A truncated solution has no reward. --add-outcome adds to both.
     """
     problem = next(p for p in PROBLEMS if right(p).count("\n") == 3)
     samples = [
@@ -463,17 +466,16 @@ def test_the_reward_of_a_reward_model_is_its_last_probability_whole_or_by_line(t
     ends = tiny.line_ends(samples[0].tokens)
     assert set(np.flatnonzero(dense)) == set(ends) and len(ends) == 4 and not cut.any()
     assert dense.sum() == pytest.approx(scores[-1], abs=1e-6)
-    assert dense[ends[0]] == pytest.approx(
-        scores[ends[0]], abs=1e-6
-    )  # the same tokenizer, the same places
+    # The tokenizers are the same, so the positions are the same.
+    assert dense[ends[0]] == pytest.approx(scores[ends[0]], abs=1e-6)
     assert dense[ends[1]] == pytest.approx(scores[ends[1]] - scores[ends[0]], abs=1e-6)
     for kind, plain in (("orm", whole), ("orm_dense", dense)):
         added = ppo.task_rewards(reward_args(kind, True), tiny, samples, orm)[0]
         assert added[-1] == pytest.approx(plain[-1] + 1) and (added[:-1] == plain[:-1]).all()
 
 
-def test_blank_lines_shift_nothing(tiny, orm):
-    """A policy that begins with a line break, or leaves a line empty, is paid nothing for that."""
+def test_blank_lines_get_no_reward_and_shift_no_reward(tiny, orm):
+    """A line break at the start and an empty line have reward 0."""
     problem = next(p for p in PROBLEMS if right(p).count("\n") == 3)
     plain, blank = (
         sampled(tiny, problem, text) for text in (right(problem), "\n" + right(problem))
@@ -485,8 +487,8 @@ def test_blank_lines_shift_nothing(tiny, orm):
     np.testing.assert_allclose(reward, np.concatenate([[0], expected]), atol=1e-6)
 
 
-def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others(tiny, orm):
-    """A given first line is not paid again. A policy with other tokens is paid at its line ends."""
+def test_line_rewards_match_with_a_prefix_and_with_another_tokenizer(tiny, orm):
+    """A given first line has no reward. Another tokenizer has its rewards at its own line ends."""
     problem = next(p for p in PROBLEMS if right(p).count("\n") == 3)
     first = right(problem).splitlines(keepends=True)[0]
     sample = sampled(tiny, problem, right(problem), prefix=first)
@@ -497,7 +499,8 @@ def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others
     assert len(ends) == 3 and reward.sum() == pytest.approx(scores[-1], abs=1e-6)
     assert reward[ends[0]] == pytest.approx(scores[places[1]], abs=1e-6)
 
-    text = right(problem)  # a policy whose tokens are characters
+    # The tokens of this policy are characters.
+    text = right(problem)
     letters = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
     letters.breaks_line = np.array([chr(i) == "\n" for i in range(128)])
     letters.line_ends = lambda ids: common.Policy.line_ends(letters, ids)
@@ -514,8 +517,8 @@ def test_lines_are_matched_when_the_beginning_was_given_or_the_tokens_are_others
 # ---- the scripts
 
 
-def test_a_sample_that_was_cut_at_the_last_position_can_still_be_scored(orm):
-    """No position is left for the end-of-text token, which a truncated sample gets."""
+def test_a_sample_truncated_at_the_last_position_can_be_scored(orm):
+    """No position is left for the end-of-text token that is added to a truncated sample."""
     problem = PROBLEMS[0]
     room = orm.max_length - len(orm.encode_prompt(common.prompt_text(problem)))
     text = orm.tokenizer.decode(
@@ -534,7 +537,7 @@ def test_a_sample_that_was_cut_at_the_last_position_can_still_be_scored(orm):
 
 
 def test_without_an_auc_the_last_epoch_is_kept(cli, tmp_path, monkeypatch):
-    """Where all dev samples are wrong nothing says that the first epoch is the best."""
+    """If all dev samples are incorrect, no metric prefers the first epoch."""
     for name in ("auc", "auc_within"):
         monkeypatch.setattr(reward_model, name, lambda *_: None)
     code, message = cli(reward_model, *RUN, "--out", tmp_path / "run")
@@ -542,8 +545,8 @@ def test_without_an_auc_the_last_epoch_is_kept(cli, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "quality.json").read_text())["epoch"] == 2
 
 
-def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
-    """Train an ORM on the base's samples, rerank with it, run PPO and expert iteration on it."""
+def test_an_orm_is_trained_and_used_by_evaluation_ppo_and_expert_iteration(cli, tmp_path):
+    """The ORM is trained on samples of the base model."""
     out, report_file = tmp_path / "orm", tmp_path / "report.json"
     assert cli(reward_model, *RUN, "--out", out)[0] == 0
     rows = rows_of(out / "metrics.jsonl")
@@ -557,7 +560,8 @@ def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
     ) == 5
     assert sum(row["n"] for row in quality["reliability"]) == 48
     again = [*RUN, "--out", tmp_path / "again", "--train-samples", out / "samples" / "train.jsonl"]
-    assert cli(reward_model, *again)[0] == 0  # the same samples, read from the file
+    # The same samples are read from the file.
+    assert cli(reward_model, *again)[0] == 0
     assert (tmp_path / "again" / "model" / "model.safetensors").read_bytes() == (
         out / "model" / "model.safetensors"
     ).read_bytes()
@@ -589,7 +593,8 @@ def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
                 sums[row["answer"]] = sums.get(row["answer"], 0) + row["score"]
         votes.append(bool(sums) and max(sums, key=sums.get) == group[0]["reference"])
     assert report["weighted@6"]["value"] == pytest.approx(np.mean(votes))
-    assert cli(evaluate, *argv, "--resume")[0] == 0  # the scores in the files do not disturb it
+    # The files have scores already.
+    assert cli(evaluate, *argv, "--resume")[0] == 0
 
     tiny_ppo = ["--model", "tiny", "--orm", out / "model", "--questions", "8", "--samples", "3",
                 "--phases", "2", "--gen-batch-size", "16", "--max-new-tokens", "60",
@@ -606,16 +611,16 @@ def test_training_evaluating_and_both_rl_scripts_work_end_to_end(cli, tmp_path):
         rows_of(tmp_path / f"ppo_{name}" / "metrics.jsonl")[1]["reward"]
         for name in ("orm", "orm_dense")
     ]
-    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)  # the first phase samples the same
+    # The samples of the first phase are the same.
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
 
     argv = ["--model", "tiny", "--limit-train", "32", "--samples", "4", "--epochs", "1",
             "--rounds", "1", "--pass-k", "0", "--limit-eval", "8", "--max-new-tokens", "60",
             "--orm", out / "model"]  # fmt: skip
     assert cli(expert_iteration, *argv, "--orm-threshold", "0", "--out", tmp_path / "ei")[0] == 0
     row = rows_of(tmp_path / "ei" / "metrics.jsonl")[1]
-    assert (
-        row["kept"] > 0 and row["kept_correct"] < 1
-    )  # at threshold 0 every readable solution is kept
+    # At threshold 0 every solution with an answer is kept.
+    assert row["kept"] > 0 and row["kept_correct"] < 1
     code, message = cli(expert_iteration, *argv, "--orm-threshold", "1", "--out", tmp_path / "none")
     assert code == 2 and "nothing to keep" in message
 
@@ -633,7 +638,8 @@ def test_only_accepted_solutions_are_kept():
     everything = [good, bad, silent, cut]
     assert expert_iteration.keep_accepted(everything, {}) == [good]
     assert expert_iteration.keep_accepted(everything, {}, 0.5) == [bad]
-    assert expert_iteration.keep_accepted(everything, {}, 0.4) == [good, bad]  # 0.4 is enough
+    # The threshold itself is enough.
+    assert expert_iteration.keep_accepted(everything, {}, 0.4) == [good, bad]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):
@@ -676,7 +682,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cli, tmp_path, monkeypatch):
     )
 
 
-def test_samples_that_are_not_of_this_run_are_refused_with_file_and_line(cli, tmp_path):
+def test_samples_of_another_run_are_refused_with_file_and_line(cli, tmp_path):
     good = sample_of(PROBLEMS[0], right(PROBLEMS[0])).to_json()
     stranger = sample_of(common.Problem("x/1", "Why?", Fraction(1)), "#### 1").to_json()
     cases = [("not a sample of", line) for line in ("{", stranger, "[1]")] + [("no samples", "")]
@@ -693,7 +699,7 @@ def test_samples_that_are_not_of_this_run_are_refused_with_file_and_line(cli, tm
 
 
 def test_samples_of_a_file_come_in_the_order_of_the_problems(tmp_path):
-    """Whatever order another script wrote them in."""
+    """The order in the file does not matter."""
     file = tmp_path / "samples.jsonl"
     samples = [sample_of(p, f"#### {i}", i) for p in PROBLEMS[:4] for i in range(3)]
     mixed = np.random.default_rng(0).permutation(len(samples))
@@ -704,8 +710,11 @@ def test_samples_of_a_file_come_in_the_order_of_the_problems(tmp_path):
     ]
 
 
-def test_a_question_that_is_easier_does_not_count_as_ranked_within():
-    """Every right sample lies above the wrong one of its own question, not above the easy one."""
+def test_auc_within_does_not_compare_samples_of_different_questions():
+    """Every correct sample scores above the incorrect sample of its own question.
+
+    Not every correct sample scores above the incorrect sample of another question.
+    """
     p, q, easy = PROBLEMS[:3]
     samples = [sample_of(x, text(x), i) for x in (p, q) for i, text in enumerate((right, wrong))]
     samples += [sample_of(easy, right(easy))]
@@ -713,7 +722,7 @@ def test_a_question_that_is_easier_does_not_count_as_ranked_within():
     assert reward_model.auc_within(samples, scores, labels) == 1 > reward_model.auc(scores, labels)
 
 
-def test_the_quality_of_a_model_is_that_of_its_last_probability():
+def test_the_quality_of_an_orm_uses_its_last_probability():
     samples = [
         sample_of(p, text(p), i) for p in PROBLEMS[:2] for i, text in enumerate((right, wrong))
     ]
@@ -727,7 +736,7 @@ def test_the_quality_of_a_model_is_that_of_its_last_probability():
 
 
 def test_every_solution_is_trained_on_with_its_weight(cli, tmp_path, monkeypatch):
-    """Both classes of a question count the same. A step is taken at the rate of the schedule."""
+    """Both classes of a question have the same weight. The schedule sets the learning rate."""
     seen, step = [], reward_model.train_step
 
     def spied(orm, optimizer, batch, token_budget):
@@ -749,8 +758,8 @@ def test_every_solution_is_trained_on_with_its_weight(cli, tmp_path, monkeypatch
     ]
 
 
-def test_a_cut_solution_is_worth_nothing_to_either_judge(tiny, orm):
-    """Also where whole questions are scored, and its answer line is complete."""
+def test_a_truncated_solution_gets_no_reward_from_verifier_and_orm(tiny, orm):
+    """This holds even if its answer line is complete and correct."""
     problem = PROBLEMS[0]
     samples = [
         sampled(tiny, problem, right(problem)),

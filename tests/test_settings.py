@@ -199,7 +199,7 @@ def test_an_evaluation_reports_the_metric_minus_majority_voting(cli, tmp_path, n
     assert said == pytest.approx([1 / 3, -1 / 3])
 
 
-# ---- defaults that are set after parsing, and what a resumed run compares
+# ---- defaults that are set after parsing, and the settings that a resumed run compares
 
 
 def test_defaults_that_depend_on_other_flags():
