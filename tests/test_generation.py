@@ -1,4 +1,4 @@
-"""Generation: token for token what the model says, whatever the batch."""
+"""Check that sampling follows the model token for token, with every batch size."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ _POLICIES = {}
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():
-    """No test finds the fast parts disabled, or a warning given, by the one before it."""
+    """Restore the fast paths and the warnings that the previous test disabled or printed."""
     before = set(engine.graphs.disabled)
     runtime.warn.cache_clear()
     yield
@@ -88,14 +88,14 @@ def plain_loop(policy: common.Policy):
 
 @pytest.fixture(params=["engine", "plain loop"])
 def loop(request):
-    """A context manager that makes a policy sample with one loop or the other."""
+    """Return a context manager that makes a policy sample with one of the two loops."""
     return plain_loop if request.param == "plain loop" else contextlib.nullcontext
 
 
 def write_model(config_of, folder, scale: float = 8.0) -> None:
     """Write a small random model with the tokenizer of `tiny`.
 
-    Its weights are scaled up so that its choices are not all ties.
+    Its weights are scaled up. Otherwise its choices would be close to ties.
     """
     tokenizer = AutoTokenizer.from_pretrained(runtime.model_folder("tiny"))
     config = config_of(len(tokenizer))
@@ -124,7 +124,10 @@ def ids_of(samples) -> list[list[int]]:
 
 
 def reference_greedy(policy: common.Policy, problems, max_new_tokens: int) -> list[list[int]]:
-    """What `model.generate` says to each prompt alone, the end-of-text token included."""
+    """Return the greedy output of `model.generate` for each prompt alone.
+
+    The end-of-text token is included.
+    """
     out = []
     for problem in problems:
         prompt = policy.encode_prompt(common.prompt_text(problem))
@@ -138,24 +141,29 @@ def reference_greedy(policy: common.Policy, problems, max_new_tokens: int) -> li
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_greedy_equals_model_generate_for_every_architecture_and_number_of_rows(
+def test_greedy_samples_equal_model_generate_for_every_architecture_and_batch_size(
     name, device, tmp_path_factory
 ):
-    """Prompts of 6 to 40 tokens, 48 new ones (two pages), sliding windows shorter than either. A
-    wrong position, mask or cache entry changes the text of a random model within a few tokens."""
+    """Prompts have 6 to 40 tokens. 48 new tokens need two pages. Sliding windows are shorter.
+
+    An incorrect position, mask or cache entry changes the text of a random model within a few
+    tokens.
+    """
     policy = random_policy(name, tmp_path_factory, device)
     assert takes_engine(policy)
     expected = reference_greedy(policy, PROBLEMS, 48)
     assert len({tuple(tokens) for tokens in expected}) > 1
     for rows in (1, 3, 64):
         got = common.generate(policy, PROBLEMS, temperature=0, max_new_tokens=48, batch_size=rows)
-        assert ids_of(got) == expected, f"{rows} rows"
+        assert ids_of(got) == expected, f"{rows} batch slots"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_plain_loop_says_greedily_what_model_generate_says(name, tmp_path_factory, monkeypatch):
-    """Prompts of different lengths share a batch, so a wrong position or a visible padding token
-    changes the text. Ended sequences are dropped on the way."""
+def test_greedy_samples_of_the_plain_loop_equal_model_generate(name, tmp_path_factory, monkeypatch):
+    """Prompts of different lengths share a batch. Finished sequences are dropped from it.
+
+    An incorrect position or a visible padding token changes the text.
+    """
     policy = random_policy(name, tmp_path_factory)
     monkeypatch.setattr(engine, "generate_tokens", lambda *_, **__: pytest.fail("engine"))
     monkeypatch.setattr(policy, "eos_ids", [*policy.eos_ids, *range(20, 30)])
@@ -168,8 +176,8 @@ def test_the_plain_loop_says_greedily_what_model_generate_says(name, tmp_path_fa
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "tiny"])
-def test_the_plain_loop_samples_what_the_engine_samples(name, tmp_path_factory, tiny):
-    """Token for token, with the same log-probabilities, whatever the batch sizes of the two."""
+def test_the_plain_loop_samples_the_same_tokens_as_the_engine(name, tmp_path_factory, tiny):
+    """The log-probabilities are equal as well. The batch sizes do not matter."""
     if name == "tiny":
         policy, problems = tiny, common.load_problems("arithmetic", "dev", 6)
     else:
@@ -177,7 +185,8 @@ def test_the_plain_loop_samples_what_the_engine_samples(name, tmp_path_factory, 
     assert takes_engine(policy)
     for temperature, few_shot, batch_size in ((1.0, False, 7), (0.7, True, 64)):
         how = dict(samples=5, temperature=temperature, max_new_tokens=100, few_shot=few_shot)
-        if policy.max_length < 512:  # the worked examples do not fit
+        # The few-shot examples do not fit.
+        if policy.max_length < 512:
             how |= dict(few_shot=False, max_new_tokens=40)
         fast = common.generate(policy, problems, batch_size=16, **how)
         with plain_loop(policy):
@@ -189,10 +198,11 @@ def test_the_plain_loop_samples_what_the_engine_samples(name, tmp_path_factory, 
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5, rtol=1e-5)
 
 
-def test_the_plain_loop_forces_the_labels_that_the_engine_forces(tmp_path_factory, monkeypatch):
-    """After each line break follows the label, with log-probability 0."""
+def test_the_plain_loop_forces_the_same_labels_as_the_engine(tmp_path_factory, monkeypatch):
+    """After each line break the label follows with log-probability 0."""
     policy = random_policy("llama", tmp_path_factory)
-    breaks = np.arange(policy.vocabulary) % 7 == 3  # a random model hardly breaks a line
+    # A random model hardly ever samples a line break. So one of seven tokens counts as one.
+    breaks = np.arange(policy.vocabulary) % 7 == 3
     monkeypatch.setitem(policy.__dict__, "breaks_line", breaks)
     monkeypatch.setattr(policy, "label", 11)
     for every_line in (True, False):
@@ -212,7 +222,9 @@ def test_the_plain_loop_forces_the_labels_that_the_engine_forces(tmp_path_factor
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sampled_tokens_do_not_depend_on_rows_order_or_company(name, loop, tmp_path_factory):
+def test_sampled_tokens_do_not_depend_on_batch_size_order_or_other_samples(
+    name, loop, tmp_path_factory
+):
     policy = random_policy(name, tmp_path_factory)
     how = dict(samples=5, temperature=1.0, max_new_tokens=20, seed=3)
     with loop(policy):
@@ -230,9 +242,11 @@ def test_sampled_tokens_do_not_depend_on_rows_order_or_company(name, loop, tmp_p
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_logprobs_of_sampling_are_those_of_training(temperature, device, tmp_path_factory):
-    """Traps: a temperature missing in one of the two; top-k in sampling only; padding that shifts
-    the positions."""
+def test_logprobs_of_sampling_equal_logprobs_of_training(temperature, device, tmp_path_factory):
+    """Traps: a temperature that one of the two lacks, top-k in sampling only, padding that shifts.
+
+    The last trap is left padding without position ids.
+    """
     policy = random_policy("llama", tmp_path_factory, device)
     samples = common.generate(
         policy, PROBLEMS, samples=3, temperature=temperature, max_new_tokens=24, batch_size=7
@@ -254,8 +268,10 @@ def test_logprobs_of_sampling_are_those_of_training(temperature, device, tmp_pat
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_sampled_tokens_follow_the_softmax(temperature):
-    """Chi-square over a vocabulary of 8 with 100,000 draws. 7 degrees of freedom exceed 29.9 with
-    probability 1e-4."""
+    """Chi-square over a vocabulary of 8 with 100,000 samples.
+
+    With 7 degrees of freedom it exceeds 29.9 with probability 1e-4.
+    """
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -30.0])
     n = 100_000
     uniforms = torch.from_numpy(np.random.default_rng(0).random(n, np.float32))
@@ -268,26 +284,28 @@ def test_sampled_tokens_follow_the_softmax(temperature):
 
 
 @pytest.mark.parametrize("size", [3, 256, 700])
-def test_tokens_are_those_of_the_inverse_cdf(size):
-    """The same tokens as from a sum in float64, whatever has probability zero."""
+def test_sampled_tokens_follow_the_inverse_cdf(size):
+    """The tokens equal the ones of a sum in float64, also with tokens of probability zero."""
     rng = np.random.default_rng(size)
     logits = torch.from_numpy(rng.normal(0, 3, (2000, size)))
     logits[:, : size // 2][rng.random((2000, size // 2)) < 0.3] = -torch.inf
-    logits[:500, 256:512] = -torch.inf  # a long run that is never drawn
-    logits[500:1000, 512:] = -torch.inf  # nor is the end
+    # A long run of tokens in the middle, and a run at the end, have probability zero.
+    logits[:500, 256:512] = -torch.inf
+    logits[500:1000, 512:] = -torch.inf
     uniforms = rng.random(2000, np.float32)
     uniforms[::7] = 1 - 2**-24
     tokens, _ = common.sample_softmax(logits.float(), torch.from_numpy(uniforms), 1.0)
     probabilities = torch.softmax(logits, -1).numpy()
     ends = probabilities.cumsum(1)
     expected = (ends <= uniforms[:, None] * ends[:, -1:]).sum(1)
-    edge = np.abs(ends - uniforms[:, None]).min(1) < 1e-6  # float32 may fall on either side
+    # Close to an edge, float32 may choose either side.
+    edge = np.abs(ends - uniforms[:, None]).min(1) < 1e-6
     assert edge[::7].all() and edge.mean() < 0.2
     assert (tokens.numpy() == expected)[~edge].all()
     assert (probabilities[np.arange(2000), tokens] > 0).all()
 
 
-def test_a_token_of_probability_zero_is_never_drawn():
+def test_a_token_of_probability_zero_is_never_sampled():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.25, 0.5, 0.75, 1 - 2**-24):
         for scale in (1.0, 1.37, 777.0):
@@ -295,8 +313,8 @@ def test_a_token_of_probability_zero_is_never_drawn():
             assert tokens.item() in (1, 3)
 
 
-def test_the_checkpoints_own_sampling_settings_are_ignored(tmp_path_factory):
-    """Trap: a generation_config with top-k and top-p truncates the samples behind one's back."""
+def test_the_sampling_settings_of_a_checkpoint_are_ignored(tmp_path_factory):
+    """Trap: a generation_config with top-k and top-p truncates the distribution silently."""
     policy = random_policy("gpt2", tmp_path_factory)
     how = dict(samples=4, temperature=1.0, max_new_tokens=16, batch_size=8)
     before = ids_of(common.generate(policy, PROBLEMS, **how))
@@ -306,9 +324,11 @@ def test_the_checkpoints_own_sampling_settings_are_ignored(tmp_path_factory):
     assert before == after
 
 
-def test_a_saved_model_has_no_sampling_settings_of_others(nano, tmp_path):
-    """Of a chat model, for instance. Whoever loads what we saved would sample from the 50 most
-    likely tokens."""
+def test_a_saved_model_does_not_keep_the_sampling_settings_of_its_checkpoint(nano, tmp_path):
+    """Chat models have sampling settings, for example top-k 50.
+
+    Users of the saved model would get samples from a truncated distribution.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(nano)
     model.generation_config.update(do_sample=True, top_k=50, top_p=0.9, temperature=0.6)
     model.save_pretrained(tmp_path / "chat")
@@ -321,7 +341,7 @@ def test_a_saved_model_has_no_sampling_settings_of_others(nano, tmp_path):
     )
 
 
-def test_a_finished_sample_ends_with_eos_and_a_cut_one_has_the_full_length(tiny):
+def test_a_finished_sample_ends_with_eos_and_a_truncated_one_has_the_full_length(tiny):
     problems = common.load_problems("arithmetic", "dev", 8)
     for s in common.generate(tiny, problems, samples=4, max_new_tokens=128):
         assert (
@@ -334,8 +354,8 @@ def test_a_finished_sample_ends_with_eos_and_a_cut_one_has_the_full_length(tiny)
         assert not s.finished and len(s.tokens) == 5 and not s.correct
 
 
-def test_a_prompted_model_stops_at_its_answer_line(tiny, monkeypatch):
-    """A model that never ends by itself. Without the rule every sample would run to the limit."""
+def test_a_few_shot_sample_stops_at_its_answer_line(tiny, monkeypatch):
+    """This model never ends by itself. Without the rule every sample would reach the limit."""
     monkeypatch.setattr(tiny, "eos_ids", [tiny.tokenizer.pad_token_id])
     problems = common.load_problems("arithmetic", "dev", 8)
     for s in common.generate(tiny, problems, temperature=0, max_new_tokens=200, few_shot=True):
@@ -345,8 +365,8 @@ def test_a_prompted_model_stops_at_its_answer_line(tiny, monkeypatch):
         assert s.finished == (len(s.tokens) < 200)
 
 
-def test_a_prompted_model_stops_where_it_makes_up_the_next_question(tiny, monkeypatch):
-    """With or without an answer line before it, and only at the end of a line."""
+def test_a_few_shot_sample_stops_where_the_next_question_starts(tiny, monkeypatch):
+    """An answer line before the question is not required. The sample stops at the end of a line."""
     texts = [
         "2+2=4\nQuestion: and?\nAnswer:\n5",
         "2+2=4\n#### 4\nQuestion:",
@@ -365,9 +385,8 @@ def test_a_prompted_model_stops_where_it_makes_up_the_next_question(tiny, monkey
     assert [s.text for s in samples] == ["2+2=4\nQuestion: and?\n", "2+2=4\n#### 4\n", *texts[2:]]
 
 
-def test_a_sample_goes_on_from_the_worked_examples_and_the_given_beginning(tiny):
-    """The prompt that is logged holds them, and the log-probabilities are those of training after
-    exactly this prompt."""
+def test_a_sample_continues_the_few_shot_examples_and_the_prefix(tiny):
+    """The logged prompt contains both. The log-probabilities equal training after this prompt."""
     problems = common.load_problems("arithmetic", "train", 3)
     prefixes = [problem.reference.splitlines(keepends=True)[0] for problem in problems]
     for few_shot in (False, True):
@@ -385,7 +404,7 @@ def test_a_sample_goes_on_from_the_worked_examples_and_the_given_beginning(tiny)
             np.testing.assert_allclose(sample.logprobs, again, atol=1e-4)
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_in_one_line(loop, tmp_path_factory):
+def test_a_prompt_that_is_too_long_gives_a_one_line_error(loop, tmp_path_factory):
     policy = random_policy("gpt2", tmp_path_factory)
     question = "many " * 100
     while len(policy.encode_prompt(f"Question: {question}\nAnswer:\n")) < 256:
@@ -398,7 +417,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_in_one_line(loop, tmp_path_facto
 
 
 def test_a_sample_ends_at_the_last_position_of_the_model(loop, tmp_path_factory):
-    """It counts as truncated. Its last token is predicted at the last position but one."""
+    """The sample counts as truncated. Its last token is predicted at the last position but one."""
     policy = random_policy("gpt2", tmp_path_factory)
     how = dict(samples=3, batch_size=4)
     with loop(policy):
@@ -415,7 +434,7 @@ def test_a_sample_ends_at_the_last_position_of_the_model(loop, tmp_path_factory)
     torch.testing.assert_close(said, again, atol=1e-3, rtol=1e-3)
 
 
-def test_broken_weights_are_noticed(nano, loop):
+def test_weights_that_are_not_finite_give_an_error(nano, loop):
     policy = common.Policy(nano)
     with torch.no_grad():
         policy.head.__self__.model.get_output_embeddings().weight.fill_(float("nan"))
@@ -424,7 +443,10 @@ def test_broken_weights_are_noticed(nano, loop):
 
 
 def test_one_prefill_serves_all_samples_of_a_problem(loop, tmp_path_factory, monkeypatch):
-    """Count what goes through the model: each prompt once, then one token a row and step."""
+    """Count the tokens that go through the model.
+
+    Each prompt runs once. After that a step has one token per batch slot.
+    """
     policy, calls = random_policy("llama", tmp_path_factory), []
     model = policy.model.base_model
     forward = model.forward
@@ -439,23 +461,27 @@ def test_one_prefill_serves_all_samples_of_a_problem(loop, tmp_path_factory, mon
     prefills = [shape for shape in calls if shape[1] > 1]
     decoded = sum(rows for rows, width in calls if width == 1)
     assert sum(rows for rows, _ in prefills) == 2
-    if loop is plain_loop:  # the first token comes from the prompt; at most half of a batch is idle
+    # The prompt gives the first token. At most half of a batch is idle.
+    if loop is plain_loop:
         needed = sum(len(s.tokens) - 1 for s in samples)
         assert needed <= decoded < 2 * needed
     else:
-        assert decoded == sum(len(s.tokens) for s in samples), "no step for a finished row"
+        assert decoded == sum(len(s.tokens) for s in samples), "no step for a finished sample"
 
 
-def test_no_work_gives_no_samples(tmp_path_factory):
+def test_no_problems_give_no_samples(tmp_path_factory):
     assert common.generate(random_policy("llama", tmp_path_factory), []) == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_looking_every_16_steps_at_rounded_sizes_gives_the_same_samples(
+def test_reading_every_16_steps_with_rounded_sizes_gives_the_same_samples(
     name, tmp_path_factory, monkeypatch
 ):
-    """What a GPU does, on a CPU: rows run on after their end until the host looks, idle rows are
-    computed along, and the step is called again on the tensors that it was first called with."""
+    """This runs the algorithm of a GPU on a CPU.
+
+    Rows run on after their end until the host reads them. Idle rows are computed as well. A step is
+    called again on the tensors of its first call.
+    """
     policy = random_policy(name, tmp_path_factory)
     for how in (
         dict(samples=5, max_new_tokens=37, seed=3),
@@ -466,11 +492,11 @@ def test_looking_every_16_steps_at_rounded_sizes_gives_the_same_samples(
         for rows in (7, 64):
             monkeypatch.setattr(engine.decode, "GRAPH_DEVICES", {"cpu"})
             got = common.generate(policy, PROBLEMS, batch_size=rows, **how)
-            assert ids_of(got) == ids_of(expected), f"{rows} rows"
+            assert ids_of(got) == ids_of(expected), f"{rows} batch slots"
             assert [s.finished for s in got] == [s.finished for s in expected]
 
 
-def test_a_prompted_model_stops_in_the_same_place_when_looked_at_every_16_steps(tiny, monkeypatch):
+def test_few_shot_samples_stop_at_the_same_token_when_read_every_16_steps(tiny, monkeypatch):
     problems = common.load_problems("arithmetic", "dev", 8)
     how = dict(samples=3, max_new_tokens=100, few_shot=True, batch_size=10)
     monkeypatch.setattr(tiny, "eos_ids", [tiny.tokenizer.pad_token_id])
@@ -482,13 +508,14 @@ def test_a_prompted_model_stops_in_the_same_place_when_looked_at_every_16_steps(
     assert any(s.finished for s in expected)
 
 
-def test_a_row_that_ends_beyond_the_limit_is_cut_at_it(tiny, monkeypatch):
-    """Looked at every 16 steps, a row may run on and end by itself after the limit."""
+def test_a_sample_that_ends_beyond_the_limit_is_truncated_at_the_limit(tiny, monkeypatch):
+    """If the host reads every 16 steps, a row may end by itself after the limit."""
     problems = common.load_problems("arithmetic", "dev", 4)
     whole = common.generate(tiny, problems, temperature=0)
     shortest = min(len(sample.tokens) for sample in whole if sample.finished)
     monkeypatch.setattr(engine.decode, "GRAPH_DEVICES", {"cpu"})
-    for limit in (shortest - 1, shortest - 2):  # one of them is no multiple of 16
+    # One of the limits is no multiple of 16.
+    for limit in (shortest - 1, shortest - 2):
         again = common.generate(tiny, problems, temperature=0, max_new_tokens=limit)
         for cut, sample in zip(again, whole, strict=True):
             assert not cut.finished and cut.tokens.tolist() == sample.tokens[:limit].tolist()
@@ -497,9 +524,8 @@ def test_a_row_that_ends_beyond_the_limit_is_cut_at_it(tiny, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cuda_graphs_give_the_same_samples_as_single_steps(tmp_path_factory, monkeypatch):
     folder = random_policy("llama", tmp_path_factory).model.config._name_or_path
-    policy = common.Policy(
-        folder, "cuda", "float32"
-    )  # bfloat16 rounds otherwise where other sizes are computed
+    # With bfloat16, other sizes of a step would round differently.
+    policy = common.Policy(folder, "cuda", "float32")
     how = dict(samples=40, max_new_tokens=70, batch_size=50)
     graphs = common.generate(policy, PROBLEMS, **how)
     monkeypatch.setattr(engine.decode, "GRAPH_DEVICES", set())
@@ -507,12 +533,14 @@ def test_cuda_graphs_give_the_same_samples_as_single_steps(tmp_path_factory, mon
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-def test_the_fused_kernel_samples_what_the_plain_attention_samples(
+def test_the_fused_kernel_samples_the_same_tokens_as_the_plain_attention(
     name, tmp_path_factory, monkeypatch
 ):
-    """Prompts of 6 to 40 tokens, own tokens on two pages, a window, key heads with one query and
-    with two. Where Triton is installed but no GPU, TRITON_INTERPRET=1 before pytest runs the kernel
-    on the CPU, in minutes."""
+    """Prompts have 6 to 40 tokens, and sampled tokens lie on two pages.
+
+    The models have a window, and key heads with one query or two. Without a GPU, set
+    TRITON_INTERPRET=1 before pytest. Then Triton runs the kernel on the CPU, in minutes.
+    """
     if torch.cuda.is_available():
         device = "cuda"
     elif engine.kernel.triton and os.environ.get("TRITON_INTERPRET") == "1":
@@ -534,10 +562,10 @@ def test_the_fused_kernel_samples_what_the_plain_attention_samples(
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-3)
 
 
-def test_where_the_kernel_cannot_be_built_pytorch_computes_the_attention(
+def test_if_the_kernel_cannot_be_built_pytorch_computes_the_attention(
     tmp_path_factory, monkeypatch, capsys
 ):
-    """Triton needs a C compiler, which many containers lack."""
+    """Triton needs a C compiler. Many containers lack one."""
     policy = random_policy("llama", tmp_path_factory)
     how = dict(samples=3, max_new_tokens=20, batch_size=7)
     expected = ids_of(common.generate(policy, PROBLEMS, **how))
@@ -554,7 +582,7 @@ def test_where_the_kernel_cannot_be_built_pytorch_computes_the_attention(
     assert engine.graphs.disabled == {"fused attention"}
 
 
-def test_steps_that_cannot_be_recorded_run_as_they_are(tmp_path_factory, monkeypatch, capsys):
+def test_steps_that_cannot_be_recorded_run_without_graphs(tmp_path_factory, monkeypatch, capsys):
     policy = random_policy("llama", tmp_path_factory)
     how = dict(samples=12, max_new_tokens=40, batch_size=20)
     expected = ids_of(common.generate(policy, PROBLEMS, **how))
@@ -568,11 +596,13 @@ def test_steps_that_cannot_be_recorded_run_as_they_are(tmp_path_factory, monkeyp
     assert capsys.readouterr().err.count("cannot be recorded") == 1
 
 
-def test_a_step_that_waits_for_the_gpu_is_not_recorded_but_run_again(
+def test_a_step_that_waits_for_the_gpu_is_run_again_without_recording(
     tmp_path_factory, monkeypatch, capsys
 ):
-    """A recording that fails harms PyTorch's allocator. So the first step of all says whether it
-    would."""
+    """A failed recording damages PyTorch's allocator.
+
+    So the first step tests whether a step can be recorded.
+    """
     policy = random_policy("llama", tmp_path_factory)
     how = dict(samples=12, max_new_tokens=40, batch_size=20)
     expected = ids_of(common.generate(policy, PROBLEMS, **how))
@@ -581,7 +611,8 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded_but_run_again(
     @contextlib.contextmanager
     def waiting_is_an_error(device):
         def refuse(*args, **kwargs):
-            forward(*args, **kwargs)  # has written to the cache by the time that it waits
+            # The step has written to the cache before it waits.
+            forward(*args, **kwargs)
             raise RuntimeError("called a synchronizing CUDA operation")
 
         with monkeypatch.context() as patch:
@@ -595,8 +626,8 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded_but_run_again(
     assert capsys.readouterr().err.count("cannot be recorded") == 1
 
 
-def test_nothing_of_the_cache_is_left_where_steps_are_not_recorded(tmp_path_factory, monkeypatch):
-    """Without waiting for Python's collector of cycles: on a GPU the next model needs the room."""
+def test_the_cache_is_freed_at_once_if_steps_are_not_recorded(tmp_path_factory, monkeypatch):
+    """Python's collector of cycles would come too late: the next model needs the memory."""
     policy, caches = random_policy("llama", tmp_path_factory), []
     start = engine.cache.PagedCache.__init__
     monkeypatch.setattr(engine.decode, "GRAPH_DEVICES", {"cpu"})
@@ -616,8 +647,10 @@ def test_nothing_of_the_cache_is_left_where_steps_are_not_recorded(tmp_path_fact
 
 
 def test_few_sizes_are_recorded(tiny, monkeypatch):
-    """While rows end, a graph that was recorded for more of them serves on: a recording costs more
-    than a few idle pages."""
+    """When rows end, the graph for more rows is used again.
+
+    A recording is more expensive than a few idle pages.
+    """
     problems, recorded, steps = common.load_problems("arithmetic-hard", "dev", 12), [], []
     monkeypatch.setattr(engine.decode, "GRAPH_DEVICES", {"cpu"})
     monkeypatch.setattr(engine.graphs, "record", lambda step, *_: recorded.append(step) or step)
@@ -632,10 +665,10 @@ def test_few_sizes_are_recorded(tiny, monkeypatch):
     assert looks > 30 and len(recorded) < looks / 3
 
 
-def test_a_model_that_the_engine_does_not_know_is_sampled_slowly_and_says_so_once(
+def test_a_model_that_the_engine_does_not_support_uses_the_plain_loop_and_warns_once(
     tmp_path_factory, monkeypatch, capsys
 ):
-    """A family is known or not; nothing is tried out. The samples are those of the engine."""
+    """The family decides. The samples equal the samples of the engine."""
     known = random_policy("llama", tmp_path_factory)
     monkeypatch.setattr(engine, "FAMILIES", engine.FAMILIES - {"llama"})
     policy = common.Policy(known.model.config._name_or_path, "cpu", "float32")
@@ -644,7 +677,7 @@ def test_a_model_that_the_engine_does_not_know_is_sampled_slowly_and_says_so_onc
     got = [common.generate(policy, PROBLEMS, **how) for _ in range(2)][0]
     monkeypatch.setattr(engine.decode, "GRAPH_DEVICES", {"cpu"})
     assert ids_of(common.generate(policy, PROBLEMS, **how)) == ids_of(got), (
-        "the slow path has no steps of 16"
+        "the plain loop has no steps of 16"
     )
     assert capsys.readouterr().err.count("sampling uses the plain loop") == 1
     monkeypatch.undo()
@@ -652,10 +685,8 @@ def test_a_model_that_the_engine_does_not_know_is_sampled_slowly_and_says_so_onc
     assert not capsys.readouterr().err
 
 
-def test_without_the_engine_a_model_is_sampled_with_the_plain_loop(
-    tmp_path_factory, monkeypatch, capsys
-):
-    """As in a fork that did not copy engine/."""
+def test_without_the_engine_a_model_uses_the_plain_loop(tmp_path_factory, monkeypatch, capsys):
+    """A fork may not have copied engine/."""
     known = random_policy("llama", tmp_path_factory)
     monkeypatch.setattr(common, "engine", None)
     policy = common.Policy(known.model.config._name_or_path, "cpu", "float32")
@@ -666,14 +697,14 @@ def test_without_the_engine_a_model_is_sampled_with_the_plain_loop(
 
 
 @pytest.mark.parametrize("kinds", [["full_attention", "linear_attention"], ["chunked_attention"]])
-def test_layers_of_another_kind_are_not_for_the_engine(kinds):
+def test_the_engine_does_not_support_other_kinds_of_layers(kinds):
     config = ARCHITECTURES["gemma3"](385)
     assert engine.supports(config)
     config.layer_types = kinds
     assert not engine.supports(config)
 
 
-def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory):
+def test_bfloat16_arithmetic_uses_the_engine(tmp_path_factory):
     folder = random_policy("llama", tmp_path_factory).model.config._name_or_path
     policy = common.Policy(folder, device="cpu", dtype="bfloat16")
     samples = common.generate(policy, PROBLEMS, samples=2, max_new_tokens=8)
@@ -681,7 +712,7 @@ def test_bfloat16_arithmetic_takes_the_fast_path(tmp_path_factory):
 
 
 def test_logits_are_not_rounded_to_bfloat16(tiny):
-    """Between 16 and 32 its numbers are 0.125 apart."""
+    """Between 16 and 32 the numbers of bfloat16 are 0.125 apart."""
     policy, problems = (
         common.Policy("tiny", "cpu", "bfloat16"),
         common.load_problems("arithmetic", "train", 12),
@@ -707,7 +738,7 @@ def test_logits_are_not_rounded_to_bfloat16(tiny):
             )
         said = torch.from_numpy(np.concatenate([s.logprobs for s in samples]))
         apart.append((again - said).square().mean().sqrt().item())
-    assert apart[0] < 0.8 * apart[1], "sampling and training agree better than with rounded logits"
+    assert apart[0] < 0.8 * apart[1], "rounded logits agree less with training"
     del policy.head
     common.response_logprobs(policy, examples).sum().backward()
     assert policy.model.get_output_embeddings().weight.grad.dtype == torch.float32
@@ -717,7 +748,8 @@ _GROUPED = dict(num_key_value_heads=2, **SMALL)
 _HEADS = dict(head_dim=8, **_GROUPED)
 _WINDOW = dict(sliding_window=8, **_GROUPED)
 _KINDS = dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"])
-FAST = {  # beside ARCHITECTURES
+# More families, in addition to ARCHITECTURES.
+FAST = {
     "Cohere2": [_WINDOW | _KINDS],
     "Gemma": [_HEADS | {"tie_word_embeddings": False}],
     "Gemma4Text": [
@@ -725,7 +757,8 @@ FAST = {  # beside ARCHITECTURES
             sliding_window=8, final_logit_softcapping=3.0, vocab_size_per_layer_input=400,
             hidden_size_per_layer_input=8, **_HEADS,
         ),
-        dict(  # layers that use the keys of others; keys as values; heads of two widths
+        # Layers that use the keys of other layers, keys as values, heads of two widths.
+        dict(
             sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2,
             num_kv_shared_layers=2, vocab_size_per_layer_input=400, hidden_size_per_layer_input=8,
             **_HEADS | {"num_hidden_layers": 4},
@@ -750,16 +783,18 @@ FAST = {  # beside ARCHITECTURES
 }  # fmt: skip
 
 
-def test_the_families_of_the_engine_are_those_of_the_tests():
+def test_every_family_of_the_engine_is_tested():
     configs = [config_of(385) for config_of in ARCHITECTURES.values()]
     configs += [getattr(transformers, f"{name}Config")(**FAST[name][0]) for name in FAST]
     assert {config.model_type for config in configs} == engine.FAMILIES
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_other_families_sample_with_the_engine(name, tmp_path):
-    """Greedy output is that of `model.generate`, token for token, with windows shorter than the
-    text where the family has some. Log-probabilities are those of training."""
+def test_more_families_sample_with_the_engine(name, tmp_path):
+    """Greedy output equals `model.generate`, with windows shorter than the text.
+
+    Log-probabilities equal the ones of training.
+    """
     config = getattr(transformers, f"{name}Config")
     for i, variant in enumerate(FAST[name]):
         folder = tmp_path / str(i)
@@ -772,7 +807,7 @@ def test_other_families_sample_with_the_engine(name, tmp_path):
         with plain_loop(policy):
             expected = reference_greedy(policy, PROBLEMS, 48)
         assert len({tuple(tokens) for tokens in expected}) > 3
-        assert len(set(sum(expected, []))) > 10, "a text of few tokens hides wrong ones"
+        assert len(set(sum(expected, []))) > 10, "a text with few tokens hides incorrect ones"
         for batch_size in (1, 3, 64):
             how = dict(temperature=0, max_new_tokens=48, batch_size=batch_size)
             assert ids_of(common.generate(policy, PROBLEMS, **how)) == expected, batch_size
@@ -784,7 +819,7 @@ def test_other_families_sample_with_the_engine(name, tmp_path):
         torch.testing.assert_close(said, again, atol=1e-3, rtol=1e-3)
 
 
-# Attention with capped scores, with sinks, with biases of its own; states in place of keys; both.
+# Attention with capped scores, with sinks or with its own biases. States instead of keys. Both.
 PLAIN = {
     "Gemma2": dict(sliding_window=8, attn_logit_softcapping=5.0, **_HEADS),
     "GptOss": dict(sliding_window=8, num_local_experts=2, num_experts_per_tok=1, **_HEADS),
@@ -801,12 +836,14 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_model_that_the_engine_does_not_know_uses_its_own_cache(
+def test_a_model_that_the_engine_does_not_support_uses_its_own_cache(
     name, tmp_path, monkeypatch, capsys
 ):
-    """The same samples as with no cache at all, whatever the batch size, with the log-probabilities
-    of training; and greedy those of `model.generate`. Rows end after 2 to 24 tokens, so some are
-    dropped on the way."""
+    """The samples equal samples without a cache. The batch size does not matter.
+
+    The log-probabilities equal training. Greedy samples equal `model.generate`. Rows end after 2 to
+    24 tokens, so some are dropped before the last step.
+    """
     config = getattr(transformers, f"{name}Config")
     write_model(
         lambda v: config(vocab_size=v, **PLAIN[name]),
@@ -815,7 +852,8 @@ def test_a_model_that_the_engine_does_not_know_uses_its_own_cache(
     )
     policy = common.Policy(str(tmp_path), "cpu")
     assert not takes_engine(policy)
-    policy.eos_ids += range(20, 60)  # one of seven tokens ends a sample
+    # One of seven tokens ends a sample.
+    policy.eos_ids += range(20, 60)
     how = dict(samples=5, temperature=1.0, max_new_tokens=24)
     batches, decode_batch = [], common.decode_batch
     monkeypatch.setattr(
@@ -832,14 +870,16 @@ def test_a_model_that_the_engine_does_not_know_uses_its_own_cache(
     assert len(reordered) > len(batches) > 1, "no ended sequence was dropped"
     assert len({len(s.tokens) for s in samples}) > 3
     for array in (each for s in samples for each in (s.tokens, s.logprobs)):
-        whole = array if array.base is None else array.base  # a tensor, or what it is a row of
+        # The memory of a tensor, or of the array that the sample is a row of.
+        whole = array if array.base is None else array.base
         held = whole.untyped_storage().nbytes() if isinstance(whole, torch.Tensor) else whole.nbytes
         assert held == array.nbytes, "a sample keeps the memory of its batch"
     with torch.no_grad():
         again = common.response_logprobs(policy, [(s.prompt, s.tokens.tolist()) for s in samples])
     said = torch.from_numpy(np.concatenate([s.logprobs for s in samples]))
     torch.testing.assert_close(said, again, atol=1e-3, rtol=1e-3)
-    for s in samples:  # without a cache: all tokens of a sample from one pass
+    # Without a cache, one pass gives all tokens of a sample.
+    for s in samples:
         ids = torch.tensor([[*s.prompt, *s.tokens.tolist()[:-1]]])
         uniforms = np.random.default_rng([0, zlib.crc32(s.problem.id.encode()), s.number])
         uniforms = torch.from_numpy(uniforms.random(24, np.float32)[: len(s.tokens)])
@@ -854,7 +894,7 @@ def test_a_model_that_the_engine_does_not_know_uses_its_own_cache(
     assert ids_of(greedy) == reference_greedy(policy, PROBLEMS, 6)
 
 
-def test_one_long_prompt_does_not_make_all_others_wait(tiny, monkeypatch):
+def test_one_long_prompt_does_not_slow_down_the_others(tiny, monkeypatch):
     """The plain loop makes no more steps than the samples have tokens."""
     problems = [*PROBLEMS[:4], dataclasses.replace(PROBLEMS[0], id="long", question="many " * 200)]
     steps, head = [], tiny.head
@@ -864,7 +904,7 @@ def test_one_long_prompt_does_not_make_all_others_wait(tiny, monkeypatch):
     assert len(samples) == 10 and len(steps) < 60 and sum(steps) < 400
 
 
-def test_a_model_without_any_cache_is_refused_when_sampled(tmp_path):
+def test_sampling_refuses_a_model_without_a_cache(tmp_path):
     write_model(
         lambda v: transformers.OpenAIGPTConfig(vocab_size=v, n_embd=16, n_layer=2, n_head=2),
         tmp_path,
@@ -875,9 +915,8 @@ def test_a_model_without_any_cache_is_refused_when_sampled(tmp_path):
         common.generate(policy, PROBLEMS[:3], temperature=0, max_new_tokens=6, batch_size=2)
 
 
-def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch, capsys):
-    """The allocator is made to fail as PyTorch's does for more than 12 rows, in the middle of the
-    work."""
+def test_out_of_memory_halves_the_batch_and_loses_no_sample(tiny, monkeypatch, capsys):
+    """A fake allocator fails for more than 12 rows, after some of the samples have finished."""
     problems = common.load_problems("arithmetic", "dev", 6)
     how = dict(samples=8, max_new_tokens=96)
     expected = common.generate(tiny, problems, batch_size=48, **how)
@@ -899,7 +938,7 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch, caps
     got = common.generate(tiny, problems, batch_size=48, **how)
     assert ids_of(got) == ids_of(expected)
     assert "going on with 24" in capsys.readouterr().err
-    assert len(delivered) == 48, "no finished sample is drawn again"
+    assert len(delivered) == 48, "no finished sample is sampled again"
     fits, decode, asked = tiny.max_batch_size, engine.generate_tokens, []
 
     def watched(model, batch_size, **request):
@@ -908,11 +947,11 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(tiny, monkeypatch, caps
 
     monkeypatch.setattr(engine, "generate_tokens", watched)
     common.generate(tiny, problems[:1], batch_size=48, samples=48, max_new_tokens=4)
-    assert asked == [fits] and fits < 48, "what did not fit is not tried again"
+    assert asked == [fits] and fits < 48, "a batch size that did not fit is not tried again"
 
 
 def test_out_of_memory_in_the_plain_loop_halves_the_batch(tiny, monkeypatch, capsys):
-    """The model fails for more than 12 rows once some samples have been handed over."""
+    """The model fails for more than 12 rows after some samples have finished."""
     problems = common.load_problems("arithmetic", "dev", 6)
     how = dict(samples=8, max_new_tokens=96, batch_size=48)
     delivered, model = [], tiny.model.base_model
@@ -931,13 +970,13 @@ def test_out_of_memory_in_the_plain_loop_halves_the_batch(tiny, monkeypatch, cap
             tiny, "decode", lambda ids: delivered.append(1) or common.Policy.decode(tiny, ids)
         )
         assert ids_of(common.generate(tiny, problems, **how)) == expected
-    assert len(delivered) == 48, "no finished sample is drawn again"
+    assert len(delivered) == 48, "no finished sample is sampled again"
     assert 1 <= tiny.max_batch_size <= 24
     assert f"going on with {tiny.max_batch_size}" in capsys.readouterr().err
 
 
-def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny, monkeypatch):
-    """They are handed over while the next steps run, which then do not come."""
+def test_finished_samples_are_kept_if_the_next_prompts_do_not_fit(tiny, monkeypatch):
+    """Finished samples are emitted during the next step. Here the next step fails."""
     problems, ended, delivered, kept = common.load_problems("arithmetic", "dev", 12), [], [], []
     how = dict(samples=4, max_new_tokens=96, batch_size=16)
     expected = ids_of(common.generate(tiny, problems, **how))
@@ -948,9 +987,8 @@ def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny,
     )
 
     def counting(self, numbers):
-        ended.extend(
-            [1] * (self.layers[0][1].shape[-1] == engine.cache.PAGE)
-        )  # pages, not a prompt
+        # Count pages only. The other pool has prompts.
+        ended.extend([1] * (self.layers[0][1].shape[-1] == engine.cache.PAGE))
         give_back(self, numbers)
 
     def refusing(self):
@@ -977,9 +1015,11 @@ def test_samples_that_have_ended_are_kept_when_the_next_prompts_do_not_fit(tiny,
     assert at_the_warning[0][0] == at_the_warning[0][1] > 0
 
 
-def test_a_real_memory_limit_is_survived(tmp_path):
-    """In a process whose address space is limited to a little more than it has: 4,096 rows of a
-    model with wide keys."""
+def test_sampling_works_under_a_real_memory_limit(tmp_path):
+    """The address space of a process is limited to a little more than its size.
+
+    Then it samples 4,096 rows from a model with wide keys.
+    """
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(common.__file__)!r}.rsplit("/", 1)[0])
@@ -1007,8 +1047,10 @@ print(len(samples), len({{s.number for s in samples}}))
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(tiny):
-    """A sample that waits costs nothing, one that is done its token ids, log-probabilities and
-    text: the difference between 2,000 and 500 samples of two tokens is about a kilobyte each."""
+    """A pending sample needs no memory. A finished one keeps token ids, log-probabilities and text.
+
+    From 500 to 2,000 samples of two tokens, this is about one kilobyte per sample.
+    """
     problems = common.load_problems("arithmetic", "dev", 2)
     peaks = []
     for samples in (250, 1000):
@@ -1019,9 +1061,11 @@ def test_memory_does_not_grow_with_the_number_of_samples(tiny):
     assert (peaks[1] - peaks[0]) / 1500 < 1200
 
 
-def test_a_step_computes_little_more_than_the_pages_and_prompts_in_use(tiny, monkeypatch):
-    """As the last samples run out, what they use is moved together; else the last row would cost
-    as much as all."""
+def test_a_step_computes_few_unused_pages_and_prompts(tiny, monkeypatch):
+    """When the last samples run, their pages and prompts are moved together.
+
+    Otherwise the last row would be as expensive as all rows.
+    """
     seen, begin = [], engine.cache.PagedCache.begin_step
 
     def watching(self, ages, starts, view):
@@ -1042,8 +1086,8 @@ def test_a_step_computes_little_more_than_the_pages_and_prompts_in_use(tiny, mon
     )
 
 
-def test_packed_weights_compute_the_same_and_are_never_stale(tiny):
-    """The layers are as they were afterwards, and new weights are packed anew."""
+def test_packed_weights_give_the_same_logits_and_are_packed_again_after_a_change(tiny):
+    """Afterwards the layers are unpacked again."""
     model, ids = tiny.model, torch.arange(5, 25)[None]
     layer = model.base_model.layers[0].mlp.up_proj
     with torch.no_grad():
@@ -1057,10 +1101,12 @@ def test_packed_weights_compute_the_same_and_are_never_stale(tiny):
         layer.weight.div_(1.5**2)
 
 
-def test_a_family_with_attention_of_its_own_keeps_it(tmp_path):
-    """BLOOM's position biases are no part of the attention interface. Taken for a model that has
-    it, every token would see the ones after it. What comes later must not change what is said of a
-    token."""
+def test_a_family_with_its_own_attention_keeps_it(tmp_path):
+    """The position biases of BLOOM are not part of the attention interface.
+
+    With this interface every token would see the tokens after it. But a later token must not change
+    the log-probability of an earlier one.
+    """
     write_model(
         lambda v: transformers.BloomConfig(vocab_size=v, hidden_size=32, n_layer=2, n_head=4),
         tmp_path,
@@ -1076,15 +1122,17 @@ def test_a_family_with_attention_of_its_own_keeps_it(tmp_path):
     assert ids_of(samples) == reference_greedy(policy, PROBLEMS, 6)
 
 
-def test_a_model_that_reads_ahead_is_refused(tmp_path):
+def test_a_model_that_is_not_causal_is_refused(tmp_path):
     write_model(lambda v: transformers.BertConfig(vocab_size=v, **SMALL), tmp_path)
     with pytest.raises(runtime.UserError, match="not a causal language model"):
         common.Policy(str(tmp_path))
 
 
 def test_every_end_of_text_token_of_a_chat_model_ends_a_sample(nano, tmp_path):
-    """A list of them stands in the generation settings. One beyond the vocabulary cannot come up
-    and is no reason to stop."""
+    """The generation settings have a list of end tokens. One of them is beyond the vocabulary.
+
+    It cannot be sampled, and it causes no error.
+    """
     policy = common.Policy(nano, device="cpu")
     greedy = common.generate(policy, PROBLEMS[:1], temperature=0, max_new_tokens=8)[
         0
@@ -1102,8 +1150,8 @@ def test_every_end_of_text_token_of_a_chat_model_ends_a_sample(nano, tmp_path):
     assert sample.finished and sample.tokens.tolist() == greedy[: greedy.index(greedy[2]) + 1]
 
 
-def test_frozen_weights_are_cast_as_seldom_as_others(nano):
-    """Under autocast, as on a GPU: once per weight and not once per token."""
+def test_frozen_weights_are_cast_as_rarely_as_trained_weights(nano):
+    """Under autocast, as on a GPU, a weight is cast once and not once per token."""
 
     class Casts(torch.utils._python_dispatch.TorchDispatchMode):
         def __init__(self):
@@ -1123,15 +1171,16 @@ def test_frozen_weights_are_cast_as_seldom_as_others(nano):
             common.generate(policy, PROBLEMS, max_new_tokens=12)
         counts.append(casts.count)
         assert all(weight.requires_grad != frozen for weight in policy.model.parameters())
-    n_linear = (
-        sum(isinstance(module, torch.nn.Linear) for module in policy.model.modules()) - 1
-    )  # the head is float32
+    # The head is float32.
+    n_linear = sum(isinstance(module, torch.nn.Linear) for module in policy.model.modules()) - 1
     assert n_linear <= counts[1] <= counts[0] + n_linear
 
 
-def test_each_problem_has_random_numbers_of_its_own(tmp_path_factory):
-    """Two with one text, as beginnings in rcrl.py have. Else the k-th sample of every problem would
-    be as lucky as the others."""
+def test_each_problem_has_its_own_uniforms(tmp_path_factory):
+    """Two problems may have the same text, for example prefixes in rcrl.py.
+
+    With shared uniforms the k-th sample of both would be the same.
+    """
     policy = random_policy("llama", tmp_path_factory)
     twins = [common.Problem(name, "How many?", 1) for name in "ab"]
     samples = common.generate(policy, twins, samples=4, max_new_tokens=20)

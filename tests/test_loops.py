@@ -1,8 +1,8 @@
-"""What the loops of the scripts hand to the sampler, to the formulas and to the disk.
+"""Check the data that the scripts pass to the sampler, to the formulas and to the disk.
 
-Each formula has a test of its own elsewhere. Here the scripts run, and what passes between the
-parts is looked at: which policy samples with which settings, what is trained on and from which
-weights, which weights are kept, and what is logged.
+Formulas have tests of their own. Here the scripts run, and the tests look at the data between the
+parts. Which policy samples, and with which settings? On which examples does the script train, and
+from which weights? Which weights does it keep, and which metrics does it log?
 """
 
 import argparse
@@ -36,7 +36,7 @@ SMALL = ["--max-new-tokens", "60", "--gen-batch-size", "32", "--limit-eval", "8"
 
 
 def weights_of(policy) -> int:
-    """A number that stands for the weights."""
+    """Return a checksum of the weights."""
     return zlib.crc32(
         b"".join(tensor.numpy().tobytes() for tensor in policy.model.state_dict().values())
     )
@@ -44,7 +44,7 @@ def weights_of(policy) -> int:
 
 @pytest.fixture
 def start(tmp_path) -> str:
-    """A folder with the embedded model, its weights changed a little: it is not `tiny`."""
+    """Return a folder with the embedded model, its weights changed a little."""
     policy = common.Policy("tiny", "cpu")
     with torch.no_grad():
         for weight in policy.model.parameters():
@@ -55,7 +55,7 @@ def start(tmp_path) -> str:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list:
-    """What is sampled, call by call: the weights of the policy, the settings, and the samples."""
+    """Record each call of the sampler: the weights of the policy, the settings and the samples."""
     calls, generate = [], common.generate
 
     def spied(policy, problems, **how):
@@ -71,7 +71,7 @@ def drawn(monkeypatch) -> list:
 
 @pytest.fixture
 def measured(monkeypatch) -> list:
-    """Made-up accuracies on dev, of which the third is the best, and the weights that had them."""
+    """Replace the accuracies on dev and record the weights. The third accuracy is the best."""
     accuracies, states = iter([0.1, 0.2, 0.5, 0.3]), []
 
     def dev_metrics(policy, *_, **__):
@@ -84,7 +84,7 @@ def measured(monkeypatch) -> list:
 
 @pytest.fixture
 def trained(monkeypatch) -> list:
-    """The steps of the scripts: weights before each, and examples."""
+    """Record each step of the scripts: the weights before it and its examples."""
     steps = []
 
     def spy(script, step):
@@ -106,10 +106,10 @@ def saved_weights(folder) -> int:
 # ---- supervised fine-tuning
 
 
-def test_of_equally_good_epochs_the_more_readable_one_is_kept(cli, tmp_path, monkeypatch):
-    """A model that is to learn the format has no answer right for a while.
+def test_among_equally_good_epochs_the_one_with_more_answers_is_kept(cli, tmp_path, monkeypatch):
+    """While a model learns the format, all its answers may be incorrect for some epochs.
 
-    The first epoch is then the worst choice.
+    Then the first epoch is the worst choice.
     """
     unreadable, states = iter([1.0, 0.9, 0.2, 0.4]), []
 
@@ -130,7 +130,7 @@ def test_of_equally_good_epochs_the_more_readable_one_is_kept(cli, tmp_path, mon
 def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
     flags, cli, start, tmp_path, drawn, measured, trained
 ):
-    """On all solutions so far; with --continue from the last policy.
+    """A round trains on all solutions so far. With --continue it trains the last policy.
 
     The third evaluation, after round 2, is the best.
     """
@@ -141,16 +141,18 @@ def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
     base, first = weights_of(common.Policy("tiny", "cpu")), saved_weights(start)
     assert measured[0] == first and len({base, *measured}) == 5
     assert [call.weights for call in drawn] == measured[:3], (
-        "each round samples from the policy that was measured before"
+        "each round samples from the policy that was evaluated last"
     )
     assert [(call.seed, call.temperature, call.few_shot) for call in drawn] == [
         ([7, 1], 1.0, True), ([7, 2], 1.0, False), ([7, 3], 1.0, False)
     ]  # fmt: skip
-    begins = [step.before for step in trained[::2]]  # a round is two epochs of one batch
+    # A round is two epochs of one batch.
+    begins = [step.before for step in trained[::2]]
     assert begins == ([base] * 3 if not flags else measured[:3]) and len(trained) == 6
     assert saved_weights(tmp_path / "run" / "model") == measured[2]
 
-    rows, kept = rows_of(tmp_path / "run" / "metrics.jsonl")[1:], 24  # the written solutions
+    # The 24 written solutions are trained on as well.
+    rows, kept = rows_of(tmp_path / "run" / "metrics.jsonl")[1:], 24
     for i, (row, call) in enumerate(zip(rows, drawn, strict=True)):
         good = [s for s in call.samples if s.correct and s.finished]
         kept += len(good)
@@ -175,8 +177,11 @@ def test_a_round_samples_from_the_last_policy_and_trains_from_the_base(
 
 
 @pytest.mark.parametrize("flags", [[], ["--continue"]])
-def test_a_finished_run_of_expert_iteration_goes_on_with_more_rounds(flags, cli, tmp_path):
-    """As if they had been asked for at once, bit for bit; fewer rounds are refused."""
+def test_a_finished_run_of_expert_iteration_resumes_with_more_rounds(flags, cli, tmp_path):
+    """The result equals a run that had this number of rounds from the start, bit for bit.
+
+    Fewer rounds are refused.
+    """
     argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 2, "--epochs", 1]
     argv += ["--pass-k", 0, *flags]
     at_once, later = tmp_path / "at_once", tmp_path / "later"
@@ -192,18 +197,18 @@ def test_a_finished_run_of_expert_iteration_goes_on_with_more_rounds(flags, cli,
     assert code == 2 and "rounds" in message
 
 
-def test_expert_iteration_that_has_stopped_by_itself_stays_so(cli, tmp_path, measured):
+def test_expert_iteration_that_stopped_early_does_not_resume(cli, tmp_path, measured):
     out = tmp_path / "run"
     argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 2, "--epochs", 1]
     argv += ["--pass-k", 0, "--out", out]
     assert cli(expert_iteration, *argv, "--rounds", 4)[0] == 0
-    # not better: the last one
+    # The last round is not better. So the run stops.
     assert [row["maj@1"] for row in rows_of(out / "metrics.jsonl")] == [0.1, 0.2, 0.5, 0.3]
     assert cli(expert_iteration, *argv, "--rounds", 5, "--resume")[0] == 0
     assert len(measured) == 4 and saved_weights(out / "model") == measured[2]
 
 
-def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):
+def test_expert_iteration_removes_duplicates_only_with_the_flag(cli, tmp_path):
     argv = [*SMALL, "--model", "tiny", "--limit-train", 24, "--samples", 6, "--rounds", 1]
     argv += ["--epochs", 1, "--pass-k", 0]
     kept = {}
@@ -221,8 +226,11 @@ def test_expert_iteration_deduplicates_when_asked(cli, tmp_path):
     )
 
 
-def test_a_question_is_trained_on_with_at_most_n_solutions(cli, tmp_path, trained):
-    """Chosen from all rounds, the written one always. The batch size of sampling does not matter."""
+def test_max_per_question_limits_the_solutions_of_a_question(cli, tmp_path, trained):
+    """The solutions are chosen from all rounds. The written one is always among them.
+
+    The batch size of sampling does not matter.
+    """
     argv = ["--model", "tiny", *SMALL, "--limit-train", 24, "--samples", 6, "--rounds", 2]
     argv += ["--epochs", 1, "--pass-k", 0, "--sft-data", "--batch-size", 1000]
     argv += ["--max-per-question", 3]
@@ -248,7 +256,7 @@ def test_a_question_is_trained_on_with_at_most_n_solutions(cli, tmp_path, traine
         assert step.examples == trained[i + 1].examples
 
 
-def test_the_choice_among_too_many_solutions_is_random_and_seeded():
+def test_the_choice_of_solutions_is_random_and_seeded():
     solutions = dict(enumerate(["written", *"abcde"]))
     for limit in (None, 6, 7):
         chosen = expert_iteration.choose_solutions(solutions, 1, limit, 0)
@@ -259,13 +267,13 @@ def test_the_choice_among_too_many_solutions_is_random_and_seeded():
     for first, *two in chosen:
         assert first == "written" and two == sorted(set(two)) and len(two) == 2
     counts = Counter(itertools.chain(*chosen))
-    assert all(330 < counts[letter] < 470 for letter in "abcde"), "each with the same chance"
+    assert all(330 < counts[letter] < 470 for letter in "abcde"), "all are equally likely"
     without = [expert_iteration.choose_solutions(solutions, 0, 2, seed) for seed in range(50)]
     assert any("written" not in two for two in without) and {len(two) for two in without} == {2}
 
 
 def guesser(nano, folder, answers: dict[str, str]) -> str:
-    """A model that answers each of the questions with 1 or 2 at random."""
+    """Write a model that answers each of the questions with 1 or 2 at random. Return its folder."""
     policy = common.Policy(nano, "cpu")
     optimizer = torch.optim.AdamW(policy.model.parameters())
     prompts = [policy.encode_prompt(common.prompt_text(common.Problem("", q, 0))) for q in answers]
@@ -279,10 +287,10 @@ def guesser(nano, folder, answers: dict[str, str]) -> str:
 
 
 def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, nano):
-    """Two questions and a policy that answers either with 1 or 2 at random.
+    """There are two questions. At first the policy answers both with 1 or 2 at random.
 
-    A round of filtered samples tells it which. That untrained weights get 38 of 40 right has
-    probability 1e-9.
+    One round on correct samples is enough to learn both answers. Untrained weights answer 38 of 40
+    samples correctly with probability 1e-9.
     """
     model = guesser(nano, tmp_path, {"Is it odd?": "1", "Is it even?": "2"})
     argv = ["--model", model, "--base", model, "--dataset", tmp_path, "--max-new-tokens", 8]
@@ -304,11 +312,13 @@ def test_expert_iteration_reaches_the_known_optimum_of_a_bandit(cli, tmp_path, n
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, measured, monkeypatch):
-    """Three phases, with and without adapters.
+def test_a_phase_of_ppo_uses_the_correct_data_in_every_step(
+    rank, cli, tmp_path, drawn, measured, monkeypatch
+):
+    """Run three phases, with and without adapters.
 
-    The task reward, the KL to the initial policy, advantages, returns, clipping, minibatches,
-    learning rate, and the policy that is kept.
+    Check the task reward, the KL to the initial policy, advantages, returns and clipping. Check the
+    minibatches, the learning rate and the policy that is kept.
     """
     seen = {}
 
@@ -344,18 +354,20 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
     argv += ["--lr", 2e-3, "--eval-every", 1, "--lora-rank", rank]
     argv += ["--max-new-tokens", 52, "--token-budget", 100000, "--out", tmp_path / "run"]
     assert cli(ppo, *argv)[0] == 0
-    monkeypatch.undo()  # what follows is not spied on
+    # The code below is not recorded.
+    monkeypatch.undo()
     phases = rows_of(tmp_path / "run" / "metrics.jsonl")[1:]
     initial, policy_steps = common.Policy("tiny", "cpu"), 0
-    n_steps = 6  # 24 samples in batches of 10, twice
+    # 24 samples in batches of 10, twice.
+    n_steps = 6
     for p, row in enumerate(phases):
         call, samples = drawn[p], drawn[p].samples
         penalised, gae, whiten = (seen[n][p] for n in ("penalised_rewards", "gae", "whiten"))
         assert call.seed == [7, p + 1] and call.temperature == 1.2
         assert len(samples) == 24 and len({s.problem.id for s in samples}) == 6
 
-        # reward: at the last token of what is right; the penalty is against the initial policy, at
-        # the temperature
+        # The reward is at the last token of a correct sample. The penalty is relative to the
+        # initial policy, at the same temperature.
         task, logprobs, reference, kl_coef = penalised.args
         lengths = [len(s.tokens) for s in samples]
         assert all(
@@ -370,9 +382,9 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
             np.testing.assert_allclose(reference[i, :n], said[i], atol=1e-4)
             np.testing.assert_allclose(logprobs[i, :n], samples[i].logprobs, atol=1e-3)
         moved = (logprobs - reference).abs().max().item()
-        assert moved < 1e-5 if p < 2 else moved > 1e-2, "the policy moves in the second phase"
+        assert moved < 1e-5 if p < 2 else moved > 1e-2, "the policy moves in phase 2"
 
-        # advantages and returns
+        # Advantages and returns.
         assert gae.args[0] is penalised.result and gae.args[2:] == (1.0, 0.9)
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         assert whiten.args[0].shape == (sum(lengths),)
@@ -380,7 +392,7 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
         assert torch.equal(advantages[real], whiten.result)
         assert torch.equal(advantages[~real], torch.zeros((~real).sum()))
 
-        # minibatches: every sample once an epoch; only the value trains in the first phase
+        # An epoch has every sample once. Only the value function trains in phase 1.
         look_back, _, *updates = seen["response_logprobs"][
             p * (n_steps + 2) : (p + 1) * (n_steps + 2)
         ]
@@ -401,7 +413,7 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
                 for given, table in zip(loss.args[1:3], tables, strict=True):
                     assert torch.equal(given, table[minibatch][real[minibatch]])
                 assert loss.args[3] == clip
-            # the gradient is that of the mean over the tokens of the minibatch
+            # The gradient is the gradient of the mean over the tokens of the minibatch.
             for loss, formula in ((policy, ppo.policy_loss), (value, ppo.value_loss)):
                 if loss is policy and p == 0:
                     assert loss.args[0].grad is None
@@ -416,7 +428,7 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
         policy_steps += n_steps * (p > 0)
         assert row["lr"] == pytest.approx(2e-3 * min(1, policy_steps / 12) * (1 - p / 3), rel=1e-5)
 
-        # what is logged
+        # Logged metrics.
         groups = np.reshape(paid, (6, 4)).mean(1)
         expected = {
             "correct": np.mean(paid),
@@ -446,7 +458,7 @@ def test_a_phase_of_ppo_hands_on_what_it_should(rank, cli, tmp_path, drawn, meas
 
 @pytest.fixture
 def run(tmp_path) -> runtime.Run:
-    """A run that has begun."""
+    """Return a run that has started."""
     handler = signal.getsignal(signal.SIGINT)
     run = runtime.Run(argparse.Namespace(out=tmp_path / "run", checkpoint_every=100, resume=False))
     run.begin()
@@ -460,14 +472,15 @@ def resumed(run) -> runtime.Run:
     return again
 
 
-def test_the_time_before_an_interruption_counts_and_that_of_the_interruption_does_not(run):
+def test_a_resumed_run_counts_its_time_up_to_the_checkpoint_only(run):
     run.started -= 50
     run.checkpoint(now=True)
-    run.started -= 50  # after the checkpoint: will be done again
+    # The work after the checkpoint is lost and will be repeated.
+    run.started -= 50
     assert 50 <= resumed(run).clock() < 75
 
 
-def test_what_was_logged_after_the_checkpoint_does_not_stand_there_twice(run):
+def test_a_row_that_was_logged_after_the_checkpoint_is_not_logged_twice(run):
     run.log(step=1)
     run.checkpoint(now=True)
     run.log(step=2)
@@ -477,7 +490,7 @@ def test_what_was_logged_after_the_checkpoint_does_not_stand_there_twice(run):
 
 def test_tensorboard_gets_each_number_once_over_samples_or_steps(run, monkeypatch):
     class SummaryWriter:
-        """Stands for the one of TensorBoard, which need not be installed."""
+        """Replace the writer of TensorBoard, which may be missing."""
 
         def __init__(self, folder):
             self.folder, self.scalars = folder, []
@@ -493,7 +506,8 @@ def test_tensorboard_gets_each_number_once_over_samples_or_steps(run, monkeypatc
     run.checkpoint(now=True)
     run.log(step=2, samples=16, phase=2, correct=0.75)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    again = resumed(run)  # from the first row on, which was logged without TensorBoard
+    # Rows that were logged without TensorBoard are added as well.
+    again = resumed(run)
     again.log(step=2, samples=16, phase=2, correct=1.0)
     again.log(step=9, samples=0, epoch=1, loss=0.25)
     assert Path(again.writer.folder) == run.out / "tensorboard"
@@ -502,23 +516,25 @@ def test_tensorboard_gets_each_number_once_over_samples_or_steps(run, monkeypatc
     assert found == [("correct", 0.5, 8), ("correct", 1.0, 16), ("loss", 0.25, 9)]
 
 
-def test_a_run_without_tensorboard_writes_none(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it fails
+def test_without_tensorboard_a_run_writes_no_tensorboard_files(run, monkeypatch):
+    # Importing TensorBoard fails.
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     run.out /= "in"
     other = resumed(run)
     other.log(step=1)
     assert other.writer is None and not (other.out / "tensorboard").exists()
 
 
-def test_a_checkpoint_is_written_when_it_is_due_and_at_ctrl_c(run):
-    """Else a run that is killed would begin again.
+def test_a_checkpoint_is_written_after_its_interval_and_at_ctrl_c(run):
+    """Without checkpoints a killed run would start again.
 
-    And one that is stopped would lose the last minutes.
+    Without a checkpoint at Ctrl-C a run would lose its last minutes.
     """
     run.checkpoint(place=1)
     assert not run.state_file.exists()
     run.saved -= run.checkpoint_every
-    for place in (2, 3):  # and not again at once
+    # The second call does not write again at once.
+    for place in (2, 3):
         run.checkpoint(place=place)
         assert resumed(run).state["place"] == 2
     run.interrupted = True
@@ -530,14 +546,13 @@ def test_a_checkpoint_is_written_when_it_is_due_and_at_ctrl_c(run):
     assert resumed(run).is_finished
 
 
-def test_a_run_goes_on_on_another_device_and_after_a_model_was_half_replaced(run):
+def test_a_run_resumes_on_another_device_and_after_half_a_replacement_of_the_model(run):
     settings = dict(out=run.out.with_name("other"), lr=0.1, resume=True)
     first = runtime.Run(argparse.Namespace(**settings, device="cpu", checkpoint_every=100))
     first.begin()
     first.checkpoint(now=True)
-    (
-        first.out / "model.old"
-    ).mkdir()  # killed after the old one was put aside, before the new one had its name
+    # The run was killed after the old model was renamed, before the new one had its name.
+    (first.out / "model.old").mkdir()
     (first.out / "model.old" / "config.json").write_text("{}")
     runtime.Run(argparse.Namespace(**settings, device="cuda", checkpoint_every=5)).begin()
     assert [path.name for path in first.out.glob("model*/*")] == ["config.json"] and (
@@ -549,11 +564,13 @@ def test_a_run_goes_on_on_another_device_and_after_a_model_was_half_replaced(run
         )
 
 
-def test_sampling_goes_on_with_whole_groups_and_leaves_no_line_twice(tiny, tmp_path, monkeypatch):
-    """Groups of 16 problems.
+def test_sampling_to_a_file_resumes_with_whole_groups_and_repeats_no_line(
+    tiny, tmp_path, monkeypatch
+):
+    """A group has 16 problems.
 
-    What was written of the second one is sampled again, in the company that it had: the last bits
-    of a sample depend on it.
+    If the second group was written in part, all of it is sampled again. The last bits of a sample
+    depend on the other samples of its batch.
     """
     problems, asked, content = common.load_problems("arithmetic", "train", 40), [], ""
 
@@ -582,7 +599,7 @@ def test_sampling_goes_on_with_whole_groups_and_leaves_no_line_twice(tiny, tmp_p
         assert content == "".join(s.to_json() + "\n" for s in samples)
 
 
-def test_ctrl_c_while_sampling_stops_after_the_group_and_loses_none(tiny, run, monkeypatch):
+def test_ctrl_c_during_sampling_stops_after_the_group_and_loses_no_sample(tiny, run, monkeypatch):
     problems, asked = common.load_problems("arithmetic", "train", 40), []
 
     def made(policy, problems, *, samples, **how):
@@ -614,7 +631,7 @@ def test_samples_of_a_file_belong_to_problems_with_the_same_question_and_answer(
 def test_rcrl_samples_from_the_model_and_trains_the_base(
     cli, start, tmp_path, drawn, measured, trained
 ):
-    """Completions go on from the beginning that they are to judge."""
+    """Completions continue the prefix whose value they estimate."""
     argv = ["--model", start, *SMALL, "--limit-train", 24, "--samples", 3, "--completions", 2]
     argv += ["--epochs", 4, "--ratio", 1, "--batch-size", 1000]
     argv += ["--max-new-tokens", 40, "--out", tmp_path / "run"]
@@ -651,7 +668,7 @@ def test_rcrl_samples_from_the_model_and_trains_the_base(
     assert saved_weights(tmp_path / "run" / "model") == measured[2]
 
 
-def test_rcrl_begins_with_the_weights_of_the_base(cli, start, tmp_path, monkeypatch, measured):
+def test_rcrl_starts_from_the_weights_of_the_base(cli, start, tmp_path, monkeypatch, measured):
     first = []
 
     def stop(policy, *_):
@@ -672,10 +689,10 @@ def test_rcrl_begins_with_the_weights_of_the_base(cli, start, tmp_path, monkeypa
 # ---- reward models
 
 
-def test_the_reward_model_learns_that_what_is_right_is_right(
+def test_the_reward_model_learns_to_score_correct_solutions_higher(
     cli, start, tmp_path, drawn, monkeypatch
 ):
-    """The student samples, --base is trained, a label is the answer check.
+    """--model samples and --base is trained. The labels come from the answer check.
 
     The best epoch is kept.
     """
@@ -713,7 +730,8 @@ def test_the_reward_model_learns_that_what_is_right_is_right(
         assert len(each.examples) == len(distinct) and 0 < np.mean(each.labels) < 1
         for (prompt, solution), label in zip(each.examples, each.labels, strict=True):
             question = new.decode(prompt).removeprefix("Question: ").removesuffix("\nAnswer:\n")
-            if label:  # what was cut is wrong, whatever it says
+            # A truncated sample is incorrect, even with the correct answer.
+            if label:
                 assert common.extract_answer(new.decode(solution)) == answers[question]
     assert sum(steps[0].labels) == sum(correct for *_, correct in distinct)
     assert (
@@ -742,7 +760,7 @@ def test_the_reward_model_learns_that_what_is_right_is_right(
 # ---- SFT and evaluation
 
 
-def test_an_epoch_of_sft_has_every_solution_once(cli, tmp_path, measured, trained):
+def test_an_epoch_of_sft_uses_every_solution_once(cli, tmp_path, measured, trained):
     argv = ["--model", "tiny", *SMALL, "--epochs", 3, "--batch-size", 7, "--out", tmp_path / "run"]
     assert cli(sft, *argv)[0] == 0
     assert [len(step.examples) for step in trained] == [7, 7, 7, 3] * 3
@@ -756,7 +774,7 @@ def test_an_epoch_of_sft_has_every_solution_once(cli, tmp_path, measured, traine
     assert saved_weights(tmp_path / "run" / "model") == measured[2]
 
 
-def test_an_evaluation_is_one_greedy_and_n_drawn_solutions(cli, tmp_path, drawn):
+def test_an_evaluation_has_one_greedy_and_n_sampled_solutions(cli, tmp_path, drawn):
     argv = ["--model", "tiny", *SMALL, "--limit-eval", 12, "--samples", 3, "--temperature", 0.9]
     argv += ["--max-new-tokens", 36]
     for name, flags in (("plain", []), ("few", ["--few-shot"])):
@@ -774,12 +792,10 @@ def test_an_evaluation_is_one_greedy_and_n_drawn_solutions(cli, tmp_path, drawn)
     assert report["maj@1"]["value"] == pytest.approx(np.mean([s.correct for s in greedy]))
 
 
-def test_training_questions_are_sampled_for_a_selection_with_a_seed_of_their_own(
-    cli, tmp_path, drawn
-):
-    """Samples of --split train without a reward model are those of the seed [seed, 0].
+def test_samples_of_training_questions_for_a_selection_have_their_own_seed(cli, tmp_path, drawn):
+    """Without a reward model, --split train has the samples of the seed [seed, 0].
 
-    A reward model was trained on these samples, so it scores others.
+    A reward model was trained on these samples. So it scores other ones.
     """
     reward_model.RewardModel("tiny", "cpu", new=True).save(tmp_path / "orm")
     argv = ["--model", "tiny", *SMALL, "--limit-eval", 4, "--samples", 2, "--split", "train"]
@@ -803,7 +819,7 @@ def test_training_questions_are_sampled_for_a_selection_with_a_seed_of_their_own
     assert [s.text for s in written] == [s.text for s in again]
 
 
-def test_a_single_sample_of_a_question_is_scored_and_there_is_nothing_to_choose(cli, tmp_path):
+def test_a_single_sample_is_scored_but_there_is_no_reranking(cli, tmp_path):
     reward_model.RewardModel("tiny", "cpu", new=True).save(tmp_path / "orm")
     argv = ["--model", "tiny", *SMALL, "--limit-eval", 4, "--samples", 1, "--max-new-tokens", 46]
     assert cli(evaluate, *argv, "--orm", tmp_path / "orm", "--out", tmp_path / "one.json")[0] == 0
@@ -815,8 +831,9 @@ def test_a_single_sample_of_a_question_is_scored_and_there_is_nothing_to_choose(
     assert not [key for key in report if key.startswith(("rerank", "weighted"))]
 
 
-def test_dev_is_measured_greedily(tiny, tmp_path, drawn):
-    problems = common.load_problems("arithmetic", "dev", 13)  # odd: no share of them is a half
+def test_dev_is_evaluated_with_greedy_samples(tiny, tmp_path, drawn):
+    # With an odd number, no fraction of them is a half.
+    problems = common.load_problems("arithmetic", "dev", 13)
     args = argparse.Namespace(max_new_tokens=46, gen_batch_size=16, seed=5, temperature=0.9)
     args.samples, args.out = 2, tmp_path
     (tmp_path / "samples").mkdir()
@@ -842,12 +859,12 @@ def test_dev_is_measured_greedily(tiny, tmp_path, drawn):
 @pytest.mark.parametrize(
     "flags", [["--curriculum", "backtracking"], ["--curriculum", "plr", "--few-shot"]]
 )
-def test_a_curriculum_hears_what_became_of_the_questions_that_it_chose(
+def test_a_curriculum_gets_the_results_of_the_questions_that_it_chose(
     flags, cli, tmp_path, drawn, measured, monkeypatch
 ):
-    """Their share of right samples and the size of the value's error.
+    """It gets their fraction of correct samples and the mean error of the value.
 
-    What it gives away stands before the samples.
+    Its prefixes come before the samples.
     """
     chose, told, sizes, draw, update, gae = (
         [],
@@ -866,9 +883,8 @@ def test_a_curriculum_hears_what_became_of_the_questions_that_it_chose(
 
         return call
 
-    monkeypatch.setattr(
-        ppo, "gae", spied(sizes, gae, lambda found: found[0].abs())
-    )  # before they are whitened
+    # This records the advantages before whitening.
+    monkeypatch.setattr(ppo, "gae", spied(sizes, gae, lambda found: found[0].abs()))
     monkeypatch.setattr(ppo.Curriculum, "draw", spied(chose, draw))
     monkeypatch.setattr(
         ppo.Curriculum, "update", lambda self, *what: told.append(what) or update(self, *what)
@@ -894,7 +910,7 @@ def test_a_curriculum_hears_what_became_of_the_questions_that_it_chose(
     assert any(prefixes) == ("backtracking" in flags) and len(drawn) == 2
 
 
-def test_the_value_function_has_a_learning_rate_of_its_own(cli, tmp_path, measured, monkeypatch):
+def test_the_value_function_has_its_own_learning_rate(cli, tmp_path, measured, monkeypatch):
     rates, adam_w = [], common.adam_w
 
     def watched(*args):
@@ -935,10 +951,8 @@ def test_the_learning_rate_falls_over_the_whole_training(
     ]
 
 
-def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
-    cli, tmp_path, trained, monkeypatch
-):
-    """Not in what is trained on, nor where what was trained is measured."""
+def test_few_shot_examples_are_used_in_the_first_round_only(cli, tmp_path, trained, monkeypatch):
+    """They are not trained on. The trained policy is evaluated without them."""
     shown = []
 
     def dev_metrics(policy, problems, args, number, samples=0, few_shot=False):
@@ -956,7 +970,7 @@ def test_worked_examples_stand_before_the_questions_of_the_first_round_only(
     }
 
 
-def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, monkeypatch):
+def test_expert_iteration_stops_at_a_round_that_is_not_better(cli, tmp_path, monkeypatch):
     accuracies, states = iter([0.1, 0.5, 0.5, 0.9]), []
 
     def dev_metrics(policy, *_, **__):
@@ -970,7 +984,7 @@ def test_expert_iteration_stops_at_a_round_that_is_only_as_good(cli, tmp_path, m
     assert len(states) == 3 and saved_weights(tmp_path / "run" / "model") == states[1]
 
 
-def test_rcrl_measures_its_policy_conditioned_on_good(cli, tmp_path, monkeypatch):
+def test_rcrl_evaluates_its_policy_conditioned_on_good(cli, tmp_path, monkeypatch):
     labels = []
 
     def dev_metrics(policy, *_, **__):
@@ -984,7 +998,7 @@ def test_rcrl_measures_its_policy_conditioned_on_good(cli, tmp_path, monkeypatch
     assert labels == ["[GOOD]"]
 
 
-def test_the_share_of_good_lines_of_wrong_solutions_is_logged(cli, tmp_path, measured):
+def test_the_fraction_of_good_lines_in_incorrect_solutions_is_logged(cli, tmp_path, measured):
     argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--samples", 3, "--completions", 2]
     argv += ["--epochs", 1]
     assert cli(rcrl, *argv, "--ratio", 1, "--out", tmp_path / "run")[0] == 0
@@ -1000,7 +1014,7 @@ def test_the_share_of_good_lines_of_wrong_solutions_is_logged(cli, tmp_path, mea
     )
 
 
-def test_the_dev_loss_is_that_of_the_dev_problems(cli, tmp_path, measured, monkeypatch):
+def test_the_dev_loss_is_computed_on_the_dev_problems(cli, tmp_path, measured, monkeypatch):
     asked, file = [], tmp_path / "p.jsonl"
     rows = [
         {"question": f"q{i}", "answer": f"1+{i}=<<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"}
@@ -1033,7 +1047,7 @@ def test_the_dev_loss_is_that_of_the_dev_problems(cli, tmp_path, measured, monke
     assert [row["dev_loss"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")] == [1.5, 1.5]
 
 
-def test_the_interval_of_a_count_may_lie_above_one(cli, tmp_path, nano, monkeypatch):
+def test_the_interval_of_a_count_may_exceed_one(cli, tmp_path, nano, monkeypatch):
     columns = {"maj@1": [1.0, 0.0, 1.0], "distinct@4": [2.0, 3.0, 4.0]}
     monkeypatch.setattr(evaluate, "metrics_per_problem", lambda *_: columns)
     argv = ["--model", nano, "--limit-eval", 3, "--samples", 4, "--max-new-tokens", 2]
@@ -1043,7 +1057,7 @@ def test_the_interval_of_a_count_may_lie_above_one(cli, tmp_path, nano, monkeypa
         assert report[name]["ci95"] == evaluate.confidence_interval(columns[name], highest)
 
 
-def test_a_run_that_came_and_went_while_the_model_was_loaded_is_not_replaced(run):
+def test_a_run_that_finished_while_the_model_was_loaded_is_not_replaced(run):
     late = runtime.Run(argparse.Namespace(out=run.out / "in", checkpoint_every=9, resume=False))
     first = runtime.Run(argparse.Namespace(out=run.out / "in", checkpoint_every=9, resume=False))
     first.begin()
@@ -1055,7 +1069,7 @@ def test_a_run_that_came_and_went_while_the_model_was_loaded_is_not_replaced(run
     assert (run.out / "in" / "metrics.jsonl").read_text() == before
 
 
-def test_a_model_folder_that_is_a_link_is_replaced_and_its_target_kept(tiny, tmp_path):
+def test_a_linked_model_folder_is_replaced_and_its_target_is_kept(tiny, tmp_path):
     tiny.save(tmp_path / "elsewhere")
     (tmp_path / "model").symlink_to("elsewhere")
     for _ in range(2):
@@ -1064,7 +1078,7 @@ def test_a_model_folder_that_is_a_link_is_replaced_and_its_target_kept(tiny, tmp
     assert (tmp_path / "elsewhere" / "config.json").exists()
 
 
-def test_a_run_does_not_go_on_with_other_files_of_samples(tmp_path):
+def test_a_run_does_not_resume_with_other_files_of_samples(tmp_path):
     file = tmp_path / "scores.jsonl"
     for key, value in (("scores", [str(file)]), ("references", str(file))):
         settings = dict(out=tmp_path / key, checkpoint_every=9, **{key: value})
@@ -1096,7 +1110,7 @@ def test_a_run_does_not_go_on_with_other_files_of_samples(tmp_path):
     ],
     ids=str,
 )
-def test_a_broken_line_of_samples_is_named(tmp_path, change):
+def test_the_error_names_a_broken_line_of_a_samples_file(tmp_path, change):
     problem, file = common.load_problems("arithmetic", "train", 1)[0], tmp_path / "x.jsonl"
     row = json.loads(common.Sample(problem, 0, problem.reference, True, score=0.5).to_json())
     file.write_text(json.dumps(row) + "\n")
@@ -1107,7 +1121,7 @@ def test_a_broken_line_of_samples_is_named(tmp_path, change):
         common.read_samples(file)
 
 
-def test_one_id_stands_for_one_question(tmp_path):
+def test_different_questions_with_the_same_id_are_refused(tmp_path):
     problems = common.load_problems("arithmetic", "train", 2)
     rows = [json.loads(common.Sample(p, 0, p.reference, True).to_json()) for p in problems]
     file = tmp_path / "x.jsonl"

@@ -1,6 +1,6 @@
-"""Several processes: the same samples as one, and the same weights up to the rounding of sums.
+"""Compare several processes with one: same samples, and same weights up to the rounding of sums.
 
-Nothing is lost when they are killed.
+A run of several processes loses nothing if it is killed.
 """
 
 import importlib
@@ -40,7 +40,7 @@ RUNS = {
 
 
 def launch(script: str, n: int, out, *argv) -> subprocess.Popen:
-    """Start `python script.py` or `torchrun --nproc-per-node n script.py`, in a new session."""
+    """Start `python script.py`, or `torchrun --nproc-per-node n script.py`, in a new session."""
     out = out.with_suffix(".json") if script == "evaluate" else out
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node".split()
     torchrun = [*torchrun, str(n)] if n > 1 else []
@@ -58,7 +58,7 @@ def launch(script: str, n: int, out, *argv) -> subprocess.Popen:
 
 
 def children(pid: int) -> list[int]:
-    """Return the ids of the processes that this one started."""
+    """Return the ids of the child processes of a process."""
     return [
         int(n) for f in Path(f"/proc/{pid}/task").glob("*/children") for n in f.read_text().split()
     ]
@@ -89,9 +89,9 @@ ROUNDED = {
 
 
 def assert_equal_runs(script: str, one, several) -> None:
-    """Compare runs of one process and of several.
+    """Compare a run of one process with a run of several.
 
-    Samples are the same to the byte, weights and metrics up to the rounding of sums.
+    Samples must be equal to the byte. Weights and metrics may differ by the rounding of sums.
     """
     if script == "evaluate":
         for kind in ("greedy", "samples"):
@@ -121,8 +121,8 @@ def assert_equal_runs(script: str, one, several) -> None:
     several("expert_iteration", 4), several("ppo", 4), several("rcrl", 2, 4),
     several("reward_model", 2, 4), several("evaluate", 2, 4),
 ])  # fmt: skip
-def test_several_processes_give_the_samples_and_the_weights_of_one(script, counts, tmp_path):
-    """PPO with two in the next test."""
+def test_several_processes_give_the_samples_and_weights_of_one(script, counts, tmp_path):
+    """The next test covers PPO with two processes."""
     once = finished(launch(script, 1, tmp_path / "1"))
     for n in counts:
         printed = finished(launch(script, n, tmp_path / str(n)))
@@ -132,9 +132,9 @@ def test_several_processes_give_the_samples_and_the_weights_of_one(script, count
 
 
 def test_killed_processes_resume_to_the_same_weights(tmp_path):
-    """PPO with one process and with two. Then both are killed at a random moment (seeded).
+    """Run PPO with one process and with two. Kill both processes at a random, seeded moment.
 
-    After --resume it is as if nothing had happened.
+    After --resume the run equals an uninterrupted one.
     """
     every = ["--checkpoint-every", "0", "--phases", "4", "--resume"]
     once, printed = (
@@ -152,7 +152,8 @@ def test_killed_processes_resume_to_the_same_weights(tmp_path):
             last, changes = now, changes - 1
         time.sleep(0.002)
     assert process.poll() is None, process.communicate()[0]
-    killed = [process.pid, *children(process.pid)]  # torchrun and its workers
+    # torchrun and its workers.
+    killed = [process.pid, *children(process.pid)]
     assert len(killed) >= 3
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
@@ -165,7 +166,7 @@ def test_killed_processes_resume_to_the_same_weights(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_an_error_of_the_user_stays_one_with_several_processes(tmp_path):
+def test_a_user_error_is_reported_with_several_processes(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     process = launch("sft", 2, tmp_path / "run")
@@ -173,8 +174,8 @@ def test_an_error_of_the_user_stays_one_with_several_processes(tmp_path):
     assert process.returncode != 0 and "error: " in printed and "already holds a run" in printed
 
 
-def test_what_the_first_process_cannot_read_or_write_all_hear_of(monkeypatch):
-    """Else the others would wait for it for days."""
+def test_all_processes_stop_if_the_first_cannot_read_or_write(monkeypatch):
+    """Otherwise the other processes would wait for the first for days."""
     said = []
     monkeypatch.setattr(runtime, "process_count", lambda: 2)
     monkeypatch.setattr(
@@ -200,7 +201,7 @@ def test_what_the_first_process_cannot_read_or_write_all_hear_of(monkeypatch):
     [("auto", None, 0), ("cuda", None, 0), ("cuda:1", None, 1), ("auto", "3", 3)],
 )
 def test_a_gpu_is_chosen_by_its_number(name, rank, number, monkeypatch):
-    """`torch.cuda.set_device` refuses a device without one. Imitated, to need no GPU."""
+    """`torch.cuda.set_device` refuses a device without a number. A fake GPU is enough here."""
     chosen, zero = [], torch.zeros(1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: zero)
@@ -215,9 +216,9 @@ def test_a_gpu_is_chosen_by_its_number(name, rank, number, monkeypatch):
 
 
 def in_two_processes(work, folder: Path, *args) -> list:
-    """Run work(rank, *args) in two processes. Return what each returns and the calls it made.
+    """Run work(rank, *args) in two processes. Return a pair from each: its result and its calls.
 
-    The calls are those of torch.distributed, by name.
+    The calls are the names of the functions of torch.distributed that it called.
     """
     torch.multiprocessing.spawn(join_two, (work, folder, *args), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
@@ -243,7 +244,10 @@ COLLECTIVES += ["broadcast_object_list", "scatter_object_list"]
 
 
 def add_up(rank: int) -> tuple:
-    """Sum gradients: of both processes, of the second, of none, of the first, of a frozen one."""
+    """Sum gradients. The first parameter has one in both processes, the second in the second only.
+
+    The third has none, the fourth one in the first process, and the fifth is frozen.
+    """
     shapes = (2, 3), (4,), (5,), (), (1,)
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     parameters[-1].requires_grad_(False)
@@ -257,8 +261,8 @@ def add_up(rank: int) -> tuple:
     return [p.grad for p in parameters], sums
 
 
-def test_gradients_and_sums_of_two_processes_add_up(tmp_path):
-    """A parameter with a gradient in one process gets it in both. One without any gets none."""
+def test_gradients_and_sums_are_added_over_two_processes(tmp_path):
+    """If one process has a gradient, both get it. If none has a gradient, none gets one."""
     (first, calls), (second, other_calls) = in_two_processes(add_up, tmp_path)
     assert calls == other_calls == ["all_reduce"], "one flat tensor"
     for gradients, sums in (first, second):
@@ -270,7 +274,7 @@ def test_gradients_and_sums_of_two_processes_add_up(tmp_path):
         assert none is None and frozen is None
 
 
-def test_alone_a_process_keeps_its_gradients(monkeypatch):
+def test_a_single_process_keeps_its_gradients(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda *_: pytest.fail("there is nobody to ask"))
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     weights[0].grad = gradient = torch.ones(2)
@@ -282,9 +286,9 @@ SCRIPTS = "sft", "expert_iteration", "rcrl", "reward_model"
 
 
 def train(rank: int, nano: str) -> dict:
-    """Make a step on four examples, and one on a single example, with every script.
+    """Make two steps with every script: one on four examples and one on a single example.
 
-    Returns losses, norms and the weights.
+    Returns the losses, the norms and the weights.
     """
     results = {}
     for script in SCRIPTS:
@@ -308,11 +312,11 @@ def train(rank: int, nano: str) -> dict:
     return results
 
 
-def test_a_step_of_two_processes_is_that_of_one_and_gathers_no_object(nano, tmp_path):
-    """In the second step one process has nothing to do. Its share of the sum is zero."""
+def test_a_step_of_two_processes_equals_a_step_of_one_and_gathers_no_object(nano, tmp_path):
+    """In the second step one process has no example. It adds zero to the sum."""
     alone = train(0, nano)
     for results, calls in in_two_processes(train, tmp_path, nano):
-        assert calls == ["all_reduce"] * 2 * len(SCRIPTS), "one flat tensor a step"
+        assert calls == ["all_reduce"] * 2 * len(SCRIPTS), "one flat tensor per step"
         for script, (losses, weights) in alone.items():
             found, after = results[script]
             assert np.array(found) == pytest.approx(np.array(losses), rel=1e-4), script
@@ -326,8 +330,8 @@ def count_calls_of_ppo(rank: int, out: Path, flags: str) -> int:
 
 
 @pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="set LONG_TESTS=1 to run it")
-def test_ppo_gathers_no_object_in_a_step(tmp_path):
-    """However many steps a phase has, as many objects are gathered. Only the sums are more."""
+def test_a_step_of_ppo_gathers_no_object(tmp_path):
+    """The number of gathered objects does not depend on the number of steps. Only sums do."""
     counts = []
     for name, flags in (("few", "--epochs 1 --batch-size 1000"), ("many", "--epochs 2")):
         (tmp_path / name).mkdir()
