@@ -2,7 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-# Several processes that use all cores run many times slower.
+# If several processes use all cores, each of them is many times slower.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,16 +21,16 @@ DEVICES = [
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Start with the tests that start programs. They take longest, so no worker ends with one."""
+    """Start with the tests that start programs. They take the longest."""
     slow = ("test_processes.py", "test_scripts.py", "test_fork.py")
     items.sort(key=lambda item: item.path.name not in slow)
 
 
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory) -> str:
-    """A folder with a random Llama of 30,000 parameters and the tokenizer of tiny/.
+    """Return a folder with a random Llama of 30,000 parameters and the tokenizer of tiny/.
 
-    With it everything runs, and nothing is learned.
+    Every script runs with it, but learns nothing.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +54,7 @@ def tiny() -> "common.Policy":
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder with GSM8K and SVAMP, laid out as on the hub. $DATA_FOLDER may name it."""
+    """Return the folder with GSM8K and SVAMP, laid out as on the hub. $DATA_FOLDER may name it."""
     folder = Path(os.environ.get("DATA_FOLDER", ROOT.parent / "shared" / "data"))
     if not (folder / "openai" / "gsm8k").is_dir():
         pytest.skip(f"GSM8K and SVAMP are not in {folder} (set DATA_FOLDER to their folder)")

@@ -1,4 +1,4 @@
-"""Advantages without a value function: group, loo and mc (`ppo.py --advantage`)."""
+"""Check advantages without a value function: group, loo and mc (`ppo.py --advantage`)."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ def test_loo_is_k_over_k_minus_one_times_group():
     rewards = torch.rand(12, 5, generator=torch.Generator().manual_seed(0))
     group, loo = (ppo.group_advantages(rewards, 4, kind) for kind in ("group", "loo"))
     torch.testing.assert_close(loo, group * 4 / 3)
-    # By hand: less the mean of the three others.
+    # By hand: the return minus the mean of the other three.
     totals = rewards.sum(1)
     assert loo[1, 2].item() == pytest.approx((totals[1] - totals[[0, 2, 3]].mean()).item())
 
@@ -30,7 +30,8 @@ def test_loo_is_k_over_k_minus_one_times_group():
 def test_the_advantages_of_a_question_sum_to_zero(kind, std):
     rewards = torch.rand(12, 5, generator=torch.Generator().manual_seed(1))
     advantages = ppo.group_advantages(rewards, 3, kind, std)
-    assert (advantages == advantages[:, :1]).all()  # every token has that of its sample
+    # Every token has the advantage of its sample.
+    assert (advantages == advantages[:, :1]).all()
     torch.testing.assert_close(advantages[:, 0].view(4, 3).sum(1), torch.zeros(4))
     if std:
         torch.testing.assert_close(advantages[:, 0].view(4, 3).std(1, correction=0), torch.ones(4))
@@ -44,7 +45,7 @@ def test_equal_samples_have_no_advantage(kind, std):
 
 
 def test_the_expected_gradient_of_loo_is_the_policy_gradient_of_a_bandit():
-    """All groups of K actions of a bandit are enumerated. group is (K - 1) / K of the gradient."""
+    """Enumerate all groups of K actions. The gradient of `group` is (K - 1) / K of the exact one."""
     k, reward = 3, torch.tensor([0.0, 1.0, 0.3, 0.7], dtype=torch.float64)
     logits = torch.tensor([0.1, -0.4, 0.8, 0.0], dtype=torch.float64, requires_grad=True)
     (exact,) = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
@@ -61,9 +62,10 @@ def test_the_expected_gradient_of_loo_is_the_policy_gradient_of_a_bandit():
         torch.testing.assert_close(expected, factor * exact)
 
 
-def test_mc_gives_a_line_its_reward_and_the_rise_of_the_value():
+def test_mc_gives_a_line_its_reward_plus_the_rise_of_the_value():
     rewards = torch.tensor([[0.0, -0.1, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    lines = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])  # padded with 0
+    # Padded with 0.
+    lines = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
     values = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.0, 0.0]])
     found = ppo.mc_advantages(rewards, lines, values)
     torch.testing.assert_close(found[0], torch.tensor([0.4, 0.4, 0.25, 0.25]))
@@ -76,11 +78,12 @@ def samples_of(policy, texts: list[str], answer: int) -> list[common.Sample]:
     return [common.Sample(problem, k, text, True, ids[k]) for k, text in enumerate(texts)]
 
 
-def test_mc_with_one_line_is_loo(tiny, tmp_path):
+def test_mc_with_one_line_equals_loo(tiny, tmp_path):
     samples = samples_of(tiny, ["#### 3", "#### 4", "#### 3", ""], 3)
     how = dict(samples=2, batch_size=8, temperature=1.0, max_new_tokens=8, seed=0)
     lines, values, n = ppo.complete_lines(tiny, samples, tmp_path / "c.jsonl", None, how)
-    assert n == 0  # one line has no prefix to complete
+    # One line has no prefix to complete.
+    assert n == 0
     rewards = torch.zeros(lines.shape)
     for row, sample in zip(rewards, samples, strict=True):
         row[len(sample.tokens) - 1] = float(sample.passed)
@@ -133,13 +136,14 @@ def test_a_run_without_values_resumes_to_the_same_weights(flags, cli, tmp_path, 
         for file in (whole / folder).iterdir():
             assert file.read_bytes() == (broken / folder / file.name).read_bytes(), file.name
     first, second = rows_of(whole / "metrics.jsonl")[1:]
-    assert first["lr"] > 0  # no phase is for the value function alone
+    # There is no phase for the value function alone.
+    assert first["lr"] > 0
     assert first["max_ratio_deviation"] < 1e-3 and first["explained_variance"] is None
     completions = sum(len(rows_of(file)) for file in (whole / "samples").glob("completions_*"))
     assert second["samples"] == 2 * 24 + completions and bool(completions) == flags.startswith("mc")
 
 
-def test_questions_with_equally_good_samples_are_not_trained_on(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_questions_with_equal_outcomes_are_not_trained_on(cli, tmp_path, monkeypatch):  # noqa: F811
     seen, forward = [], common.response_logprobs
 
     def record(policy, examples, *args):
@@ -153,7 +157,8 @@ def test_questions_with_equally_good_samples_are_not_trained_on(cli, tmp_path, m
     rows = rows_of(tmp_path / "run" / "samples" / "phase_1.jsonl")
     groups = [rows[i : i + 3] for i in range(0, len(rows), 3)]
     passed = [sum(row["correct"] and row["finished"] for row in group) for group in groups]
-    assert 0 < sum(0 < n < 3 for n in passed) < 8  # there are both kinds
+    # Some questions have both outcomes, and some have one.
+    assert 0 < sum(0 < n < 3 for n in passed) < 8
     assert len(seen) == 3 * sum(0 < n < 3 for n in passed)
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     assert metrics["informative"] == pytest.approx(sum(0 < n < 3 for n in passed) / 8)
@@ -174,7 +179,7 @@ def test_flags_that_do_not_fit_the_advantage_are_refused(flags, message, cli, tm
     assert code == 2 and message in said and not (tmp_path / "run").exists()
 
 
-def test_rising_ratios_have_a_limit_of_their_own():
+def test_clip_high_limits_rising_ratios_only():
     ratio = torch.tensor([0.5, 0.9, 1.25, 1.5])
     losses = ppo.policy_loss(ratio.log(), torch.zeros(4), torch.ones(4), 0.2, 0.28)
     torch.testing.assert_close(-losses, torch.tensor([0.5, 0.9, 1.25, 1.28]))

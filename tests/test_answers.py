@@ -1,4 +1,4 @@
-"""The answer checker decides every reward and every number that is printed."""
+"""Check the answer checker. It decides every reward and every printed number."""
 
 import time
 from fractions import Fraction
@@ -44,12 +44,12 @@ def test_every_form_of_a_number_is_read(written, space):
 
 
 @pytest.mark.parametrize("written", UNREAD)
-def test_what_is_not_one_clear_number_is_no_answer(written):
+def test_text_that_is_not_one_clear_number_is_no_answer(written):
     assert common.extract_answer(f"2+2=4\n#### {written}") is None
 
 
 def test_only_the_first_solution_of_a_run_on_text_counts():
-    """Trap: taking the last answer of a text in which the model went on to the next question."""
+    """Trap: reading the last answer of a text that continues with the next question."""
     assert common.extract_answer("#### 3\n\nQuestion: and now?\nAnswer:\n#### 4") == 3
     assert common.extract_answer("#### 3\n#### 4") == 3
     assert common.extract_answer("I do not know.\nQuestion: and now?\nAnswer:\n#### 4") is None
@@ -62,13 +62,14 @@ def test_only_the_first_solution_of_a_run_on_text_counts():
     assert common.extract_answer("####\n4") is None
 
 
-def test_a_sample_that_was_cut_within_its_answer_line_has_no_answer():
-    """ "#### 1" may have been on its way to "#### 18"."""
+def test_a_sample_that_was_truncated_within_its_answer_line_has_no_answer():
+    """ "#### 1" may be the start of "#### 18"."""
     problem = common.Problem("p", "?", Fraction(1))
     assert common.Sample(problem, 0, "#### 1", finished=True).correct
     assert not common.Sample(problem, 0, "#### 1", finished=False).correct
     assert common.Sample(problem, 0, "#### 1\n\nQuestion: and", finished=False).correct
-    for rest in ("", " o", " or"):  # " or 2"
+    # The text may continue with " or 2".
+    for rest in ("", " o", " or"):
         assert (
             common.Sample(problem, 0, f"4-3=<<4-3=1>>1\n#### 1{rest}", finished=False).answer
             is None
@@ -76,7 +77,7 @@ def test_a_sample_that_was_cut_within_its_answer_line_has_no_answer():
     assert common.extract_answer("#### 1.0") == 1 and common.extract_answer("1") != 1
 
 
-def test_the_lenient_reader_takes_the_last_number_only_when_asked():
+def test_only_the_lenient_reader_takes_the_last_number():
     assert common.extract_answer("so 3 and 4, that is $7.", lenient=True) == 7
     assert common.extract_answer("so 3 and 4, that is $7.") is None
     assert common.extract_answer("7 is wrong\n#### 8", lenient=True) == 8
@@ -91,22 +92,24 @@ def test_the_lenient_reader_takes_the_last_number_only_when_asked():
         common.Problem("p", "?", Fraction(1)), 0, "#### Solution\n3+5=8 and then 1", finished=False
     )
     unended.grade(lenient=True)
-    assert unended.answer == 8  # the last number may have been on its way to 18
+    # The last number may be the start of 18.
+    assert unended.answer == 8
     cut = common.Sample(
         common.Problem("p", "?", Fraction(1)), 0, "half of 2 is 1 and 3 less 2 is 1", finished=False
     )
+    # Without a character after it, "1" may be the start of "18".
     for text, answer in (
         (cut.text, 2),
         (cut.text + ",", 2),
         (cut.text + " pen", 1),
         ("1", None),
-    ):  # "1" of "18"?
+    ):
         cut.text = text
         cut.grade(lenient=True)
         assert cut.answer == answer
 
 
-def test_equal_numbers_are_one_vote_however_they_are_written():
+def test_equal_numbers_are_one_vote_in_every_notation():
     """Trap: voting over strings splits "18", "18.0" and "18." into three answers."""
     assert (
         len(
@@ -128,8 +131,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_costs_linear_time_and_no_exception(name):
-    """300 kB within a second or two on any machine; a quadratic reader would need minutes."""
+def test_hostile_text_takes_linear_time_and_raises_no_exception(name):
+    """300 kB take a second or two on any machine. Quadratic code would need minutes."""
     for prefix in ("", "#### ", "#### 18 ", "<<"):
         text = prefix + HOSTILE[name] * (300_000 // len(HOSTILE[name]))
         started = time.perf_counter()
@@ -144,7 +147,7 @@ def test_hostile_text_costs_linear_time_and_no_exception(name):
         assert common.extract_answer("#### " + HOSTILE[name] * 1_000_000) is None
 
 
-def test_the_operations_of_a_solution():
+def test_equations_are_read_from_annotations_and_from_text():
     assert common.equations("14+6=<<14+6=20>>20\n20 * 2 = <<20*2=40>>40\n#### 40") == (
         "14+6",
         "20*2",
@@ -154,9 +157,8 @@ def test_the_operations_of_a_solution():
         "20*2",
     )
     assert common.equations("x = 5\n#### 5") == ()
-    assert common.equations("<<-5=-5>>") == () and common.equations("<<-5+7=2>>") == (
-        "-5+7",
-    )  # a sign is no operation
+    # A sign is no operation.
+    assert common.equations("<<-5=-5>>") == () and common.equations("<<-5+7=2>>") == ("-5+7",)
     for written in ("6 \u00d7 3 = 18", "<<6\u00d73=18>>", "6 x 3 = 18", "<<$6*3=$18>>"):
         assert common.equations(written) == ("6*3",)
     assert (
@@ -170,7 +172,7 @@ def test_the_operations_of_a_solution():
     assert common.equations("<<1+1=2>>2\n#### 2\nQuestion: <<3+3=6>>") == ("1+1",)
 
 
-def test_every_answer_of_gsm8k_and_svamp_reads_as_itself(data_folder, monkeypatch):
+def test_every_answer_of_gsm8k_and_svamp_is_read_correctly(data_folder, monkeypatch):
     monkeypatch.chdir(data_folder)
     sizes = {}
     for dataset in ("gsm8k", "svamp"):

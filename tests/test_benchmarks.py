@@ -1,6 +1,6 @@
-"""The benchmarks run and report what they promise.
+"""Check that the benchmarks run and report consistent numbers.
 
-How fast things are is not tested: machines differ.
+The speed itself is not tested, because machines differ.
 """
 
 import json
@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 
-def test_the_generation_benchmark_compares_and_relates_to_the_limit(tmp_path):
+def test_the_generation_benchmark_compares_engines_and_computes_the_limit(tmp_path):
     out = tmp_path / "deep" / "report.json"
     argv = [
         "--problems",
@@ -42,7 +42,7 @@ def test_the_generation_benchmark_compares_and_relates_to_the_limit(tmp_path):
     assert done.stderr.count("sampling uses the plain loop") == 1
     report = json.loads(out.read_text())
     assert [(row["samples"], row["problems"]) for row in report["table"]] == [(2, 4), (4, 2)], (
-        "as many samples in each"
+        "all rows have the same number of samples"
     )
     for row in report["table"]:
         ours, plain, theirs = row["generate"], row["plain loop"], row["model.generate"]
@@ -56,7 +56,7 @@ def test_the_generation_benchmark_compares_and_relates_to_the_limit(tmp_path):
         )
         assert row["limit"] * row["fraction_of_limit"] == pytest.approx(ours["tokens_per_second"])
         assert row["weights"] == 385 * 128 + 3 * (4 * 128 * 128 + 3 * 128 * 352), (
-            "what a token is multiplied with"
+            "the weights that a token is multiplied with"
         )
     for key in ("speedup", "plain_loop_speedup", "fraction_of_limit"):
         assert report[key] == report["table"][-1][key]

@@ -1,4 +1,4 @@
-"""Model folders and files that cannot be used right are refused before anything is written."""
+"""Model folders and files that do not fit the scripts are refused before anything is written."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def write_rows(path: Path, rows: list) -> str:
 
 
 def refused(cli, script, folder: Path, tmp_path: Path, *more) -> str:  # noqa: F811
-    """Run a script on a model folder. Return the one line with which it refuses the folder."""
+    """Run a script on a model folder. Return the line of the error that refuses the folder."""
     data = write_rows(tmp_path / "same.jsonl", SAME)
     out = tmp_path / "out" / ("report.json" if script is evaluate else "")
     code, message = cli(script, *SHORT, "--model", folder, "--dataset", data, "--out", out, *more)
@@ -48,7 +48,7 @@ def refused(cli, script, folder: Path, tmp_path: Path, *more) -> str:  # noqa: F
 
 
 def copy_of(nano: str, folder: Path, weights=None, **settings) -> Path:
-    """Copy a model folder with other settings, and with weights that `weights` has changed."""
+    """Copy a model folder with other settings. `weights` changes the weights of the copy."""
     folder.mkdir()
     for file in Path(nano).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -78,7 +78,7 @@ def model_for(tokenizer, folder: Path, size: int | None = None, **settings) -> P
 
 
 def characters(text: str, **special) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters. Others are <unk>."""
+    """Return a tokenizer of single characters. Other characters become <unk>."""
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<eos>", *dict.fromkeys(text)])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.add_special_tokens(["<unk>", "<eos>"])
@@ -103,7 +103,7 @@ def test_a_folder_that_lacks_weights_is_refused(script, cli, nano, tmp_path):  #
     assert "lacks 9 weights" in message and "model.layers.1." in message
 
 
-def test_weights_of_other_names_are_refused(nano, tmp_path):
+def test_weights_with_other_names_are_refused(nano, tmp_path):
     def renamed(tensors):
         return {name.replace("self_attn", "attention"): t for name, t in tensors.items()}
 
@@ -122,7 +122,7 @@ def test_a_missing_head_is_refused_and_a_tied_one_is_not(nano, tmp_path):
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
-def test_a_folder_that_holds_the_trunk_alone_loads_if_its_head_is_tied(nano, tmp_path):
+def test_a_folder_without_a_head_loads_if_its_head_is_tied(nano, tmp_path):
     def trunk(tensors):
         return {n.removeprefix("model."): t for n, t in tensors.items() if n != "lm_head.weight"}
 
@@ -155,14 +155,16 @@ def test_a_tokenizer_that_cannot_write_solutions_is_refused(missing, cli, tmp_pa
     assert "its tokenizer makes" in refused(cli, sft, folder, tmp_path)
 
 
-def test_what_a_written_solution_needs_is_found_before_training(cli, tmp_path):  # noqa: F811
-    """A tokenizer without "<" can write answers, but not the annotations of these solutions."""
+def test_a_tokenizer_that_cannot_write_the_given_solutions_is_refused_before_training(
+    cli, tmp_path
+):  # noqa: F811
+    """A tokenizer without "<" can write answers but not the annotations of these solutions."""
     folder = model_for(characters(ALL.replace("<", "")), tmp_path / "m")
     assert common.Policy(str(folder), "cpu")
     assert "<<2+2=4>>4" in refused(cli, sft, folder, tmp_path)
 
 
-def test_word_pieces_that_split_the_marker_are_refused(cli, tmp_path):  # noqa: F811
+def test_a_tokenizer_that_splits_the_answer_marker_is_refused(cli, tmp_path):  # noqa: F811
     pieces = ["[UNK]", "[SEP]", *ALL.strip(), *(f"##{c}" for c in ALL.strip())]
     tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -180,7 +182,7 @@ def test_a_tokenizer_that_ends_the_text_within_a_solution_is_refused(script, cli
 
 @pytest.mark.parametrize("stops", [None, 4, [4, 1], [4, -1, 10**9, True], []])
 def test_a_model_ends_a_text_only_with_special_tokens(stops, tmp_path):
-    """4 is an ordinary character here. As a stop it would end every solution at once."""
+    """4 is an ordinary character here. As an end token it would end every solution at once."""
     tokenizer = characters(ALL)
     folder = model_for(tokenizer, tmp_path / "m")
     file = folder / "generation_config.json"
@@ -200,8 +202,8 @@ def test_a_second_special_token_ends_a_text(tmp_path):
     assert policy.decode([*policy.encode_prefix("#### 3"), turn]) == "#### 3"
 
 
-def test_a_model_that_names_an_ordinary_character_as_its_end_learns(cli, tmp_path):  # noqa: F811
-    """It was trained to a loss near 0, sampled "#" as its end, and no answer was read."""
+def test_a_model_with_an_ordinary_character_as_its_end_token_learns(cli, tmp_path):  # noqa: F811
+    """Without special care its loss is near 0, but it samples "#" as its end and has no answer."""
     torch.manual_seed(0)
     tokenizer = characters(ALL)
     hash_id = tokenizer.convert_tokens_to_ids("#")
@@ -213,7 +215,7 @@ def test_a_model_that_names_an_ordinary_character_as_its_end_learns(cli, tmp_pat
     assert rows[-1]["maj@1"] == 1 and rows[-1]["no_answer"] == 0
 
 
-def test_a_marker_that_is_a_token_of_its_own_stays_in_the_text(tmp_path):
+def test_an_answer_marker_that_is_a_single_token_stays_in_the_text(tmp_path):
     tokenizer = characters(ALL)
     tokenizer.add_special_tokens({"extra_special_tokens": ["####"]})
     policy = common.Policy(str(model_for(tokenizer, tmp_path / "m")), "cpu")
@@ -234,7 +236,7 @@ def test_a_folder_without_a_tokenizer_is_refused(family, cli, tmp_path):  # noqa
     assert "tokenizer" in refused(cli, sft, tmp_path / "m", tmp_path).lower()
 
 
-def test_a_token_that_the_model_has_no_embedding_for_is_refused(cli, tmp_path):  # noqa: F811
+def test_a_token_without_an_embedding_is_refused(cli, tmp_path):  # noqa: F811
     tokenizer = characters(ALL)
     tokenizer.add_tokens(["number"])
     folder = model_for(tokenizer, tmp_path / "m", size=len(tokenizer) - 1)
@@ -244,7 +246,7 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused(cli, tmp_path): 
 
 
 def test_a_special_token_without_an_embedding_is_refused_only_where_it_is_used(cli, tmp_path):  # noqa: F811
-    """Many folders add a token for padding. It is never looked up here."""
+    """Many folders have an additional padding token. The scripts never look it up."""
     tokenizer = characters(ALL)
     tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True)})
     folder = str(model_for(tokenizer, tmp_path / "m", size=len(tokenizer) - 1))
@@ -254,8 +256,8 @@ def test_a_special_token_without_an_embedding_is_refused_only_where_it_is_used(c
         common.encode_prompts(policy, [problem])
 
 
-def test_the_tokenizer_of_the_embedded_model_knows_its_labels(nano, tmp_path):
-    """The text of a sample is without the labels of rcrl.py and without the end-of-text token."""
+def test_labels_and_end_tokens_are_not_part_of_the_text(nano, tmp_path):
+    """The text of a sample has no labels of rcrl.py and no end-of-text token."""
     policy = common.Policy(nano, "cpu")
     rcrl.teach_labels(policy, "step")
     (good,) = policy.encode_prefix(policy.labels["good"])
@@ -269,7 +271,7 @@ def test_the_tokenizer_of_the_embedded_model_knows_its_labels(nano, tmp_path):
 # ---- paths and links -----------------------------------------------------------------------------
 
 
-def test_a_tilde_is_the_home_folder_in_every_flag(monkeypatch, tmp_path):
+def test_a_tilde_means_the_home_folder_in_every_flag(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     flags = "--model=~/m --dataset=~/d --out=~/o"
     for script, more in [
@@ -289,7 +291,7 @@ def test_a_tilde_is_the_home_folder_in_every_flag(monkeypatch, tmp_path):
         assert not [v for v in values if isinstance(v, str) and "~" in v]
 
 
-def test_the_model_that_is_read_is_not_replaced(cli, nano, monkeypatch, tmp_path):  # noqa: F811
+def test_a_run_does_not_replace_the_model_that_it_reads(cli, nano, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setenv("HOME", str(tmp_path))
     copy_of(nano, tmp_path / "model")
     before = contents(tmp_path)
@@ -299,7 +301,7 @@ def test_the_model_that_is_read_is_not_replaced(cli, nano, monkeypatch, tmp_path
 
 @pytest.mark.parametrize("name", ["model", "checkpoint", "samples"])
 def test_a_part_of_a_run_may_be_a_link(name, cli, nano, tmp_path):  # noqa: F811
-    """A linked model is replaced. Checkpoints and samples are written through a link."""
+    """A linked model is replaced. Checkpoints and samples are written to the target of a link."""
     argv = [*SHORT, "--model", nano, "--batch-size", "12", "--epochs", "2", "--lr", "1e-2"]
     assert cli(sft, *argv, "--out", tmp_path / "plain")[0] == 0
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
@@ -322,7 +324,7 @@ def test_a_part_of_a_run_may_be_a_link(name, cli, nano, tmp_path):  # noqa: F811
     assert kept == (Path(nano) / "model.safetensors").read_bytes()
 
 
-def test_a_link_that_leads_nowhere_is_an_error_that_names_it(cli, nano, tmp_path):  # noqa: F811
+def test_the_error_names_a_link_without_a_target(cli, nano, tmp_path):  # noqa: F811
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").symlink_to(tmp_path / "gone")
     code, message = cli(sft, *SHORT, "--model", nano, "--out", tmp_path / "run")
@@ -334,7 +336,7 @@ def test_a_link_that_leads_nowhere_is_an_error_that_names_it(cli, nano, tmp_path
 
 
 def run_into_closed_pipe(path: Path, argv: list) -> None:
-    """Do what `python script.py argv... 2>&1 | tee log` does once tee has ended."""
+    """Run `python script.py argv... 2>&1 | tee log` after tee has ended."""
     read, write = os.pipe()
     os.dup2(write, 1)
     os.dup2(write, 2)
@@ -346,8 +348,8 @@ def run_into_closed_pipe(path: Path, argv: list) -> None:
 @pytest.mark.parametrize("script, state", [
     ("sft", True), ("expert_iteration", False), ("ppo", True), ("rcrl", False), ("reward_model", False)
 ])  # fmt: skip
-def test_ctrl_c_saves_although_nobody_reads_the_output(script, state, tmp_path):
-    """Interrupted in training (state) or in sampling, where the samples so far are kept."""
+def test_ctrl_c_saves_even_if_nobody_reads_the_output(script, state, tmp_path):
+    """Interrupt training (state) or sampling. Samples that were written are kept."""
     out = tmp_path / "run"
     argv = [*map(str, resumed(script, out))]
     process = FORKS.Process(target=run_into_closed_pipe, args=(ROOT / f"{script}.py", argv))
@@ -355,7 +357,8 @@ def test_ctrl_c_saves_although_nobody_reads_the_output(script, state, tmp_path):
     seen = out / "checkpoint" / "state.pt" if state else out / "metrics.jsonl"
     while process.is_alive() and not seen.exists():
         time.sleep(0.002)
-    time.sleep(0.05)  # until it is ready for Ctrl-C
+    # Wait until the process is ready for Ctrl-C.
+    time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     process.join(120)
     assert process.exitcode == 130

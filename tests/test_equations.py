@@ -1,4 +1,4 @@
-"""Equation-only solutions of GSM8K: `results/gsm8k/equations.py`."""
+"""Check the equation-only solutions of GSM8K: `results/gsm8k/equations.py`."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def rows(path) -> dict[str, str]:
     return {row["question"]: row["answer"] for row in lines}
 
 
-def test_solutions_become_their_annotations(tmp_path, capsys):
+def test_a_solution_is_replaced_by_its_annotations(tmp_path, capsys):
     entries = [{"question": name, "answer": text} for name, text in ANSWERS.items()]
     text = "".join(json.dumps(entry) + "\n" for entry in entries)
     for name in ("train", "test"):
@@ -44,7 +44,7 @@ def test_solutions_become_their_annotations(tmp_path, capsys):
     assert "2 without fitting annotations kept with the answer line alone" in printed
 
 
-def test_gsm8k_keeps_its_answers(data_folder, tmp_path, monkeypatch):
+def test_the_answers_of_gsm8k_do_not_change(data_folder, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.chdir(data_folder)
     equations.main(["--out", str(tmp_path)])

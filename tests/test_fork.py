@@ -1,4 +1,4 @@
-"""A fork: a script with common.py, runtime.py and tiny/ in a folder of its own, without engine/."""
+"""Check a fork: a script with common.py, runtime.py and tiny/ in a new folder, without engine/."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 @pytest.fixture
 def fork(tmp_path) -> Path:
-    """A folder with ppo.py, evaluate.py, common.py, runtime.py and tiny/, and nothing else."""
+    """Return a folder with only ppo.py, evaluate.py, common.py, runtime.py and tiny/."""
     folder = tmp_path / "fork"
     folder.mkdir()
     for name in ("ppo.py", "evaluate.py", "common.py", "runtime.py"):
@@ -48,7 +48,8 @@ def test_a_fork_trains_with_ppo(fork):
     start, _, last = [json.loads(line) for line in lines]
     assert start["phase"] == 0 and last["phase"] == 2 and last["samples"] == 16
     assert last["logprob_mismatch"] < 1e-3 and last["max_ratio_deviation"] < 1e-4
-    assert last["grad_norm"] > 0 and last["approx_kl"] > 1e-5  # the policy moved in this phase
+    # The policy moved in this phase.
+    assert last["grad_norm"] > 0 and last["approx_kl"] > 1e-5
     saved = torch.load(fork / "run" / "checkpoint" / "state.pt", weights_only=True)
     assert saved["finished"]
     before = load_file(ROOT / "tiny" / "model.safetensors")
@@ -57,8 +58,8 @@ def test_a_fork_trains_with_ppo(fork):
     assert not (fork / "engine").exists()
 
 
-def test_a_fork_evaluates_to_the_same_samples(fork, tmp_path):
-    """The plain loop draws with the same random numbers as engine/. So do the files agree."""
+def test_a_fork_evaluates_with_the_same_samples(fork, tmp_path):
+    """The plain loop uses the same uniforms as engine/. So the files are equal."""
     command = "evaluate.py --model tiny --limit-eval 16 --samples 4"
     assert "plain loop" in run(fork, f"{command} --out ev.json")
     assert "plain loop" not in run(ROOT, command, "--out", str(tmp_path / "ev.json"))

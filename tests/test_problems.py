@@ -1,4 +1,4 @@
-"""The embedded task, the splits, local files and the metrics."""
+"""Check the embedded task, the splits, local files and the metrics."""
 
 import json
 import random
@@ -19,12 +19,12 @@ SPLITS = ("train", "dev", "test")
 
 
 def steps_of(problem) -> list[tuple[str, str]]:
-    """The steps that the reference solution of a problem writes: [("14+6", "20"), ...]."""
+    """Return the steps that the reference solution writes: [("14+6", "20"), ...]."""
     return re.findall(r"^(.+)=<<\1=(.+)>>\2$", problem.reference, re.MULTILINE)
 
 
 @pytest.mark.parametrize("dataset, steps", [("arithmetic", (1, 4)), ("arithmetic-hard", (4, 6))])
-def test_the_embedded_task_has_the_promised_sizes_and_no_question_twice(dataset, steps):
+def test_the_embedded_task_has_fixed_sizes_and_distinct_questions(dataset, steps):
     problems = {split: common.load_problems(dataset, split) for split in SPLITS}
     assert {split: len(p) for split, p in problems.items()} == {
         "train": 2304,
@@ -41,12 +41,12 @@ def test_the_embedded_task_has_the_promised_sizes_and_no_question_twice(dataset,
     assert {len(steps_of(p)) for p in everything} == set(range(steps[0], steps[1] + 1))
 
 
-def test_every_reference_step_of_the_embedded_task_computes_the_answer():
-    """The steps are evaluated here by Python, apart from the code that made them."""
+def test_the_reference_steps_of_the_embedded_task_compute_the_answer():
+    """Python evaluates the steps here, apart from the code that generated them."""
     problems = common.load_problems("arithmetic", "train")
     for p in problems + common.load_problems("arithmetic", "test"):
         steps = [left for left, _ in steps_of(p)]
-        # Digits and one operator, which we wrote ourselves.
+        # The steps are our own: digits and one operator.
         values = [Fraction(eval(step.replace("/", "*1/"))) for step in steps]
         assert values == [int(written) for _, written in steps_of(p)]
         assert values[-1] == p.answer and all(v.denominator == 1 and 1 <= v <= 49 for v in values)
@@ -59,7 +59,7 @@ def test_every_reference_step_of_the_embedded_task_computes_the_answer():
 
 
 def test_the_embedded_task_is_the_same_on_every_machine():
-    """A changed generator changes every recorded number: then results/ must be made again."""
+    """If the generator changes, every recorded number changes. Then repeat the runs of results/."""
     first = common.load_problems("arithmetic", "train")[0]
     assert first.question == (
         "There are 10 keys in the room of Noah. Noah uses half of the keys. "
@@ -71,7 +71,7 @@ def test_the_embedded_task_is_the_same_on_every_machine():
 TEST_ANSWERS = [2, 29, 19, 4, 27, 14, 10, 3, 7, 33]
 
 
-def test_a_misconception_changes_the_steps_and_nothing_else():
+def test_a_misconception_changes_only_the_steps():
     plan = [("start", 14), ("gain", 6), ("unused", 3), ("half", 2), ("fewer", 4), ("total", 0)]
     assert arithmetic.solve_story(plan) == [("14+6", 20), ("20/2", 10), ("10-4", 6), ("6+10", 16)]
     wrong = arithmetic.OPERATIONS | {"fewer": "+", "unused": "+", "half": "-", "total": None}
@@ -85,7 +85,7 @@ def test_a_misconception_changes_the_steps_and_nothing_else():
     assert arithmetic.solve_story([("start", 5), ("loss", 5)]) is None
 
 
-def test_the_tokenizer_gives_every_text_back(tiny):
+def test_the_tokenizer_returns_every_text_unchanged(tiny):
     rng = random.Random(0)
     texts = [arithmetic.tell_story(rng, 4)[0] for _ in range(20)] + [
         "caf\u00e9  \t\u4e94\U0001f600\n\n x#### $1,234.50",
@@ -97,7 +97,7 @@ def test_the_tokenizer_gives_every_text_back(tiny):
     assert len(tiny.tokenizer(" Ann has 14 apples.\n").input_ids) == 8
 
 
-def test_the_two_worked_examples_end_in_the_answer_line_that_they_teach():
+def test_the_few_shot_examples_end_with_an_answer_line():
     first, second = common.FEW_SHOT.removesuffix("\n\n").split("\n\n")
     assert [common.extract_answer(text.partition("Answer:\n")[2]) for text in (first, second)] == [
         19,
@@ -113,7 +113,7 @@ def write_lines(path, rows):
     return str(path)
 
 
-def test_local_files_and_folders(tmp_path):
+def test_problems_load_from_local_files_and_folders(tmp_path):
     rows = [
         {"question": f"q{i}", "answer": f"1+{i}=<<1+{i}={1 + i}>>{1 + i}\n#### {1 + i}"}
         for i in range(20)
@@ -145,10 +145,10 @@ def test_local_files_and_folders(tmp_path):
     assert common.load_problems(str(svamp), "train", 1)[0].answer == 2
 
 
-def test_splits_follow_the_order_of_the_file_and_a_limit_takes_their_first(tmp_path):
-    """A limit comes after the split: dev and test stay what they are.
+def test_splits_follow_the_order_of_the_file_and_a_limit_takes_the_first_problems(tmp_path):
+    """The limit is applied after the split. So it does not change dev and test.
 
-    Of a folder with both kinds of files .jsonl wins.
+    If a folder has both kinds of files, the .jsonl files are read.
     """
     rows = [{"question": f"q{i}", "answer": str(i)} for i in range(40)]
     for dataset in (write_lines(tmp_path / "one.jsonl", rows), "arithmetic"):
@@ -167,11 +167,10 @@ def test_splits_follow_the_order_of_the_file_and_a_limit_takes_their_first(tmp_p
     assert len(common.load_problems(str(tmp_path), "test")) == 7
 
 
-def test_a_question_that_is_trained_on_and_measured_is_told_once(tmp_path, capsys):
-    """A file of one's own may hold a question twice, and dev is for model selection."""
-    rows = [
-        {"question": f"q{i % 36}", "answer": str(i)} for i in range(40)
-    ]  # q0 to q3, the test split, are asked before
+def test_a_question_in_train_and_in_another_split_gives_one_warning(tmp_path, capsys):
+    """A local file may have a question twice, and dev selects the model."""
+    # q0 to q3, the questions of the test split, are also training questions.
+    rows = [{"question": f"q{i % 36}", "answer": str(i)} for i in range(40)]
     file = write_lines(tmp_path / "one.jsonl", rows)
     for split in (*SPLITS, *SPLITS):
         common.load_problems(file, split)
@@ -191,7 +190,7 @@ def test_a_question_that_is_trained_on_and_measured_is_told_once(tmp_path, capsy
 @pytest.mark.parametrize(
     "end, joined", [("", "."), (".", "."), ("?", "?"), (",", ","), (" . ", " .")]
 )
-def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined, tmp_path):
+def test_the_two_parts_of_an_svamp_question_are_joined_by_one_mark(end, joined, tmp_path):
     file = tmp_path / "SVAMP.json"
     file.write_text(
         json.dumps([{"Body": f"Two pens{end}", "Question": " How many? ", "Answer": 2.0}] * 3)
@@ -231,7 +230,7 @@ def test_the_two_parts_of_a_question_of_svamp_are_joined_by_one_mark(end, joined
         ('{"question": "a", "Question": "b", "answer": "1"}', "differ only in upper case"),
     ],
 )  # fmt: skip
-def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
+def test_the_error_names_a_malformed_file_and_its_line(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(runtime.UserError, match="bad.jsonl") as error:
@@ -241,7 +240,7 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, content, message):
 
 @pytest.mark.parametrize("names", [("body", "question", "answer"), ("Body", "Question", "Answer"),
                                    ("BODY", "question", "Answer")])  # fmt: skip
-def test_a_story_belongs_to_its_question_whatever_the_case_of_its_name(names, tmp_path):
+def test_a_story_is_part_of_its_question_in_upper_and_lower_case(names, tmp_path):
     story, asked = "A farmer has 12 sheep and buys 5 more.", "How many sheep does the farmer have?"
     row = dict(zip(names, (story, asked, "17 (sheep)"), strict=True))
     file = write_lines(tmp_path / "p.jsonl", [row])
@@ -249,8 +248,8 @@ def test_a_story_belongs_to_its_question_whatever_the_case_of_its_name(names, tm
     assert problem.question == f"{story} {asked}" and problem.answer == 17
 
 
-def test_fields_that_are_no_part_of_a_question_are_ignored(tmp_path):
-    """SVAMP and GSM-Hard have some of these. A single word is no story."""
+def test_fields_that_are_not_part_of_a_question_are_ignored(tmp_path):
+    """SVAMP and GSM-Hard have some of these fields. A single word is no story."""
     more = {"ID": "chal-1", "Type": "Common Division", "Equation": "( 8.0 / 2.0 )", "level": "easy"}
     more |= {"question_concat": "Eight pens. How many?", "code": "def solution(): return 4", "n": 3}
     more |= {"context": "", "passage": None}
@@ -265,21 +264,21 @@ def test_fields_that_are_no_part_of_a_question_are_ignored(tmp_path):
     [("0.00001", "1/100000"), ("1e16", 10**16), ("1.5e3", 1500), ("-2.50", "-5/2"),
      ("1e-05", "1/100000"), ("12345678901234567890", 12345678901234567890), ("2E0", 2)],
 )  # fmt: skip
-def test_a_json_number_is_the_number_that_is_written(written, value, name, tmp_path):
+def test_a_json_number_is_read_exactly(written, value, name, tmp_path):
     row = f'{{"question": "a", "answer": {written}}}'
     (tmp_path / name).write_text(row if name == "p.jsonl" else f"[{row}]")
     (problem,) = common.load_problems(str(tmp_path / name), "all")
     assert problem.answer == Fraction(value)
 
 
-def test_lines_in_a_json_file_are_read_as_the_datasets_library_writes_them(tmp_path):
+def test_a_json_file_of_the_datasets_library_is_read_line_by_line(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(20)]
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(rows).to_json(tmp_path / "train.json")
     assert [int(p.answer) for p in common.load_problems(str(tmp_path), "train")] == [*range(18)]
 
 
-def test_an_answer_that_nothing_can_match_is_told_once(tmp_path, capsys):
+def test_an_answer_that_no_sample_can_match_gives_one_warning(tmp_path, capsys):
     rows = ['{"question": "a", "answer": 0.3}', '{"question": "b", "answer": 0.30000000000000004}']
     (tmp_path / "p.jsonl").write_text("\n".join([*rows, rows[1]]))
     for split in ("all", "all", "train"):
@@ -300,13 +299,13 @@ def test_half_a_character_does_not_reach_the_tokenizer(tiny, tmp_path):
     "content, message",
     [("5", "not a list"), ("null", "not a list"), ('{"a": []}', "line 1: needs")],
 )
-def test_a_json_file_that_is_no_list_is_an_error(tmp_path, content, message):
+def test_a_json_file_without_a_list_is_refused(tmp_path, content, message):
     (tmp_path / "SVAMP.json").write_text(content)
     with pytest.raises(runtime.UserError, match=message):
         common.load_problems(str(tmp_path / "SVAMP.json"), "train")
 
 
-def test_a_question_that_tokenizers_cannot_take_is_made_harmless(tmp_path, tiny):
+def test_a_question_with_half_a_character_can_be_tokenized(tmp_path, tiny):
     rows = [{"question": "half a pair \ud800", "answer": "1"}] * 3
     (tmp_path / "p.jsonl").write_bytes(
         b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -315,8 +314,8 @@ def test_a_question_that_tokenizers_cannot_take_is_made_harmless(tmp_path, tiny)
     assert len(common.generate(tiny, problems[:1], max_new_tokens=2)) == 1
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
-    """Against enumeration of all subsets, for every n up to 7."""
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_correct_sample():
+    """Compare with an enumeration of all subsets, for every n up to 7."""
     for n in range(1, 8):
         for correct in range(n + 1):
             for k in range(1, n + 1):
@@ -327,7 +326,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
     assert common.pass_at_k(96, 1, 96) == 1.0 and 0 < common.pass_at_k(10**6, 1, 1) < 2e-6
 
 
-def test_majority_vote_counts_equal_numbers_together_and_breaks_ties_by_order():
+def test_majority_vote_counts_equal_numbers_together_and_the_first_answer_wins_ties():
     a, b = Fraction(18), Fraction(7)
     assert common.vote([b, a, None, a]) == a
     assert common.vote([b, a, a, b]) == b
@@ -343,7 +342,7 @@ def make_sample(problem, number, text, finished=True):
     return common.Sample(problem, number, text, finished)
 
 
-def test_metrics_of_hand_made_samples():
+def test_metrics_of_known_samples_equal_a_calculation_by_hand():
     p, q = common.Problem("p", "?", Fraction(4)), common.Problem("q", "?", Fraction(9))
     right, other, wrong = "2+2=<<2+2=4>>4\n#### 4", "2*2=<<2*2=4>>4\n#### 4.0", "#### 5"
     samples = [make_sample(p, i, t) for i, t in enumerate([right, wrong, other, right])]
@@ -359,8 +358,8 @@ def test_metrics_of_hand_made_samples():
     assert values["distinct@4"] == [2, 1] and values["no_answer"] == [0, 0.5]
 
 
-def test_the_interval_of_a_paired_difference_by_hand():
-    """10 problems better, 4 worse, 86 the same.
+def test_the_interval_of_a_paired_difference_equals_a_calculation_by_hand():
+    """10 problems are better, 4 are worse, and 86 are the same.
 
     Agresti and Min add half a problem to each of the four cases:
     6/102 +- 1.96 sqrt(15 - 36/102) / 102.
@@ -376,16 +375,14 @@ def test_the_interval_of_a_paired_difference_by_hand():
     )
 
 
-def test_confidence_intervals_hold_the_truth_95_percent_of_the_time():
-    """With 2,000 repetitions the share lies within 0.95 +- 0.02 with probability 0.9999."""
+def test_confidence_intervals_contain_the_truth_95_percent_of_the_time():
+    """With 2,000 repetitions the fraction is within 0.95 +- 0.02 with probability 0.9999."""
     rng = np.random.default_rng(0)
     for draw, truth in ((lambda: rng.random(200) < 0.9, 0.9), (lambda: rng.beta(2, 3, 200), 0.4)):
         intervals = [evaluate.confidence_interval([float(v) for v in draw()]) for _ in range(2000)]
         assert 0.93 < np.mean([low <= truth <= high for low, high in intervals]) < 0.975
-    for n, hard in (
-        (256, 0.03),
-        (1000, 0.01),
-    ):  # pass@8 of 16 samples where nearly every problem is easy
+    # pass@8 of 16 samples, where nearly every problem is easy.
+    for n, hard in ((256, 0.03), (1000, 0.01)):
         truth, held = hard * (1 - (1 - 0.1) ** 8) + 1 - hard, []
         for _ in range(1000):
             right = rng.binomial(16, np.where(rng.random(n) < hard, 0.1, 1.0))
@@ -432,8 +429,11 @@ def test_deduplication_keeps_correct_finished_and_distinct_samples():
     assert len(run_on) == 1 and kept["p"][("1+3",)] == "1+3=<<1+3=4>>4\n#### 4"
 
 
-def test_in_expert_iteration_a_solution_counts_as_often_as_it_is_sampled():
-    """Over two rounds, beside a written solution, and still only what is right and was not cut."""
+def test_without_deduplication_a_solution_counts_as_often_as_it_is_sampled():
+    """This holds over two rounds and next to a written solution.
+
+    Incorrect and truncated samples are never kept.
+    """
     p = common.Problem("p", "?", Fraction(4))
     right, other = "2+2=<<2+2=4>>4\n#### 4", "2*2=<<2*2=4>>4\n#### 4"
     kept = {"p": {("2+2",): right}}

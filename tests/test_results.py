@@ -1,4 +1,4 @@
-"""Every table and every interval of the pages is what the records give."""
+"""Every table and every interval of the pages equals the records."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def run_script(script: str, *args, **how) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, str]:
-    """What the scripts of results/ print."""
+    """Return the output of the scripts of results/."""
     return {name: run_script(*script, check=True).stdout for name, script in SCRIPTS.items()}
 
 
@@ -40,7 +40,7 @@ def printed() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["tables", "table"])
-def test_tables_are_those_of_the_records(printed, name):
+def test_the_tables_of_the_pages_equal_the_records(printed, name):
     rows = [line for line in printed[name].splitlines() if line.startswith("| ")]
     assert len(rows) > 10
     written = set(ALL_PAGES.splitlines())
@@ -48,7 +48,7 @@ def test_tables_are_those_of_the_records(printed, name):
     assert not missing, "\n".join(["rows that no page has:", *missing])
 
 
-def test_table_of_the_generative_reward_model_is_that_of_the_records(printed):
+def test_the_table_of_the_generative_reward_model_equals_the_records(printed):
     rows = [
         line for line in printed["genrm"].splitlines() if re.match(r"\| (verifier|GenRM)", line)
     ]
@@ -58,10 +58,10 @@ def test_table_of_the_generative_reward_model_is_that_of_the_records(printed):
 
 
 def intervals(text: str) -> set[tuple[float, float, int]]:
-    """The bounds of intervals and how many digits follow the point.
+    """Return the bounds of intervals and the number of digits after the point.
 
-    They are written "(+0.012 to +0.034" or "-0.012 to +0.034", which without a bracket needs its
-    sign.
+    Intervals are written "(+0.012 to +0.034" or "-0.012 to +0.034". Without a bracket the first
+    number needs its sign.
     """
     found = re.findall(rf"\(({NUMBER}) to ({NUMBER})", text)
     found += re.findall(rf"([-+]\d+\.\d+) to ({NUMBER})", text)
@@ -73,10 +73,10 @@ def test_the_pages_have_intervals():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_intervals_are_those_of_the_records(printed, page):
-    """With one digit an interval is in points (times 100).
+def test_the_intervals_of_a_page_equal_the_records(printed, page):
+    """An interval with one digit is in points (times 100).
 
-    It may be the other way round: "8.8 points below (5.4 to 12.2)".
+    It may be negated: "8.8 points below (5.4 to 12.2)".
     """
     given = {(low, high) for text in printed.values() for low, high, _ in intervals(text)}
     given |= {(-high, -low) for low, high in given}
@@ -89,7 +89,7 @@ def test_intervals_are_those_of_the_records(printed, page):
     assert not unknown, f"intervals that no record gives: {unknown}"
 
 
-def test_differences_by_seed_are_those_of_the_records(printed):
+def test_differences_by_seed_equal_the_records(printed):
     def by_seed(text: str) -> list[str]:
         return re.findall(r"by seed ([-+.,\d ]+\d)", text)
 
@@ -106,7 +106,7 @@ def test_differences_by_seed_are_those_of_the_records(printed):
 
 
 @pytest.mark.parametrize("method", ["sft_1e-3", "ei"])
-def test_the_earlier_round_on_gsm8k_is_what_its_evaluations_printed(method):
+def test_the_earlier_round_on_gsm8k_equals_its_recorded_evaluations(method):
     found = [record for record in read("gsm8k_smollm2_h200") if record["name"] == method]
     value = f"{found[0]['evaluation']['test']['maj@1']['value']:.3f}"
     lines = [line for line in ALL_PAGES.splitlines() if "gsm8k_smollm2_h200" in line]
@@ -136,7 +136,8 @@ def test_records_are_well_formed(experiment):
 
 def test_every_experiment_has_its_command():
     commands = {path.stem for path in RESULTS.glob("commands/*.sh")}
-    assert FILES.keys() - commands == {"defaults"}  # its commands are in README.md
+    # The commands of "defaults" are in README.md.
+    assert FILES.keys() - commands == {"defaults"}
 
 
 def make_run(folder, rows: list[dict]):
@@ -146,7 +147,7 @@ def make_run(folder, rows: list[dict]):
     return folder
 
 
-def test_a_run_is_added_to_the_records_and_replaced(tmp_path):
+def test_a_run_is_added_to_the_records_or_replaced_there(tmp_path):
     run, file = make_run(tmp_path / "run", [{"step": 1, "seconds": 2.0}]), tmp_path / "new/x.jsonl"
     (run / "test.json").write_text('{"maj@1": {"value": 0.5}}')
     (run / "test.args.json").write_text('{"split": "test"}')
@@ -155,7 +156,7 @@ def test_a_run_is_added_to_the_records_and_replaced(tmp_path):
     (run / "test.json").write_text('{"maj@1": {"value": 0.75}}')
     run_script("record.py", run, file, "ei", 10, "--work", "elsewhere", check=True)
     lines = file.read_text().splitlines()
-    # results/commands/steps.sh looks for a line that begins like this.
+    # results/commands/steps.sh searches for a line with this start.
     assert [line.split('"args"')[0] for line in lines] == [
         '{"name": "ei", "seed": 2, ',
         '{"name": "ei", "seed": 10, ',
@@ -172,7 +173,7 @@ def test_a_run_is_added_to_the_records_and_replaced(tmp_path):
 # ---- The figures ---------------------------------------------------------------------------------
 
 
-def test_curves_of_a_run_are_drawn(tmp_path):
+def test_plot_draws_the_curves_of_a_run(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the figures; it is not installed")
     rows = [
         {"step": 0, "samples": 0, "maj@1": 0.5},
@@ -193,7 +194,7 @@ def test_curves_of_a_run_are_drawn(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_without_matplotlib_plot_says_how_to_get_it(tmp_path):
+def test_without_matplotlib_the_error_names_the_install_command(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     done = run_script("plot.py", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode and "pip install matplotlib" in done.stderr

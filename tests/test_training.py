@@ -1,4 +1,4 @@
-"""Log-probabilities, batches and the training step."""
+"""Check log-probabilities, batches and the training step."""
 
 import copy
 import importlib
@@ -34,7 +34,7 @@ EXAMPLES = [
 
 
 def naive_logprobs(policy, example, temperature):
-    """One sequence at a time, the whole softmax, no padding, no chunks."""
+    """Compute one sequence with the whole softmax, without padding and without chunks."""
     prompt, response = example
     logits = (
         policy.model(torch.tensor([prompt + response], device=policy.device)).logits[0].float()
@@ -58,8 +58,8 @@ def test_a_padded_batch_has_the_logprobs_of_each_sequence_alone(
 
 
 @pytest.mark.parametrize("at_once", [0, 1 << 24])
-def test_gradients_are_those_of_the_plain_computation(at_once, tmp_path_factory, monkeypatch):
-    """Large logits are recomputed in the backward pass. The gradient must not notice."""
+def test_gradients_equal_the_plain_computation(at_once, tmp_path_factory, monkeypatch):
+    """Large logits are recomputed in the backward pass. The gradient must stay the same."""
     monkeypatch.setattr(common, "LOGITS_AT_ONCE", at_once)
     policy = random_policy("llama", tmp_path_factory)
     policy.model.zero_grad()
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_plain_computation(at_once, tmp_path_factory,
 
 @pytest.mark.parametrize("budget", [1, 12, 20, 10_000])
 def test_the_step_does_not_depend_on_the_micro_batches(nano, budget):
-    """Trap: a mean of means weighs the tokens of short micro-batches more."""
+    """Trap: a mean of means gives the tokens of short micro-batches more weight."""
     reference = common.Policy(nano, device="cpu")
     loss = -torch.cat([naive_logprobs(reference, example, 1.0) for example in EXAMPLES]).mean()
     loss.backward()
@@ -88,7 +88,7 @@ def test_the_step_does_not_depend_on_the_micro_batches(nano, budget):
         torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-4)
 
 
-def test_micro_batches_hold_every_sequence_once_within_the_budget():
+def test_micro_batches_have_every_sequence_once_within_the_budget():
     rng = np.random.default_rng(0)
     for _ in range(50):
         lengths = rng.integers(1, 100, size=rng.integers(1, 60)).tolist()
@@ -116,7 +116,7 @@ def test_the_end_of_text_token_is_trained_on_even_if_it_is_the_pad_token(nano):
 
 
 def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(nano):
-    """Trap: the solution would stand after the end of the text."""
+    """Trap: the solution would come after the end of the text."""
     policy = common.Policy(nano, device="cpu")
     plain, eos = policy.encode_prompt("Question: a"), policy.tokenizer.eos_token_id
     policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -139,7 +139,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(nano):
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
-STEPS = {  # script: one optimizer step on EXAMPLES
+# Script -> one optimizer step on EXAMPLES.
+STEPS = {
     sft: lambda model, optimizer: sft.train_step(model, optimizer, EXAMPLES, 20),
     expert_iteration: lambda *both: expert_iteration.train_step(*both, EXAMPLES, 20),
     rcrl: lambda *both: rcrl.train_step(
@@ -152,8 +153,8 @@ STEPS = {  # script: one optimizer step on EXAMPLES
 
 
 @pytest.mark.parametrize("script", STEPS, ids=lambda script: script.__name__)
-def test_a_gradient_that_is_not_finite_stops_even_if_the_loss_is(script, nano):
-    """As of a square root at 0: the weights, and the next checkpoint, would be lost."""
+def test_a_gradient_that_is_not_finite_stops_the_run_even_if_the_loss_is_finite(script, nano):
+    """The gradient of a square root at 0 is an example. It would destroy the weights."""
     if script is reward_model:
         policy = reward_model.RewardModel(nano, "cpu", new=True)
     else:
@@ -174,10 +175,10 @@ def test_a_gradient_that_is_not_finite_stops_even_if_the_loss_is(script, nano):
     assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_many_response_tokens_are_computed_in_parts(nano, monkeypatch):
-    """No more than 2,048 rows of logits at a time, forward and backward. The values stay.
+def test_large_logits_are_computed_in_parts(nano, monkeypatch):
+    """At most 2,048 rows of logits are computed at a time, forward and backward.
 
-    Logits that are not large are made at once, and once.
+    The values do not change. Smaller logits are computed at once, and only once.
     """
     policy, rng = common.Policy(nano, device="cpu"), np.random.default_rng(0)
     examples = [
@@ -198,7 +199,7 @@ def test_many_response_tokens_are_computed_in_parts(nano, monkeypatch):
     weights = list(policy.model.parameters())
     gradients = torch.autograd.grad(logprobs.mean(), weights)
     assert sizes == [2048, 2048, 404] + sizes[3:] and sorted(sizes[3:]) == [404, 2048, 2048], (
-        "made again in backward"
+        "computed again in the backward pass"
     )
     for got, wanted in zip(gradients, torch.autograd.grad(expected.mean(), weights), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-3)
@@ -220,7 +221,7 @@ def test_the_cross_entropy_is_minus_the_mean_log_probability(tiny):
 
 
 class Pickled:
-    """Whoever unpickles it writes a file."""
+    """Write a file when it is unpickled."""
 
     def __init__(self, file):
         self.file = file
@@ -229,8 +230,8 @@ class Pickled:
         return self.file.touch, ()
 
 
-def test_nothing_is_unpickled(nano, cli, tmp_path):  # noqa: F811
-    """Neither weights of a hub model nor a checkpoint: a pickle is a program."""
+def test_weights_and_checkpoints_are_never_unpickled(nano, cli, tmp_path):  # noqa: F811
+    """A pickle is a program. So weights of a hub model and checkpoints are loaded without it."""
     done, folder, run = tmp_path / "done", tmp_path / "model", tmp_path / "run"
     shutil.copytree(nano, folder)
     (folder / "model.safetensors").unlink()
@@ -250,8 +251,8 @@ def test_nothing_is_unpickled(nano, cli, tmp_path):  # noqa: F811
     assert code == 2 and "not a checkpoint of this program" in message and not done.exists()
 
 
-def test_a_model_that_the_gpu_cannot_train_is_refused_before_it_samples(monkeypatch):
-    """A million weights need 12 MB beside them; a GPU made up, because the rule is arithmetic."""
+def test_a_model_that_does_not_fit_the_gpu_in_training_is_refused_before_sampling(monkeypatch):
+    """A million weights need 12 MB more in training. The GPU is a fake."""
     weight = SimpleNamespace(
         device=torch.device("cuda", 0), requires_grad=True, numel=lambda: 10**6
     )
@@ -276,10 +277,10 @@ FULL = [
 
 
 @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
-def test_a_full_memory_is_one_line_that_names_the_token_budget(
+def test_out_of_memory_in_training_gives_one_line_that_names_the_token_budget(
     error, cli, nano, tmp_path, monkeypatch
 ):  # noqa: F811
-    """Training does not try again. What is no lack of memory stays an error with its traceback."""
+    """Training does not try again. Other errors keep their traceback."""
     logprobs, calls = common.response_logprobs, []
 
     def full(*args):
@@ -298,8 +299,8 @@ def test_a_full_memory_is_one_line_that_names_the_token_budget(
         cli(sft, *argv[:-1], tmp_path / "other")
 
 
-def test_weights_are_float32_whatever_the_checkpoint_holds(nano, tmp_path):
-    """Trap: at a learning rate of 1e-6 the update of a bfloat16 weight rounds to nothing."""
+def test_weights_are_float32_also_from_a_bfloat16_checkpoint(nano, tmp_path):
+    """Trap: at a learning rate of 1e-6 the update of a bfloat16 weight rounds to zero."""
     model = transformers.AutoModelForCausalLM.from_pretrained(nano).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     common.Policy(nano).tokenizer.save_pretrained(tmp_path)
@@ -362,10 +363,10 @@ def test_a_head_that_is_not_linear_is_refused(nano, monkeypatch):
         ("NanoChat", "final_logit_softcapping"),
     ],
 )
-def test_scaled_and_capped_logits_are_the_models_own(family, setting, tmp_path):
-    """Granite divides its logits, Cohere multiplies them, Gemma 2 and nanochat bound them.
+def test_logits_are_scaled_and_capped_as_in_the_model(family, setting, tmp_path):
+    """Granite divides its logits and Cohere multiplies them. Gemma 2 and nanochat bound them.
 
-    Without that the policy would train and sample at another temperature than the saved model.
+    Otherwise the policy would train and sample at another temperature than the saved model.
     """
     config = getattr(transformers, f"{family}Config")
     write_model(
@@ -403,8 +404,8 @@ def test_the_cosine_schedule_warms_up_and_ends_at_a_hundredth():
     assert common.cosine_lr(0, 1, 1.0) == 1.0
 
 
-def test_saved_folder_is_an_ordinary_model_that_says_the_same(tiny, tmp_path):
-    """Plain Auto classes, plain tokenizer call, plain generate."""
+def test_a_saved_folder_is_an_ordinary_model_with_the_same_greedy_samples(tiny, tmp_path):
+    """It loads with the Auto classes, and generates with plain tokenizer and generate calls."""
     tiny.save(tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -416,14 +417,15 @@ def test_saved_folder_is_an_ordinary_model_that_says_the_same(tiny, tmp_path):
         out = model.generate(**ids, do_sample=False, max_new_tokens=128)
         text = tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
         assert text == sample.text and sample.finished
-    tiny.save(tmp_path / "model")  # replacing a folder works as well
+    # A folder can be replaced as well.
+    tiny.save(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").exists() and len(
         list(tmp_path.iterdir())
     ) == 1
 
 
 def test_a_fingerprint_changes_with_any_weight(tmp_path):
-    """Adapters leave the embeddings, the first megabytes of most files, as they are."""
+    """Adapters do not change the embeddings, the first megabytes of most files."""
     model = tmp_path / "model"
     shutil.copytree(runtime.model_folder("tiny"), model)
     before, file = runtime.fingerprint(str(model)), model / "model.safetensors"
@@ -437,10 +439,10 @@ def test_a_fingerprint_changes_with_any_weight(tmp_path):
 
 
 @pytest.mark.parametrize("name, fused", [("llama", 7), ("qwen3", 13), ("gemma3", 0), ("gpt2", 0)])
-def test_fused_norms_are_the_models_own(name, fused, tmp_path_factory):
-    """Norms that multiply by 1 + weight are another thing.
+def test_fused_norms_equal_the_norms_of_the_model(name, fused, tmp_path_factory):
+    """Norms that multiply by 1 + weight are not fused.
 
-    A copy of the model, as PPO's reference, has its own weights.
+    A copy of the model, for example the reference of PPO, has its own weights.
     """
     model = copy.deepcopy(random_policy(name, tmp_path_factory).model)
     with torch.no_grad():
@@ -469,10 +471,10 @@ def test_fused_norms_are_the_models_own(name, fused, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["llama.LlamaRMSNorm", "olmo2.Olmo2RMSNorm"])
-def test_a_fused_norm_returns_what_the_models_own_returns(kind):
-    """One promotes a bfloat16 input to the precision of its weight, the other does not.
+def test_a_fused_norm_returns_the_values_and_the_type_of_the_norm_of_the_model(kind):
+    """One norm promotes a bfloat16 input to the precision of its weight. The other does not.
 
-    The mean is taken in float32.
+    The mean is computed in float32.
     """
     module, name = kind.split(".")
     norm = getattr(
@@ -488,8 +490,8 @@ def test_a_fused_norm_returns_what_the_models_own_returns(kind):
         torch.testing.assert_close(fused, own, atol=0.01, rtol=0.01)
 
 
-def test_norms_of_another_kind_are_left_alone():
-    # As one of FalconMamba, which is called on other widths.
+def test_other_kinds_of_norms_are_not_fused():
+    # FalconMamba has a norm without weights that is called on other widths.
     class WeightlessRMSNorm(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -521,7 +523,7 @@ def test_norms_of_another_kind_are_left_alone():
         assert "forward" not in norm.__dict__
 
 
-def test_no_weight_decays():
+def test_there_is_no_weight_decay():
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.zeros(3)
     common.adam_w([weight], 0.1).step()
