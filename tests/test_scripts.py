@@ -160,7 +160,7 @@ def test_sft_expert_iteration_and_evaluation_work_end_to_end(cli, tmp_path):
 
 
 def test_only_sft_data_adds_written_solutions_to_expert_iteration(cli, tmp_path):
-    argv = [*EI, "--rounds", "1", "--epochs", "1", "--pass-k", "0"]
+    argv = [*EI, *"--rounds 1 --epochs 1 --pass-k 0 --limit-train 24 --limit-eval 2".split()]
     sizes = {}
     for name, flags in {
         "base": [],
@@ -419,7 +419,8 @@ def test_expert_iteration_resumes_in_the_round_in_which_it_was_stopped(
 
     The solutions that round 1 accepted are read back.
     """
-    flags = f"--limit-train 24 --pass-k 0 --epochs 2 --batch-size 1000 --rounds 2 {more}"
+    flags = "--limit-train 24 --limit-eval 4 --pass-k 0 --epochs 2 --batch-size 1000 --rounds 2"
+    flags = f"{flags} {more}"
     argv = [*EI, *flags.split()]
     assert cli(expert_iteration, *argv, "--out", tmp_path / "whole")[0] == 0
     broken = [*argv, "--checkpoint-every", "0", "--out", tmp_path / "broken"]
