@@ -614,6 +614,9 @@ def run_main(main: Callable) -> None:
     try:
         start_processes()
         main(sys.argv[1:])
+    except ModuleNotFoundError as error:  # a fork without reward_model.py or rcrl.py
+        print(f"error: {error}; copy it next to the script", file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, (UserError, OSError)):
             if not is_out_of_memory(error):

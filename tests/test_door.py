@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -365,3 +366,11 @@ def test_ctrl_c_saves_even_if_nobody_reads_the_output(script, state, tmp_path):
     assert (out / "args.json").exists() and not list(out.rglob("*.part"))
     if state:
         assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["run"]["lines"] > 0
+
+
+def test_a_fork_without_the_reward_model_says_what_to_copy(cli, nano, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "reward_model", None)
+    argv = [*SHORT, "--model", nano, "--reward", "orm", "--orm", nano, "--out", tmp_path / "run"]
+    code, message = cli(ppo, *argv)
+    assert code == 2 and "reward_model" in message and "copy it next to the script" in message
+    assert message.count("\n") == 1 and not (tmp_path / "run").exists()

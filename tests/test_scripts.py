@@ -360,9 +360,11 @@ def test_no_script_trains_or_chooses_on_the_test_split(script, cli, tmp_path, mo
     assert set(asked) == {"train", "dev"}
 
 
-@pytest.mark.parametrize("flags, expected", [([], 1024), (["--token-budget", "300"], 300)])
 @pytest.mark.parametrize(
-    "script", [sft, expert_iteration, ppo, reward_model, rcrl], ids=lambda m: m.__name__
+    "script, flags, expected",
+    [(script, [], 1024) for script in (sft, expert_iteration, ppo, reward_model, rcrl)]
+    + [(sft, ["--token-budget", "300"], 300)],
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_micro_batches_are_small_on_a_cpu_unless_a_flag_sets_their_size(
     script, flags, expected, cli, tmp_path, monkeypatch
