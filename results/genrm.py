@@ -8,7 +8,8 @@ REWARDS = {
     "GenRM next to the gold solution": "genrm/gold",
     "GenRM next to the best of 16": "genrm/best",
     "half checked, a quarter each GenRM": "genrm/hybrid",
-    "the same, verifiable questions first": "genrm/hybrid_first",
+    "the same, others join in two steps": "genrm/hybrid_two_steps",
+    "the same, `verifiable_first`": "genrm/hybrid_first",
 }
 
 

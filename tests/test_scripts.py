@@ -850,7 +850,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, cli, tmp_p
         + [signal.SIGINT] * (wanted > 1)
         + [signal.SIGKILL, signal.SIGINT] * MORE_KILLS
     )
-    done = 0
+    done = []
     for how in todo:
         process = start(script, broken)
         # evaluate.py changes its folder seven times. The loop may miss some of these changes.
@@ -858,10 +858,12 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, cli, tmp_p
         if not stop_after_changes(process, broken, changes, how, rng.random() * 0.1):
             # The run ended before the signal. The assertion below limits this case.
             break
-        done += 1
+        done.append(how)
         if how == signal.SIGINT:
             assert process.exitcode == 130 and "--resume" in (tmp_path / "output.txt").read_text()
-    assert MORE_KILLS or done == len(todo), f"ended after {done} of {len(todo)} signals"
+    assert MORE_KILLS or done == todo, f"ended after {len(done)} of {len(todo)} signals"
+    if MORE_KILLS:
+        print(f"{script}: {done.count(signal.SIGKILL)} kills, {done.count(signal.SIGINT)} Ctrl-Cs")
     assert cli(module, *resumed(script, broken))[0] == 0
     if script == "evaluate":
         reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, broken)]
