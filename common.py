@@ -135,10 +135,9 @@ def _read_problem(name: str, where: str, row: dict) -> Problem:
     needed = '"question" and "answer" (GSM8K) or "Body", "Question" and "Answer" (SVAMP)'
     require(fits and isinstance(answer, str | int), f"{where}: needs {needed}")
     for key, value in fields.items():
-        is_text = isinstance(value, list | dict) or len(str(value).split()) > 1
+        is_text = isinstance(value, list | dict) or " " in str(value) or len(str(value)) > 15
         known = key in (*keys, "answer", *IGNORED) or not (value and is_text)
-        advice = "join it with the question, or remove it"
-        require(known, f'{where}: the field "{key}" may belong to the question; {advice}')
+        require(known, f'{where}: the field "{key}" may belong to the question; join or remove it')
     # A lone half of a surrogate pair breaks tokenizers.
     values = (str(value).strip() for value in (*texts, answer))
     *texts, answer = (value.encode(errors="replace").decode() for value in values)
@@ -165,12 +164,13 @@ _DECORATION = re.compile(r"(?<![0-9.,/])(?:\\[a-z]{1,16}|[$\u20ac\u00a3\u00a5*(\
 # "1 001", "2^2", "3 * 3", "18 / 2", "- / 5": it is not clear which number is meant.
 _UNCLEAR = re.compile(
     r"[0-9](?:[^0-9.,/][0-9]|[^0-9.,]/|[ {]*[*^+x\u00d7][ {]*[0-9])"
-    r"|(?<![0-9])/[^a-zA-Z]?[0-9]|frac[0-9]|sqrt"
+    r"|(?<![0-9])/[^a-zA-Z]?[0-9]|frac[0-9]|sqrt|(?i:minus|negative) ?[0-9]"
+    r"|[$\u20ac\u00a3\u00a5] ?[0-9.,]+ ?[mb]\b|[0-9] and (?:a|one|two|three)\b"
 )
 # "1.5 million" and "5k" are not 1.5 and 5.
 _MULTIPLIER = re.compile(
-    r"[ *)}-]*(?i:hundred|thousand|million|billion|trillion|dozen|lakh|crore)"
-    r"|(?:[kKMB]|[bm]n|mil)\b"
+    r"[ *)}-]*(?i:hundred|thousand|million|billion|trillion|dozen|gross|lakh|lacs?|crore)"
+    r"| ?(?:[kKMB]|(?i:bn|mn|mln|mil|mio))\b"
 )
 _fraction = functools.lru_cache(1024)(Fraction)
 _PLAIN = str.maketrans("x\u00d7\u00f7\u2212", "**/-", " $,")
@@ -861,7 +861,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], *sums: float) -> lis
 
 def require_finite(*values: float) -> None:
     """Raise UserError, before the weights change, if a loss or gradient norm is not finite."""
-    message = f"loss or gradient norm is not finite {values}; try a smaller --lr"
+    message = f"loss or gradient norm is not finite {[*map(float, values)]}; try a smaller --lr"
     require(all(map(math.isfinite, values)), message)
 
 

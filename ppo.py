@@ -130,6 +130,8 @@ def parse_args(argv: list[str]):
         parser.error("--curriculum verifiable_first needs --reward genrm or hybrid")
     if args.samples == 1 and (args.advantage != "gae" or args.drop_uniform):
         parser.error("--samples 1: a sample is compared with the others of its question")
+    if args.select and not args.scores:
+        parser.error("--select needs --scores: files of evaluate.py --split train")
     if args.advantage == "mc" and args.reward != "sparse":
         parser.error("--advantage mc needs --reward sparse")
     if args.drop_uniform and (args.reward == "genrm" or args.reward == "hybrid"):
@@ -589,6 +591,8 @@ def load_models(args) -> tuple:
     has_values, detach = args.advantage == "gae", not args.no_detach_value
     critic = ValueFunction(policy, detach) if has_values else NoValues()
     lora = common.Lora(policy, lora_rank) if lora_rank else None
+    if args.advantage == "mc":
+        import rcrl  # noqa: F401 (it is missing in a fork: say so now)
     if args.orm or args.genrm:
         from reward_model import GenerativeRewardModel, RewardModel  # not part of every fork
 
@@ -632,7 +636,7 @@ def main(argv: list[str]) -> None:
         run.log(step=0, samples=0, tokens=0, phase=0, **metrics)
         progress |= {"best": metrics["maj@1"], "start": metrics["maj@1"]}
 
-    clips = args.clip_range, args.clip_high or args.clip_range
+    clips = args.clip_range, args.clip_range if args.clip_high is None else args.clip_high
     for phase in range(progress["phase"] + 1, args.phases + 1):
         # 1. Choose questions and sample solutions.
         started = time.monotonic()

@@ -89,11 +89,7 @@ class RewardModel(common.Policy):
         known = type(config) in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
         runtime.require(known, f"there is no token classifier for the family {config.model_type}")
         auto, new = transformers.AutoModelForTokenClassification, ("score.", "classifier.")
-        # Print no table of warnings about the new head.
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
         model = runtime.load_weights(auto, folder, new if self.new else (), num_labels=1)
-        transformers.logging.set_verbosity(verbosity)
         layers = model.named_children()
         self.linear = next(layer for _, layer in layers if getattr(layer, "out_features", 0) == 1)
         if self.new:

@@ -43,7 +43,9 @@ def require(condition, message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    """Return the first line of a message, or two if the first announces the second."""
+    first, *rest = str(error).strip().split("\n")
+    return f"{first} {rest[0].strip()}" if rest and first.rstrip().endswith(":") else first
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -248,7 +250,7 @@ def read_rows(path: Path) -> list[tuple[str, object]]:
                 )
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{where}: broken JSON ({error})") from None
     return rows
 
@@ -284,10 +286,22 @@ def load_weights(auto, folder: str, new: tuple = (), **how) -> torch.nn.Module:
     transformers would make it up at random. new: how the names begin that may be missing.
     """
     how |= dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-    model, found = auto.from_pretrained(folder, output_loading_info=True, **how)
+    how |= dict(ignore_mismatched_sizes=True, output_loading_info=True)
+    # transformers would print a table. The lines below say the same.
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        model, found = auto.from_pretrained(folder, **how)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    other = sorted(str(key[0]) for key in found["mismatched_keys"])
+    require(not other, f"{len(other)} weights have another shape, for example {other[:1]}")
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(new))
     n, first = len(missing), missing[:1]
     require(not n, f"the folder lacks {n} weights of the model, for example {first}")
+    unused = sorted(found["unexpected_keys"])
+    if unused and not new:
+        warn(f"{folder}: {len(unused)} weights are not used, for example {unused[:1]}")
     return model
 
 
@@ -538,6 +552,8 @@ class OneLineParser(argparse.ArgumentParser):
             values = value if isinstance(value, list) else [value]
             # Only a path begins with "~".
             values = [os.path.expanduser(v) if isinstance(v, str) else v for v in values]
+            if "" in values:
+                self.error(f"--{flag.replace('_', '-')} is empty")
             setattr(args, flag, values if isinstance(value, list) else values[0])
         name = args.device
         on_gpu = torch.cuda.is_available() if name == "auto" else name.startswith("cuda")

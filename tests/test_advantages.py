@@ -169,6 +169,7 @@ def test_questions_with_equal_outcomes_are_not_trained_on(cli, tmp_path, monkeyp
     ("--drop-uniform --samples 1", "--samples 1"),
     ("--advantage mc --reward dense", "--advantage mc needs --reward sparse"),
     ("--drop-uniform --reward genrm", "--drop-uniform needs answers"),
+    ("--select lowest", "--select needs --scores"),
     ("--advantage loo --group-std", "--group-std does nothing without --advantage group"),
     ("--mc-samples 4", "--mc-samples does nothing without --advantage mc"),
     ("--advantage loo --gae-lambda 0.9", "--gae-lambda does nothing without --advantage gae"),

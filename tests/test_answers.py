@@ -33,7 +33,8 @@ UNREAD = ["", " ", "none", "18/", "/18", "1,8", "12,34", "1234,567", "1,2345", "
           "\u00bd", "18\u0661", "nan", "inf", "9" * 65, "1\x002", "\\frac{1}{2}", "5, 6",
           "\u4e94 5", "-\u00a05", "\u20135", "\u2014 5", "-(-5)",
           "$1.5 million", "1.5 Million", "**1.5** million", "1.5-million", "5k", "5K", "$5k.", "$2M", "2bn",
-          "3 dozen", "2 hundred", "4 thousandths", "5 lakh rupees", "Rs.5 crore", "3 * 3", "3 x 3", "3 + 3", "2^{2}",
+          "5 K", "5 M", "5 bn", "$5 bn", "$5m", "\u20ac5m", "5 mln", "5 Mio", "5 lacs", "3 gross", "minus 5", "negative 5",
+          "5 and a half", "3 dozen", "2 hundred", "4 thousandths", "5 lakh rupees", "Rs.5 crore", "3 * 3", "3 x 3", "3 + 3", "2^{2}",
           "\\sqrt{16}"]  # fmt: skip
 
 

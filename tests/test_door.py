@@ -374,3 +374,18 @@ def test_a_fork_without_the_reward_model_says_what_to_copy(cli, nano, monkeypatc
     code, message = cli(ppo, *argv)
     assert code == 2 and "reward_model" in message and "copy it next to the script" in message
     assert message.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_shape_are_refused_in_one_line(cli, nano, tmp_path):  # noqa: F811
+    folder = copy_of(nano, tmp_path / "m", vocab_size=300)
+    assert "have another shape" in refused(cli, evaluate, folder, tmp_path)
+
+
+def test_weights_that_the_settings_leave_out_are_named(nano, tmp_path, capsys):
+    common.Policy(str(copy_of(nano, tmp_path / "m", num_hidden_layers=1)), "cpu")
+    assert "9 weights are not used" in capsys.readouterr().err
+
+
+def test_an_empty_path_is_refused(cli, nano, tmp_path):  # noqa: F811
+    code, message = cli(sft, *SHORT, "--model", nano, "--out", "")
+    assert code == 2 and "--out is empty" in message
