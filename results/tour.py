@@ -34,7 +34,7 @@ COLUMNS = ["reward", "penalty", "value", "advantage", "whitened"]
 def parse_args(argv: list[str]):
     description, _, commands = __doc__.partition("\n\n")
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = runtime.OneLineParser(description=description, epilog=commands, **how)
+    parser = argparse.ArgumentParser(description=description, epilog=commands, **how)
     parser.add_argument("--question", default="arithmetic4-100", help="id of the problem")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     about = "other questions, whose samples the value function learns from"
@@ -152,9 +152,9 @@ def show_labels(file: Path, problem: common.Problem) -> None:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row["problem"] == problem.id]
     runtime.require(rows, f"{file}: has no solution of {problem.id}; choose another --question")
-    for row in rows:
+    for i, row in enumerate(rows, 1):
         lines = [f"{x['q']:.3f}  {rcrl.LABELS[x['label']]:6} {x['text']}" for x in row["lines"]]
-        show(f"rcrl, a solution that is {'correct' if row['correct'] else 'incorrect'}", lines)
+        show(f"solution {i} of rcrl, {'correct' if row['correct'] else 'incorrect'}", lines)
 
 
 def main(argv: list[str]) -> None:
