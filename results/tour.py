@@ -32,10 +32,9 @@ COLUMNS = ["reward", "penalty", "value", "advantage", "whitened"]
 
 
 def parse_args(argv: list[str]):
-    description, _, commands = __doc__.partition("\n\n")
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser(description=description, epilog=commands, **how)
-    parser.add_argument("--question", default="arithmetic4-100", help="id of the problem")
+    parser = argparse.ArgumentParser(description=__doc__, **how)
+    parser.add_argument("--question", default="arithmetic4-772", help="id of the problem")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     about = "other questions, whose samples the value function learns from"
     parser.add_argument("--value-questions", type=runtime.WHOLE, default=512, help=about)
@@ -53,12 +52,6 @@ def show(title: str, lines) -> None:
 
 def outcome(sample: common.Sample) -> str:
     return "correct" if sample.passed else "incorrect" if sample.finished else "truncated"
-
-
-def first_of_each(samples: list[common.Sample]) -> list[int]:
-    """Return the index of the first sample of every outcome."""
-    found = {outcome(sample): i for i, sample in reversed(list(enumerate(samples)))}
-    return sorted(found.values())
 
 
 def show_greedy(args, settings, problem: common.Problem) -> None:
@@ -86,14 +79,11 @@ def show_kept(args, problem: common.Problem, samples: list[common.Sample]) -> No
         lucky = ", not by the reference's operations" if s.passed and not same else ""
         show(title + lucky, s.solution.splitlines())
     orm = reward_model.RewardModel(str(args.runs / "reward_model" / "model"), args.device)
-    chosen = [samples[i] for i in first_of_each(samples)]
-    for s, scores in zip(chosen, orm.scores(chosen), strict=True):
+    for s, scores in zip(samples, orm.scores(samples), strict=True):
         after = [scores[end] for end in orm.line_ends(orm.encode(s)[1])]
-        lines = zip(after, s.solution.splitlines(), strict=True)
-        show(
-            f"P(correct) after each line of sample {s.number}, {outcome(s)}",
-            [f"{p:.3f}  {line}" for p, line in lines],
-        )
+        pairs = zip(after, s.solution.splitlines(), strict=True)
+        lines = [f"{p:.3f}  {line}" for p, line in pairs]
+        show(f"P(correct) after each line of sample {s.number}, {outcome(s)}", lines)
 
 
 def estimate(policy, critic, reference, samples: list, args) -> dict[str, torch.Tensor]:
@@ -115,8 +105,10 @@ def estimate(policy, critic, reference, samples: list, args) -> dict[str, torch.
 
 def fit_values(policy, critic, samples: list, returns, real, args) -> None:
     """Train the value function alone, as in phase 1 of ppo.py, with 16 samples per step."""
-    optimizer, order = common.adam_w(critic.parameters(), args.value_lr), range(len(samples))
-    for batch in [common.shuffled(len(samples), args.seed)[i : i + 16] for i in order[::16]]:
+    optimizer = common.adam_w(critic.parameters(), args.value_lr)
+    order = common.shuffled(len(samples), args.seed)
+    for start in range(0, len(order), 16):
+        batch = order[start : start + 16]
         examples = [(list(samples[i].prompt), samples[i].tokens.tolist()) for i in batch]
         _, values = critic(policy, examples, args.temperature)
         targets = returns[batch][real[batch]].to(values.device)
@@ -135,7 +127,8 @@ def show_advantages(args, settings, problem: common.Problem, others: list) -> No
     tables = estimate(policy, critic, reference, samples, settings)
     fit_values(policy, critic, samples[n:], tables["returns"][n:], tables["real"][n:], settings)
     tables = estimate(policy, critic, reference, samples, settings)
-    for i in first_of_each(samples[:n]):
+    first = {outcome(samples[i]): i for i in reversed(range(n))}
+    for i in sorted(first.values()):
         lines, start = ["".join(f"{name:>11}" for name in COLUMNS)], 0
         for end in policy.line_ends(samples[i].tokens):
             row = [tables[name][i, start : end + 1].tolist() for name in COLUMNS]
