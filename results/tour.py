@@ -135,7 +135,7 @@ def show_advantages(args, settings, problem: common.Problem, others: list) -> No
             # Reward and penalty are sums over the line. The others belong to its first token.
             row = [sum(row[0]), sum(row[1]), *(numbers[0] for numbers in row[2:])]
             text = policy.decode(samples[i].tokens[start : end + 1]).strip()
-            lines.append("".join(f"{number:11.3f}" for number in row) + f"  {text}")
+            lines.append("".join(f"{number:z11.3f}" for number in row) + f"  {text}")
             start = end + 1
         show(f"sample {samples[i].number} of ppo, {outcome(samples[i])}", lines)
 
