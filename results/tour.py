@@ -1,6 +1,6 @@
-"""Print what every method does with one question: all blocks of docs/tour.md.
+"""Follow one question through every method: print all blocks of docs/tour.md.
 
-The runs of these commands are read from runs/. The quick start makes the first two.
+Make the runs first. The quick start makes two of them. No policy is trained here.
 
     python sft.py
     python expert_iteration.py --rounds 1 --lr 3e-4
