@@ -863,7 +863,8 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(script, cli, tmp_p
             assert process.exitcode == 130 and "--resume" in (tmp_path / "output.txt").read_text()
     assert MORE_KILLS or done == todo, f"ended after {len(done)} of {len(todo)} signals"
     if MORE_KILLS:
-        print(f"{script}: {done.count(signal.SIGKILL)} kills, {done.count(signal.SIGINT)} Ctrl-Cs")
+        counts = f"{done.count(signal.SIGKILL)} kills, {done.count(signal.SIGINT)} Ctrl-Cs"
+        print(f"{script}: {counts}", file=sys.__stdout__, flush=True)
     assert cli(module, *resumed(script, broken))[0] == 0
     if script == "evaluate":
         reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, broken)]
