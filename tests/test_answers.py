@@ -136,14 +136,14 @@ def test_hostile_text_takes_linear_time_and_raises_no_exception(name):
     """300 kB take a second or two on any machine. Quadratic code would need minutes."""
     for prefix in ("", "#### ", "#### 18 ", "<<"):
         text = prefix + HOSTILE[name] * (300_000 // len(HOSTILE[name]))
-        started = time.perf_counter()
+        started = time.process_time()
         for lenient in (False, True):
             assert (
                 common.extract_answer(text, lenient) is None
                 or len(str(common.extract_answer(text, lenient))) < 130
             )
         common.equations(text)
-        assert time.perf_counter() - started < 6
+        assert time.process_time() - started < 6
     if name in ("digits", "Arabic digits", "NUL"):
         assert common.extract_answer("#### " + HOSTILE[name] * 1_000_000) is None
 

@@ -1143,6 +1143,9 @@ def test_every_end_of_text_token_of_a_chat_model_ends_a_sample(nano, tmp_path):
         policy.vocabulary + 9,
     ]
     policy.model.save_pretrained(tmp_path)
+    # A stop has to be a special token of the tokenizer.
+    token = policy.tokenizer.convert_ids_to_tokens(greedy[2])
+    policy.tokenizer.add_special_tokens({"extra_special_tokens": [token]})
     policy.tokenizer.save_pretrained(tmp_path)
     again = common.Policy(str(tmp_path), device="cpu")
     assert again.eos_ids == sorted({*policy.eos_ids, greedy[2]})
