@@ -146,6 +146,7 @@ def parse_args(argv: list[str]):
     parser.only_with("--select", bool(args.select), args, "scores", "select_fraction")
     args.orm = (args.orm or "runs/reward_model/model") if uses_orm else None
     args.genrm = (args.genrm or "runs/genrm/model") if uses_genrm else None
+    args.clip_high = args.clip_range if args.clip_high is None else args.clip_high
     args.hide = args.hide or [{"genrm": 1.0, "hybrid": 0.5}.get(args.reward, 0.0), 0.0]
     return args
 
@@ -636,7 +637,7 @@ def main(argv: list[str]) -> None:
         run.log(step=0, samples=0, tokens=0, phase=0, **metrics)
         progress |= {"best": metrics["maj@1"], "start": metrics["maj@1"]}
 
-    clips = args.clip_range, args.clip_range if args.clip_high is None else args.clip_high
+    clips = args.clip_range, args.clip_high
     for phase in range(progress["phase"] + 1, args.phases + 1):
         # 1. Choose questions and sample solutions.
         started = time.monotonic()
