@@ -34,6 +34,9 @@ fi
 python "$code/reward_model.py" --model "$work/sft_gsm8k/model" --dataset gsm8k --limit-train 64 --samples 4 --limit-eval 32 \
     --eval-samples 4 --epochs 1 --batch-size 16 --lr 5e-5 --max-new-tokens 160 --gen-batch-size 64 --token-budget 4096 \
     --out "$work/orm_gsm8k" --resume
-for run in sft_gsm8k ei_svamp ppo_svamp orm_gsm8k; do
+python "$code/results/gsm8k/equations.py" --out "$work/equations"
+python "$code/sft.py" --model "$model" --dataset "$work/equations" --limit-train 32 --limit-eval 4 --epochs 1 --lr 3e-4 \
+    --batch-size 8 --max-new-tokens 64 --out "$work/sft_equations" --resume
+for run in sft_gsm8k ei_svamp ppo_svamp orm_gsm8k sft_equations; do
     python "$code/results/record.py" "$work/$run" "$records" $run 0 --work "$work"
 done
