@@ -861,7 +861,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], *sums: float) -> lis
 
 def require_finite(*values: float) -> None:
     """Raise UserError, before the weights change, if a loss or gradient norm is not finite."""
-    message = f"loss or gradient norm is not finite {[*map(float, values)]}; try a smaller --lr"
+    message = f"loss or gradient norm is not finite {(*map(float, values),)}; try a smaller --lr"
     require(all(map(math.isfinite, values)), message)
 
 
