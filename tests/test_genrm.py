@@ -671,7 +671,7 @@ def test_flags_that_do_not_fit_together_give_a_one_line_error(cli, tmp_path, sco
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"questions": []}\n')
     for flags, part in (
-        (["--select", "lowest"], "--scores has no question"),
+        (["--select", "lowest"], "--select needs --scores"),
         (["--select", "lowest", "--limit-train", "60", "--scores", scored], "no question beyond"),
         (["--select", "lowest", "--scores", "nowhere"], "nowhere: no such file"),
         (["--select", "lowest", "--scores", broken], "broken.jsonl line 1: not a sample"),
