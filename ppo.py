@@ -134,7 +134,7 @@ def parse_args(argv: list[str]):
         parser.error("--select needs --scores: files of evaluate.py --split train")
     if args.advantage == "mc" and args.reward != "sparse":
         parser.error("--advantage mc needs --reward sparse")
-    if args.drop_uniform and (args.reward == "genrm" or args.reward == "hybrid"):
+    if args.drop_uniform and uses_genrm:
         parser.error("--drop-uniform needs answers, and --reward genrm and hybrid hide some")
     parser.only_with("--advantage group", args.advantage == "group", args, "group_std")
     parser.only_with("--advantage mc", args.advantage == "mc", args, "mc_samples")

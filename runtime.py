@@ -424,7 +424,7 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+        remove(self.out / "tensorboard")
         self.writer = SummaryWriter(str(self.out / "tensorboard"))
         for line in lines:
             self._write_scalars(json.loads(line))
@@ -631,7 +631,7 @@ def run_main(main: Callable) -> None:
         start_processes()
         main(sys.argv[1:])
     except ModuleNotFoundError as error:  # a fork without reward_model.py or rcrl.py
-        print(f"error: {error}; copy it next to the script", file=sys.stderr)
+        print(f"error: {error}; install it, or copy it next to the script", file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, (UserError, OSError)):
