@@ -8,7 +8,7 @@ It says nothing about later checkpoints.
 import sys
 
 import numpy as np
-from records import RESULTS, evaluations, mean, metrics, over_phases, paired, read
+from records import RESULTS, evaluations, mean, metrics, over_phases, paired, read, spread
 from records import test_metric as test
 
 sys.path.insert(0, str(RESULTS.parent))
@@ -60,6 +60,31 @@ def reranking() -> None:
             show(f"{metric} - maj@32, {policy}", test(policy, metric), test(policy, "maj@32"))
 
 
+def show_spread(what: str, values: dict[int, float]) -> None:
+    print(f"  {what}: {spread(values)}")
+
+
+def reward_models() -> None:
+    print("Quality of the reward models on dev, mean (lowest - highest) over the seeds")
+    for model in ("orm/orm", "orm/orm_again"):
+        reports = evaluations(model, "quality").items()
+        for key in ("auc", "auc_within", "accuracy", "calibration_error"):
+            show_spread(f"{key}, {model}", {seed: report[key] for seed, report in reports})
+    reports = evaluations("orm/orm", "quality").items()
+    for position in (0.0, 0.25, 0.5, 0.75, 1.0):
+        found = ((s, row) for s, report in reports for row in report["by_position"])
+        found = {seed: row["auc"] for seed, row in found if row["position"] == position}
+        show_spread(f"auc after {position:.0%} of a solution, orm/orm", found)
+    for n in (8, 16):
+        found = ((s, row) for s, report in reports for row in report["best_of_n"])
+        found = {seed: row for seed, row in found if row["n"] == n}
+        show(f"best of {n}, orm/orm", {seed: row["orm"] for seed, row in found.items()})
+        show_spread(f"any of {n}", {seed: row["oracle"] for seed, row in found.items()})
+    for model in ("genrm/genrm", "genrm/genrm_again", "genrm/genrm_third"):
+        reports = evaluations(model, "quality").items()
+        show(f"auc, {model}", {seed: report["auc"] for seed, report in reports})
+
+
 def expert_iteration_and_ppo() -> None:
     print("C1 expert iteration reaches at least PPO's maj@1")
     for task in TASKS:
@@ -92,7 +117,10 @@ def expert_iteration_and_ppo() -> None:
             values = over_phases("hard/phases72", key, first, last)
             show(f"hard, {key} of phases {first} to {last} of 72", values)
     for task in TASKS:
+        show(f"{task}, dev maj@1 of ppo at phase 4", dev(f"{task}/ppo", "maj@1", phase=4))
         ei, ppo = dev(f"{task}/ei", "maj@1", round=1), dev(f"{task}/ppo", "maj@1", phase=20)
+        show(f"{task}, dev maj@1 of ei after round 1", ei)
+        show(f"{task}, dev maj@1 of ppo at phase 20", ppo)
         show(f"{task}, dev maj@1, ei after 9,216 samples - ppo after 10,240", ei, ppo)
     for method in ("ei_base", "ei_base_dedup"):
         ei = dev(f"arithmetic/{method}", "maj@1", round=1)
@@ -159,6 +187,13 @@ def samples_per_question() -> None:
         ("hard/k16_round", "hard/k16_dedup"),
         ("hard/k16_round", "hard/ei"),
     ):
+        for n in (1, 2):
+            values, others = (dev(name, "maj@1", round=n) for name in (method, control))
+            same = sorted(values.keys() & others.keys())
+            if len(same) > 1:
+                what = f"dev maj@1 after round {n}, {len(same)} seeds"
+                show_spread(f"{what}, {method}", {seed: values[seed] for seed in same})
+                show_spread(f"{what}, {control}", {seed: others[seed] for seed in same})
         for metric in ("maj@1", "pass@1", "pass@8", "follows_reference"):
             both = (dev(name, metric, round=1) for name in (method, control))
             where = "training samples'" if metric == "follows_reference" else "dev"
@@ -246,6 +281,8 @@ def stability() -> None:
         what = f"test {metric}, adapters of rank 16 - all weights"
         show_test(what, metric, "ppo_variants/lora", "arithmetic/ppo")
     show("last KL to the initial policy, ppo", dev("arithmetic/ppo", "ref_kl_k3"))
+    for method in ("arithmetic/ppo", "ppo_variants/kl0", "ppo_variants/attached"):
+        show(f"right samples of phases 17 to 20, {method}", over_phases(method, "correct", 17, 20))
 
 
 def lambda_and_curricula() -> None:
@@ -338,6 +375,7 @@ def hours() -> None:
 
 if __name__ == "__main__":
     reranking()
+    reward_models()
     expert_iteration_and_ppo()
     epochs_of_sft()
     pass_at_n()

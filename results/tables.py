@@ -4,7 +4,7 @@ A row is a method. Its cells are means over the seeds. Some have the lowest and 
 tests/test_results.py compares these rows with the pages.
 """
 
-from records import evaluations, mean, metrics, runs, spread, test_metric
+from records import evaluations, mean, metrics, over_phases, paired, runs, spread, test_metric
 
 
 def row(cells: list[str]) -> str:
@@ -120,6 +120,24 @@ def print_variants(rows: dict[str, str]) -> None:
             # Among equally good phases the first one is kept.
             kept.append(str(max(evaluated, key=lambda row: row["maj@1"])["phase"]))
         print(f"| {label} | {' | '.join(cells)} | {', '.join(kept)} |")
+
+
+def print_selections(rows: dict[str, tuple[str, int]]) -> None:
+    """Print PPO on selected questions. rows: label -> (method, number of questions).
+
+    Differences are to the method of the first row.
+    """
+    names = "number", "maj@1", "pass@1", "pass@16", "maj@1 less that of the first 230"
+    print_head("Selections", ["questions", *names, "samples correct", "both outcomes"])
+    control, _ = next(iter(rows.values()))
+    for label, (method, number) in rows.items():
+        cells = [f"{number:,}", spread(test_metric(method, "maj@1"))]
+        cells += [f"{mean(test_metric(method, metric)):.3f}" for metric in ("pass@1", "pass@16")]
+        values, others = (test_metric(name, "maj@1") for name in (method, control))
+        cells += [paired(values, others)[1] if method != control else ""]
+        for key in ("correct", "informative"):
+            cells += [f"{mean(over_phases(method, key, 1, 12)):.2f}"]
+        print(f"| {label} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -276,6 +294,19 @@ def main() -> None:
             "PPO, 16 phases, `--lr 1e-5`": "gsm8k_smollm2/ppo",
             "PPO, 7 phases, `--lr 1e-4`": "gsm8k_smollm2/ppo_1e-4",
         },
+    )
+    print_selections(
+        {
+            "the first 230 alone": ("pre_ppo/original", 230),
+            "+ all 2,074 of the pool": ("pre_ppo/all", 2304),
+            "+ `lowest` 10 %": ("pre_ppo/lowest", 437),
+            "+ `floor` 10 %": ("pre_ppo/floor", 437),
+            "+ `frontier` 10 %": ("pre_ppo/frontier", 437),
+            "+ `random` 10 %": ("pre_ppo/random", 437),
+            "+ `lowest` 20 %": ("pre_ppo/lowest20", 645),
+            "+ `lowest` 50 %": ("pre_ppo/lowest50", 1267),
+            "+ `lowest` 10 %, scored by a smaller model": ("pre_ppo/small_lowest", 437),
+        }
     )
 
 

@@ -1,5 +1,6 @@
-"""Every table and every interval of the pages equals the records."""
+"""Every table, every interval and every decimal number of the pages equals the records."""
 
+import bisect
 import json
 import re
 import subprocess
@@ -22,6 +23,7 @@ SCRIPTS = {
     "compare": ["compare.py", "results/pre_ppo.jsonl", "original"],
     "genrm": ["genrm.py"],
 }
+FILES = {path.stem: path for path in sorted(RESULTS.glob("*.jsonl"))}
 NUMBER = r"[-+]?\d+\.\d+"
 
 
@@ -105,6 +107,93 @@ def test_differences_by_seed_equal_the_records(printed):
         assert values(found) in (rounded if found in in_points else given), found
 
 
+# Sections with numbers of other authors, or without results.
+NOT_OURS = {"The first claim is disputed", "Results of others", "Versions", "Problems of your own"}
+# Records that are small enough to compare a page with all of their numbers.
+SMALL = ["smollm2_cpu", "defaults"]
+
+
+def sections(page: str) -> list[tuple[str, str]]:
+    """Return the title and the text of every section of a page."""
+    parts = re.split(r"^#+ ", PAGES[page], flags=re.MULTILINE)
+    return [(part.splitlines()[0], part) for part in parts[1:]]
+
+
+def names_of(text: str) -> list[str]:
+    """Return the experiments whose records a text names."""
+    return [name for name in FILES if f"`{name}`" in text or f"{name}.jsonl" in text]
+
+
+def numbers_of(text: str) -> list[tuple[float, int]]:
+    """Return the decimal numbers of a text and their digits after the point.
+
+    Numbers in code, links, names and versions do not count.
+    """
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|(arXiv|Python) [\d.]+", "", text)
+    found = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", text)
+    return [(float(number), len(number.partition(".")[2])) for number in found]
+
+
+def is_near(value: float, slack: float, given: list[float]) -> bool:
+    """Return whether a sorted list has a number at most slack away."""
+    i = bisect.bisect_left(given, value - slack)
+    return i < len(given) and given[i] <= value + slack
+
+
+@pytest.fixture(scope="module")
+def evidence(printed) -> dict[str, str]:
+    """Return all numbers that are printed for an experiment, and those of small records."""
+    tables = {name: run_script("table.py", f"results/{name}.jsonl").stdout for name in FILES}
+    for name in SMALL:
+        tables[name] += FILES[name].read_text("utf-8")
+    logs = "".join(path.read_text("utf-8") for path in RESULTS.glob("first_command*.log"))
+    tables["genrm"] += printed["genrm"]
+    tables["pre_ppo"] += printed["compare"] + printed["tables"]
+    tables["rerank"] += (RESULTS / "slips.txt").read_text("utf-8")
+    tables["ei_lr"] += logs
+    return tables
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in ("docs/speed.md", "docs/tour.md")])
+def test_the_numbers_of_a_section_equal_the_records_that_it_names(printed, evidence, page):
+    """A number with one digit may be in points (times 100).
+
+    A section that names no records may use all that its page names. The tables of tables.py are
+    compared elsewhere.
+    """
+    tables, unknown = set(printed["tables"].splitlines()), []
+    for title, text in sections(page):
+        names = names_of(text) or names_of(PAGES[page]) or list(FILES)
+        given = "\n".join([printed["claims"], *(evidence[name] for name in names)])
+        given = sorted({float(number) for number in re.findall(r"\d+\.\d+", given)})
+        lines = (line for line in text.splitlines() if line not in tables)
+        rest = "\n".join(line for line in lines if not re.match(r"\| `\w+\.py`", line))
+        for value, digits in numbers_of(rest) if title not in NOT_OURS else []:
+            in_points = digits == 1 and is_near(value / 100, 0.00051, given)
+            if not in_points and not is_near(value, 0.5 * 10**-digits + 1e-9, given):
+                unknown.append(f"{title}: {value}")
+    assert not unknown, f"numbers that no record gives: {unknown}"
+
+
+def test_the_speeds_equal_the_measurements():
+    files = [*RESULTS.glob("generation/*.json"), *RESULTS.glob("generation/*.txt")]
+    given = "\n".join(file.read_text("utf-8") for file in files)
+    given = sorted({float(number) for number in re.findall(r"\d+\.\d+(?:e-\d+)?", given)})
+    numbers = numbers_of(PAGES["docs/speed.md"])
+    assert len(numbers) > 20
+    unknown = [v for v, digits in numbers if not is_near(v, 0.5 * 10**-digits + 1e-9, given)]
+    assert not unknown, unknown
+
+
+def test_the_scripts_of_the_first_page_have_the_numbers_of_the_table(printed):
+    rows = {"sft": "SFT", "expert_iteration": "expert iteration", "ppo": "PPO", "rcrl": "RCRL"}
+    for script, label in rows.items():
+        (row,) = [r for r in printed["tables"].splitlines() if r.startswith(f"| {label} | 4 |")][:1]
+        cells = [cell.strip() for cell in row.split("|")[1:-1]]
+        (line,) = [r for r in PAGES["README.md"].splitlines() if r.startswith(f"| `{script}.py`")]
+        assert line.endswith(f"| {cells[2]} | {cells[-2]} |")
+
+
 @pytest.mark.parametrize("method", ["sft_1e-3", "ei"])
 def test_the_earlier_round_on_gsm8k_equals_its_recorded_evaluations(method):
     found = [record for record in read("gsm8k_smollm2_h200") if record["name"] == method]
@@ -114,8 +203,6 @@ def test_the_earlier_round_on_gsm8k_equals_its_recorded_evaluations(method):
 
 
 # ---- The records ---------------------------------------------------------------------------------
-
-FILES = {path.stem: path for path in sorted(RESULTS.glob("*.jsonl"))}
 
 
 def read(experiment: str) -> list[dict]:
