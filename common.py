@@ -20,12 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
 
 import runtime
 from runtime import UserError, first_line, gather, require, warn
@@ -341,7 +339,10 @@ class Policy:
     Weights are float32: an update at a learning rate of 1e-6 rounds to nothing in bfloat16. On a
     GPU the arithmetic is bfloat16. Dropout stays off, because with it the log-probabilities of
     sampling and training would differ. `label`: the token that is forced at the beginning, or None.
+    `lora`: the adapters, or None. `linear`: a scalar head, which adapters leave alone.
     """
+
+    lora = linear = trained = None
 
     def __init__(self, name: str, device: str = "auto", dtype: str = "auto", flag: str = "--model"):
         self.device, self.max_batch_size = runtime.torch_device(device), 1 << 30
@@ -494,90 +495,54 @@ class Policy:
         lines = "\n" + self.decode(ids).rpartition("\n")[0]
         return MARKER in lines or "\nQuestion:" in lines
 
+    def layers(self) -> torch.nn.ModuleList:
+        """Return the layers of the decoder. Raises UserError if it has no plain stack of them."""
+        depth = self.model.config.get_text_config().num_hidden_layers
+        stacks = (m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList))
+        found = next((stack for stack in stacks if len(stack) == depth), None)
+        name = type(self.model).__name__
+        require(found is not None, f"a {name} has no plain stack of layers")
+        return found
+
+    def prepare_training(self, args, device=None, extra: Sequence = ()) -> None:
+        """Set `trained`, the module to train: the model, or adapters if --lora-rank asks for them.
+
+        Raises UserError if the GPU has no room for training. device: where it will be, if not here.
+        extra: other weights that are trained.
+        """
+        if self.trained:
+            return
+        rank = args.lora_rank
+        if rank is None:  # the default of PPO
+            rank = 128 * (self.model.num_parameters() > 10**7)
+        if rank or args.recompute:
+            import adapters  # not part of every fork
+
+            torch.manual_seed(args.seed)
+            if rank:
+                self.lora = adapters.Lora(self, rank, args.frozen_dtype)
+            if args.recompute:
+                adapters.recompute(self)
+        self.trained = self.lora or self.model
+        check_memory(training_memory(self, args, extra), device or self.device)
+
+    def merged(self):
+        """Return a context in which the weights contain the adapters, if there are any."""
+        return self.lora.merged() if self.lora else contextlib.nullcontext()
+
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder. It appears complete or not at all."""
         if runtime.process_rank() > 0:
             return
         new = folder.with_name(folder.name + ".part")
         runtime.remove(new)
+        merged = {"state_dict": self.lora.merged_weights()} if self.lora else {}
         try:
-            self.model.save_pretrained(new)
+            self.model.save_pretrained(new, **merged)
             self.tokenizer.save_pretrained(new)
         except Exception as error:  # a full disk shows as an error of the safetensors library
             raise UserError(f"{new}: could not be written ({first_line(error)})") from None
         runtime.replace_folder(folder, new)
-
-
-def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """Return the layers of a decoder. Raises UserError if it has no plain stack of layers."""
-    depth = model.config.get_text_config().num_hidden_layers
-    stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    found = next((stack for stack in stacks if len(stack) == depth), None)
-    require(found is not None, f"a {type(model).__name__} has no plain stack of layers")
-    return found
-
-
-class Lora(torch.nn.Module):
-    """Low-rank adapters on every linear map of the layers: W x + B A x (Hu et al. 2021).
-
-    B is 0 at first. The adapters are hooks, so the names and the checkpoint of the model stay.
-    Experts whose weights are one tensor get no adapters, and routers get none.
-    """
-
-    def __init__(self, policy: Policy, rank: int):
-        super().__init__()
-        policy.model.requires_grad_(False)
-        self.policy, self.is_on = [policy], True
-        modules = decoder_layers(policy.model).modules()
-        self.targets = [m for m in modules if type(m) in (torch.nn.Linear, Conv1D)]
-        require(self.targets, "--lora-rank: this model has no plain linear layers for adapters")
-        self.down, self.up = torch.nn.ParameterList(), torch.nn.ParameterList()
-        for i, module in enumerate(self.targets):
-            # The Conv1D of GPT-2 keeps its weight as [in, out].
-            transposed, weight = isinstance(module, Conv1D), module.weight
-            n_out, n_in = weight.T.shape if transposed else weight.shape
-            down = torch.randn(rank, n_in, device=weight.device) / n_in**0.5
-            self.down.append(torch.nn.Parameter(down))
-            self.up.append(torch.nn.Parameter(torch.zeros(n_out, rank, device=weight.device)))
-            module.register_forward_hook(functools.partial(self._add, i))
-
-    def _add(self, i: int, module, inputs, output: torch.Tensor) -> torch.Tensor:
-        # Sums in bfloat16 would round most of a small change off. With the adapters off the output
-        # is float32 as well, so the KL is 0 at first even in bfloat16.
-        if not self.is_on:
-            return output.float()
-        change = F.linear(F.linear(inputs[0], self.down[i]), self.up[i])
-        return output.float() + change.float()
-
-    @contextlib.contextmanager
-    def off(self):
-        """Switch to the initial model."""
-        self.is_on = False
-        try:
-            yield
-        finally:
-            self.is_on = True
-
-    @contextlib.contextmanager
-    def merged(self):
-        """Add the adapters to the weights and compute in float32, as the model is saved.
-
-        bfloat16 would round: the neighbours of 0.1 are 0.0005 away. The old weights are on the CPU.
-        """
-        (policy,) = self.policy
-        dtype = "bfloat16" if policy.bfloat16 else "float32"
-        kept = [module.weight.data.to("cpu", copy=True) for module in self.targets]
-        policy.set_dtype("float32")
-        try:
-            for module, down, up in zip(self.targets, self.down, self.up, strict=True):
-                change = up.data @ down.data
-                module.weight.data += change.T if isinstance(module, Conv1D) else change
-            with self.off():
-                yield
-        finally:
-            for module, weight in zip(self.targets, kept, strict=True):
-                module.weight.data.copy_(weight)
-            policy.set_dtype(dtype)
 
 
 # ---- 4. Generation -------------------------------------------------------------------------------
@@ -628,7 +593,7 @@ def generate(
     while pending:
         size = min(batch_size, policy.max_batch_size, sum(map(len, pending.values())))
         try:
-            with policy.autocast():
+            with policy.autocast(), policy.merged():
                 outputs = decode(policy.model, size, pending=pending, **request)
                 for i, k, ids, logprobs, finished in outputs:
                     text, given = prefixes[i] + policy.decode(ids), (prompts[i], prefixes[i])
@@ -788,6 +753,57 @@ def decode_batch(
 LOGITS_AT_ONCE = 1 << 24  # above this many, compute them again in the backward pass
 
 
+def training_memory(policy: Policy, args, extra: Sequence = ()) -> dict[str, int]:
+    """Return the bytes of a training step of a prepared policy, by part.
+
+    Per token and layer it keeps 6 w + 4 q + 4 m numbers, where w is the width of the model, q of
+    all heads and m of the MLP. The numbers of q and m have the dtype of the arithmetic. The model
+    may be on the device meta. extra: other weights that are trained.
+    """
+    config, tokens = policy.model.config.get_text_config(), args.token_budget
+    width, depth = config.hidden_size, config.num_hidden_layers
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    middle = getattr(config, "intermediate_size", None) or 4 * width
+    per_layer = 24 * width + (8 if policy.bfloat16 else 16) * (heads * head_dim + middle)
+    kept = 4 * width * depth + per_layer if args.recompute else per_layer * depth
+    trained = [p for p in policy.trained.parameters() if p.requires_grad] + [*extra]
+    weights = {id(p): p for p in (*policy.model.parameters(), *trained)}.values()
+    size = sum(p.numel() for p in trained)
+    rows = tokens if tokens * policy.vocabulary <= LOGITS_AT_ONCE else min(tokens, 2048)
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in weights),
+        "gradients": 4 * size,
+        "moments": 8 * size,
+        "activations": kept * tokens,
+        "logits": 3 * 4 * rows * policy.vocabulary,
+    }
+
+
+def check_memory(parts: dict[str, int], device: torch.device) -> None:
+    """Raise UserError if a GPU that holds the weights has no room for the rest."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        parts = {name: size / 2**30 for name, size in parts.items() if name != "weights"}
+        needed, free = sum(parts.values()), free / 2**30
+        sizes = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
+        advice = "try --lora-rank, --recompute or a smaller --token-budget"
+        message = f"training takes {needed:.1f} GiB more ({sizes}), and {free:.1f} are free"
+        require(needed <= free, f"{message}; {advice}")
+
+
+def check_base(policy: Policy, base: Policy | None, args) -> None:
+    """Prepare the base for training. Raise UserError if it does not fit the policy or the GPU."""
+    base = base or Policy(args.base, "cpu", flag="--base")
+    base.bfloat16 = policy.bfloat16
+    configs = (each.model.config.get_text_config() for each in (policy, base))
+    one, other = ((c.model_type, c.hidden_size, c.num_hidden_layers) for c in configs)
+    advice = "--model is of another shape; give the pretrained model that it was made of"
+    require(args.base != "tiny" or one == other, f"--base tiny: {advice}")
+    base.prepare_training(args, policy.device)
+
+
 def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
     """Yield this process's share of the sequences, as lists of indices within the budget."""
     # Sequences of similar length share a micro-batch. A sequence beyond the budget has its own.
@@ -839,24 +855,6 @@ def by_example(flat: torch.Tensor, examples: Sequence[Example]) -> list[np.ndarr
     """Split [response tokens] into one array per example."""
     ends = np.cumsum([len(response) for _, response in examples])
     return np.split(flat.cpu().numpy(), ends[:-1])
-
-
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], *sums: float) -> list[float]:
-    """Add up the gradients of all processes, and the numbers in `sums`, as one flat tensor."""
-    if runtime.process_count() == 1:
-        return list(sums)
-    parameters = [p for p in parameters if p.requires_grad]
-    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-    numbers = [*map(float, sums), *(float(p.grad is not None) for p in parameters)]
-    flat.append(torch.tensor(numbers, device=flat[0].device))
-    total = torch.cat(flat)
-    dist.all_reduce(total)
-    *gradients, numbers = total.split([len(part) for part in flat])
-    numbers = numbers.tolist()
-    # A parameter without any gradient keeps None. With zeros the moments of AdamW would move it.
-    for p, gradient, has in zip(parameters, gradients, numbers[len(sums) :], strict=True):
-        p.grad = gradient.view_as(p) if has else None
-    return numbers[: len(sums)]
 
 
 def require_finite(*values: float) -> None:
@@ -986,7 +984,8 @@ def dev_metrics(policy: Policy, problems, args, number: int, samples=0, few_shot
     """
     how = sampling(args) | dict(seed=args.seed, few_shot=few_shot)
     one = how | dict(samples=1, temperature=0, progress="dev")
-    greedy = generate(policy, problems, **one)
+    with policy.lora.exact() if policy.lora else contextlib.nullcontext():
+        greedy = generate(policy, problems, **one)
     write_samples(Path(args.out) / "samples" / f"dev_{number}.jsonl", greedy)
     metrics = {"maj@1": mean(s.correct for s in greedy)}
     metrics["no_answer"] = mean(s.answer is None for s in greedy)

@@ -42,7 +42,7 @@ import runtime
 def parse_args(argv: list[str]):
     defaults = dict(model="runs/sft/model", out="runs/expert_iteration", samples=4)
     defaults |= dict(temperature=1.0, lr=1e-3, epochs=4, batch_size=16)
-    parser = runtime.common_parser(__doc__, **defaults, limit_train=None, checkpoint_every=300)
+    parser = runtime.common_parser(__doc__, **defaults, **runtime.TRAINING, checkpoint_every=300)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--base", default="tiny", help="pretrained model that every round trains from")
     add("--rounds", type=runtime.WHOLE, default=2, help="at most; --resume may raise it (paper: 2)")
@@ -116,8 +116,8 @@ def train_step(policy, optimizer, batch: list, token_budget: int) -> tuple[float
         micro_loss = -logprobs.sum() / n_tokens
         micro_loss.backward()
         loss += micro_loss.item()
-    parameters = list(policy.model.parameters())
-    (loss,) = common.sum_gradients(parameters, loss)
+    parameters = optimizer.param_groups[0]["params"]
+    (loss,) = runtime.sum_gradients(parameters, loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     common.require_finite(loss, grad_norm)
     optimizer.step()
@@ -138,9 +138,7 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.model, args.device, args.dtype)
-    runtime.check_memory(policy.model)
-    if not args.from_previous:
-        runtime.check_base(policy, common.Policy(args.base, "cpu", flag="--base"), args.base)
+    common.check_base(policy, policy if args.from_previous else None, args)
     orm = None
     if args.orm:
         import reward_model
@@ -187,18 +185,19 @@ def main(argv: list[str]) -> None:
             del policy
             policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
         policy.condition("none")  # without the labels of rcrl.py
+        policy.prepare_training(args)
         examples, limit = [], args.max_per_question
         for i, p in enumerate(train, 1):
             seed = args.seed, round_number, 0, i
             solutions = choose_solutions(kept[p.id], int(p.id in written), limit, *seed)
             examples += [policy.encode_example(p, solution) for solution in solutions]
-        optimizer = common.adam_w(policy.model.parameters(), args.lr)
+        optimizer = common.adam_w(policy.trained.parameters(), args.lr)
         # The order depends on the seed, round and epoch alone, so that a run can resume.
         n, starts = len(examples), range(0, len(examples), args.batch_size)
         orders = [common.shuffled(n, args.seed, round_number, e) for e in range(args.epochs)]
         batches = [order[i : i + args.batch_size] for order in orders for i in starts]
         if run.state:
-            policy.model.load_state_dict(run.state["model"])
+            policy.trained.load_state_dict(run.state["trained"])
             optimizer.load_state_dict(run.state["optimizer"])
             run.state = None  # as large as the model and its optimizer
         else:
@@ -213,7 +212,7 @@ def main(argv: list[str]) -> None:
             progress |= {"grad_norm": grad_norm, "lr": lr, "step_in_round": step + 1}
             progress["tokens"] += sum(len(solution) for _, solution in batch)
             progress["step"] += 1
-            state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"trained": policy.trained.state_dict(), "optimizer": optimizer.state_dict()}
             # A run that is killed in the next sampling goes on from the last step of this round.
             run.checkpoint(now=step + 1 == len(batches), **state, progress=progress)
         progress["seconds_training"] = run.clock() - progress["started"]

@@ -81,12 +81,10 @@ STATS = "policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm", 
 
 def parse_args(argv: list[str]):
     defaults = dict(model="runs/sft/model", out="runs/ppo", samples=4, temperature=0.7, lr=2e-4)
-    defaults |= dict(epochs=2, batch_size=128, limit_train=None, checkpoint_every=120)
-    parser = runtime.common_parser(__doc__, **defaults)
+    defaults |= dict(epochs=2, batch_size=128, checkpoint_every=120)
+    parser = runtime.common_parser(__doc__, **defaults, **runtime.TRAINING | {"lora_rank": None})
     whole, not_negative, fraction = runtime.WHOLE, runtime.NOT_NEGATIVE, runtime.number(float, 0, 1)
-    add, rank = parser.group("problem and model").add_argument, runtime.number(int, 0)
-    about = "rank of adapters; 0: train all weights (default: 128 above 10 million weights)"
-    add("--lora-rank", type=rank, help=about)
+    add = parser.group("problem and model").add_argument
     add("--few-shot", action="store_true", help="show two worked examples, for a base model")
     add = parser.group("sampling").add_argument
     add("--questions", type=whole, default=128, help="questions per phase (paper: 256)")
@@ -335,7 +333,7 @@ class ValueFunction(torch.nn.Module):
 
     def __init__(self, policy: common.Policy, detach: bool):
         super().__init__()
-        layers = list(common.decoder_layers(policy.model))
+        layers = list(policy.layers())
         top = layers[len(layers) - min(VALUE_LAYERS, max(1, len(layers) // 2)) :]
         self.layers = torch.nn.ModuleList(copy.deepcopy(layer) for layer in top)
         width = policy.model.config.get_text_config().hidden_size
@@ -408,13 +406,13 @@ def estimate_advantages(args, rewards: Tensor, values: Tensor, *of_lines) -> tup
 
 
 @torch.no_grad()
-def compute_old_logprobs(policy, critic, reference, lora, examples, args) -> list[tuple]:
+def compute_old_logprobs(policy, critic, reference, examples, args) -> list[tuple]:
     """Return log-probabilities, values and log-probabilities of pi_ref, one array per sample."""
     found = []
     for indices in common.micro_batches([len(p) + len(r) for p, r in examples], args.token_budget):
         batch = [examples[i] for i in indices]
         logprobs, values = critic(policy, batch, args.temperature)
-        with lora.off() if lora else contextlib.nullcontext():
+        with policy.lora.off() if policy.lora else contextlib.nullcontext():
             ref_logprobs = common.response_logprobs(reference, batch, args.temperature)
         parts = (common.by_example(flat, batch) for flat in (logprobs, values, ref_logprobs))
         found += zip(indices, *parts, strict=True)
@@ -553,12 +551,11 @@ def token_metrics(sampled, logprobs, ref_logprobs, values, returns) -> dict[str,
     }
 
 
-def evaluate(policy, lora, dev, args, phase: int, best: float) -> dict:
-    """Measure the policy on dev, with adapters merged. If it is better than `best`, save it."""
-    with lora.merged() if lora else contextlib.nullcontext():
-        metrics = common.dev_metrics(policy, dev, args, phase, few_shot=args.few_shot)
-        if metrics["maj@1"] > best:
-            policy.save(Path(args.out) / "model")
+def evaluate(policy, dev, args, phase: int, best: float) -> dict:
+    """Measure the policy on dev. If it is better than `best`, save it."""
+    metrics = common.dev_metrics(policy, dev, args, phase, few_shot=args.few_shot)
+    if metrics["maj@1"] > best:
+        policy.save(Path(args.out) / "model")
     names = {"no_answer": "dev_no_answer", "truncated": "dev_truncated"}
     return {names.get(key, key): value for key, value in metrics.items()}
 
@@ -579,19 +576,15 @@ def load_questions(args) -> tuple[list[common.Problem], list[dict]]:
 
 
 def load_models(args) -> tuple:
-    """Return the policy, its initial copy, its adapters, its value function, the reward model."""
+    """Return the policy, its initial copy, its value function, and the reward model or None."""
     policy, reward_model = common.Policy(args.model, args.device, args.dtype), None
     policy.condition("none")  # without the labels of rcrl.py
-    lora_rank = 128 * (policy.model.num_parameters() > 10**7)
-    lora_rank = lora_rank if args.lora_rank is None else args.lora_rank
-    # Copy the reference and the top layers before hooks are added.
-    reference = copy.copy(policy)
-    if not lora_rank:
-        reference.model = copy.deepcopy(policy.model).requires_grad_(False)
-    torch.manual_seed(args.seed)  # for the adapters alone
+    # Copy the top layers before the adapters are added.
     has_values, detach = args.advantage == "gae", not args.no_detach_value
     critic = ValueFunction(policy, detach) if has_values else NoValues()
-    lora = common.Lora(policy, lora_rank) if lora_rank else None
+    policy.prepare_training(args, extra=[*critic.parameters()])
+    # With adapters off the policy is its initial copy.
+    reference = policy if policy.lora else common.Policy(args.model, args.device, args.dtype)
     if args.advantage == "mc":
         import rcrl  # noqa: F401 (it is missing in a fork: say so now)
     if args.orm or args.genrm:
@@ -599,7 +592,7 @@ def load_models(args) -> tuple:
 
         kind = RewardModel if args.orm else GenerativeRewardModel
         reward_model = kind(args.orm or args.genrm, args.device, args.dtype)
-    return policy, reference, lora, critic, reward_model
+    return policy, reference, critic, reward_model
 
 
 def main(argv: list[str]) -> None:
@@ -614,26 +607,26 @@ def main(argv: list[str]) -> None:
     if run.is_finished:
         print(f"{args.out} is complete")
         return
-    policy, reference, lora, critic, reward_model = load_models(args)
-    trained, has_values = lora or policy.model, args.advantage == "gae"
+    policy, reference, critic, reward_model = load_models(args)
+    has_values = args.advantage == "gae"
     common.encode_prompts(policy, train + dev, args.few_shot)  # refuses one that is too long
     run.begin()
     rows = [question | {"problem": question["problem"].id} for question in selected]
     runtime.write_json(run.out / "samples" / "selected.json", rows)
 
-    weights, critic_weights = list(trained.parameters()), list(critic.parameters())
+    weights, critic_weights = list(policy.trained.parameters()), list(critic.parameters())
     groups = [{"params": weights}, {"params": critic_weights, "lr": args.value_lr}]
     optimizer = common.adam_w(groups, args.lr)
     progress = dict(phase=0, step=0, policy_steps=0, samples=0, tokens=0)
     if run.state:
         progress = run.state["progress"]
         curriculum.state = run.state["curriculum"]
-        trained.load_state_dict(run.state["trained"])
+        policy.trained.load_state_dict(run.state["trained"])
         critic.load_state_dict(run.state["critic"])
         optimizer.load_state_dict(run.state["optimizer"])
         run.state = None  # as large as the weights and the optimizer
     else:
-        metrics = evaluate(policy, lora, dev, args, phase=0, best=-1.0)
+        metrics = evaluate(policy, dev, args, phase=0, best=-1.0)
         run.log(step=0, samples=0, tokens=0, phase=0, **metrics)
         progress |= {"best": metrics["maj@1"], "start": metrics["maj@1"]}
 
@@ -659,7 +652,7 @@ def main(argv: list[str]) -> None:
         # 3. Compute log-probabilities and values.
         examples = [(list(sample.prompt), sample.tokens.tolist()) for sample in samples]
         lengths = [len(response) for _, response in examples]
-        columns = compute_old_logprobs(policy, critic, reference, lora, examples, args)
+        columns = compute_old_logprobs(policy, critic, reference, examples, args)
         columns = [[torch.from_numpy(row) for row in rows] for rows in (*columns, rewards)]
         padded = (pad_sequence(rows, batch_first=True) for rows in columns)
         old_logprobs, old_values, ref_logprobs, task = padded  # each [samples, longest]
@@ -706,7 +699,7 @@ def main(argv: list[str]) -> None:
                     clipped = ((change > clips[1]) | (-change > args.clip_range)).float()
                     logged = pi_loss, v_loss, clipped, kl_k3(old_logprob, logprobs)
                     sums += [x.sum().item() / n_tokens for x in logged]
-            means = common.sum_gradients(weights + critic_weights, *sums)
+            means = runtime.sum_gradients(weights + critic_weights, *sums)
             pi_loss, v_loss, _, approx_kl = means
             deviations.append(deviation)
             if 0 < args.kl_limit < approx_kl:
@@ -740,18 +733,19 @@ def main(argv: list[str]) -> None:
         row |= {"minibatches": len(stats), "lr": optimizer.param_groups[0]["lr"]}
         row |= dict(seconds_sampling=seconds_sampling, seconds_training=time.monotonic() - started)
         if phase % args.eval_every == 0 or phase == args.phases:
-            row |= evaluate(policy, lora, dev, args, phase, progress["best"])
+            row |= evaluate(policy, dev, args, phase, progress["best"])
             progress["best"] = max(progress["best"], row["maj@1"])
 
         # 8. Log and save.
         run.log(**row)
-        state = dict(progress=progress, curriculum=curriculum.state, trained=trained.state_dict())
-        run.checkpoint(**state, critic=critic.state_dict(), optimizer=optimizer.state_dict())
+        state = {"trained": policy.trained.state_dict(), "critic": critic.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "curriculum": curriculum.state}
+        run.checkpoint(**state, progress=progress)
     run.finish()
     if progress["best"] <= progress["start"]:
         runtime.warn("no phase was better on dev than the initial policy, which is in model/")
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {run.out / 'model'}")
-    if lora:
+    if policy.lora:
         print("evaluate it with --dtype float32: bfloat16 rounds the merged adapters off")
 
 

@@ -50,7 +50,7 @@ Prefix = tuple[str, str]  # problem id, first lines of a solution
 def parse_args(argv: list[str]):
     defaults = dict(model="runs/expert_iteration/model", out="runs/rcrl", samples=16)
     defaults |= dict(temperature=1.0, lr=1e-3, epochs=4, batch_size=16)
-    parser = runtime.common_parser(__doc__, **defaults, limit_train=None, checkpoint_every=300)
+    parser = runtime.common_parser(__doc__, **defaults, **runtime.TRAINING, checkpoint_every=300)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--base", default="tiny", help="pretrained model to train; --model only samples")
     add("--train-samples", nargs="+", default=[], metavar="FILE", help="use samples of another run")
@@ -203,8 +203,8 @@ def train_step(policy, optimizer, batch: list, targets: list, token_budget: int)
         micro_loss = -logprobs[mask].sum() / n_tokens
         micro_loss.backward()
         loss += micro_loss.item()
-    parameters = list(policy.model.parameters())
-    (loss,) = common.sum_gradients(parameters, loss)
+    parameters = optimizer.param_groups[0]["params"]
+    (loss,) = runtime.sum_gradients(parameters, loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     common.require_finite(loss, grad_norm)
     optimizer.step()
@@ -223,14 +223,13 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy = common.Policy(args.base, args.device, args.dtype, flag="--base")
-    runtime.check_memory(policy.model)
     sampler = common.Policy(args.model, args.device, args.dtype)
-    runtime.check_base(sampler, policy, args.base)
     unlabelled = sampler.label is None and policy.label is None
     runtime.require(unlabelled, "--model and --base: take models that were trained without labels")
     if args.labels != "none":
         torch.manual_seed(args.seed)
         teach_labels(policy, args.labels)
+    common.check_base(sampler, policy, args)
     common.encode_prompts(policy, dev)
     common.encode_prompts(sampler, [] if written else train)
     run.begin()
@@ -265,13 +264,13 @@ def main(argv: list[str]) -> None:
     if n_long := len(encoded) - len(fitting):
         runtime.warn(f"{n_long} of {len(encoded)} labelled solutions are too long and left out")
     examples, targets = zip(*fitting, strict=True)
-    optimizer = common.adam_w(policy.model.parameters(), args.lr)
+    optimizer = common.adam_w(policy.trained.parameters(), args.lr)
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     progress = {"step": 0, "tokens": 0, "losses": [], "best": -1.0}
     progress |= {"seconds_sampling": run.clock(), "started": run.clock()}
     if run.state:
         progress |= run.state["progress"]
-        policy.model.load_state_dict(run.state["model"])
+        policy.trained.load_state_dict(run.state["trained"])
         optimizer.load_state_dict(run.state["optimizer"])
         run.state = None  # as large as the model and its optimizer
     for epoch in range(progress["step"] // steps_per_epoch, args.epochs):
@@ -279,7 +278,7 @@ def main(argv: list[str]) -> None:
         order = common.shuffled(len(examples), args.seed, epoch)
         steps = range(progress["step"] % steps_per_epoch, steps_per_epoch)
         for step in tqdm(steps, desc=f"epoch {epoch + 1}", disable=None):
-            state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"trained": policy.trained.state_dict(), "optimizer": optimizer.state_dict()}
             run.checkpoint(**state, progress=progress)
             indices = order[step * args.batch_size : (step + 1) * args.batch_size]
             batch, is_target = [examples[i] for i in indices], [targets[i] for i in indices]

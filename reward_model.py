@@ -50,8 +50,8 @@ import runtime
 
 def parse_args(argv: list[str]):
     defaults = dict(model="runs/sft/model", out="runs/reward_model", samples=16, temperature=0.7)
-    defaults |= dict(lr=1e-3, epochs=5, batch_size=32, limit_train=None, checkpoint_every=300)
-    parser = runtime.common_parser(__doc__, **defaults)
+    defaults |= dict(lr=1e-3, epochs=5, batch_size=32, checkpoint_every=300)
+    parser = runtime.common_parser(__doc__, **defaults, **runtime.TRAINING)
     add = parser.add_argument
     kinds = "orm: outcome reward model; genrm: generative reward model, with other defaults"
     changed = "--out runs/genrm --lr 5e-4 --epochs 3 --batch-size 8"
@@ -408,8 +408,8 @@ def train_step(model: common.Policy, optimizer, batch: list, token_budget: int):
         micro_loss = F.binary_cross_entropy_with_logits(log_odds, y, w, reduction="sum")
         micro_loss.backward()
         loss += micro_loss.item()
-    parameters = list(model.model.parameters())
-    (loss,) = common.sum_gradients(parameters, loss)
+    parameters = optimizer.param_groups[0]["params"]
+    (loss,) = runtime.sum_gradients(parameters, loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     common.require_finite(loss, grad_norm)
     optimizer.step()
@@ -431,6 +431,7 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     reward_model = kind(args.base, args.device, args.dtype, flag="--base", new=True)
+    reward_model.prepare_training(args)
     student = common.Policy(args.model, args.device, args.dtype)
     common.encode_prompts(student, dev if given else train + dev)
     run.begin()
@@ -459,14 +460,14 @@ def main(argv: list[str]) -> None:
         "sampled_truncated": common.mean(not sample.finished for sample in samples),
     }
 
-    optimizer = common.adam_w(reward_model.model.parameters(), args.lr)
+    optimizer = common.adam_w(reward_model.trained.parameters(), args.lr)
     steps_per_epoch = math.ceil(len(data) / args.batch_size)
     n_steps = args.epochs * steps_per_epoch
     progress = {"epoch": 0, "step_in_epoch": 0, "step": 0, "tokens": 0, "losses": [], "best": -1.0}
     progress["samples"] = 0 if given else len(samples)
     if run.state:
         progress |= run.state["progress"]
-        reward_model.model.load_state_dict(run.state["model"])
+        reward_model.trained.load_state_dict(run.state["trained"])
         optimizer.load_state_dict(run.state["optimizer"])
         # It is as large as the model and its optimizer.
         run.state = None
@@ -485,7 +486,10 @@ def main(argv: list[str]) -> None:
             progress |= {"grad_norm": grad_norm, "lr": lr, "step_in_epoch": step + 1}
             progress["tokens"] += sum(len(response) for (_, response), _, _ in batch)
             progress["step"] += 1
-            state = {"model": reward_model.model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "trained": reward_model.trained.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             run.checkpoint(**state, progress=progress)
         progress |= {"epoch": epoch + 1, "step_in_epoch": 0}
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from pathlib import Path
 
@@ -107,16 +107,6 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_memory(model: torch.nn.Module) -> None:
-    """Raise UserError if a GPU has no room for gradients and AdamW moments: 12 bytes a weight."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    if (device := weights[0].device).type == "cuda":
-        needed, free = 12 * sum(p.numel() for p in weights), torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        sizes = f"takes {needed / 2**30:.0f} GiB more, and the GPU has {free / 2**30:.0f} left"
-        require(needed <= free, f"to train all weights {sizes}")
-
-
 def gather(part: list) -> list:
     """Return the lists of all processes, joined."""
     parts = [part] * process_count()
@@ -146,6 +136,24 @@ def on_first(action: Callable):
     dist.broadcast_object_list(outcome, 0)
     require(outcome[1] is None, outcome[1])
     return outcome[0]
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], *sums: float) -> list[float]:
+    """Add up the gradients of all processes, and the numbers in `sums`, as one flat tensor."""
+    if process_count() == 1:
+        return list(sums)
+    parameters = [p for p in parameters if p.requires_grad]
+    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    numbers = [*map(float, sums), *(float(p.grad is not None) for p in parameters)]
+    flat.append(torch.tensor(numbers, device=flat[0].device))
+    total = torch.cat(flat)
+    dist.all_reduce(total)
+    *gradients, numbers = total.split([len(part) for part in flat])
+    numbers = numbers.tolist()
+    # A parameter without any gradient keeps None. With zeros the moments of AdamW would move it.
+    for p, gradient, has in zip(parameters, gradients, numbers[len(sums) :], strict=True):
+        p.grad = gradient.view_as(p) if has else None
+    return numbers[: len(sums)]
 
 
 # ---- 2. Files and model folders ------------------------------------------------------------------
@@ -307,14 +315,6 @@ def load_weights(auto, folder: str, new: tuple = (), **how) -> torch.nn.Module:
 
 def is_reward_model(config) -> bool:
     return any(name.endswith("ForTokenClassification") for name in config.architectures or ())
-
-
-def check_base(policy, base, name: str) -> None:
-    """Raise UserError if --base is the default tiny and --model has another shape."""
-    configs = (each.model.config.get_text_config() for each in (policy, base))
-    one, other = ((c.model_type, c.hidden_size, c.num_hidden_layers) for c in configs)
-    advice = "--model is of another shape; give the pretrained model that it was made of"
-    require(name != "tiny" or one == other, f"--base tiny: {advice}")
 
 
 def checksum(files: list) -> str:
@@ -533,6 +533,16 @@ FLAGS = {
         "token_budget": dict(
             default=None, type=WHOLE, help="tokens per micro-batch (default: 1024; GPU: 32768)"
         ),
+        "lora_rank": dict(
+            type=number(int, 0), help="rank of adapters; 0: train all weights (paper, PPO: 128)"
+        ),
+        "frozen_dtype": dict(
+            choices=["auto", "float32", "bfloat16"],
+            help="weights below adapters; auto: bfloat16 on GPU",
+        ),
+        "recompute": dict(
+            action="store_true", help="run layers again in the backward pass, for less memory"
+        ),
     },
     "run": {
         "out": dict(help="folder of the run"),
@@ -541,6 +551,10 @@ FLAGS = {
         "resume": dict(default=False, action="store_true", help="go on with the run in --out"),
     },
 }
+
+
+# The defaults of the scripts that train, beside their own.
+TRAINING = dict(limit_train=None, lora_rank=0, frozen_dtype="auto", recompute=False)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -555,6 +569,8 @@ class OneLineParser(argparse.ArgumentParser):
             if "" in values:
                 self.error(f"--{flag.replace('_', '-')} is empty")
             setattr(args, flag, values if isinstance(value, list) else values[0])
+        if "lora_rank" in args:
+            self.only_with("--lora-rank", args.lora_rank != 0, args, "frozen_dtype")
         name = args.device
         on_gpu = torch.cuda.is_available() if name == "auto" else name.startswith("cuda")
         args.gen_batch_size = args.gen_batch_size or (1024 if on_gpu else 256)

@@ -32,7 +32,7 @@ import runtime
 
 def parse_args(argv: list[str]):
     defaults = dict(model="tiny", out="runs/sft", lr=2e-4, epochs=4, batch_size=8, temperature=0.7)
-    parser = runtime.common_parser(__doc__, **defaults, limit_train=None, checkpoint_every=300)
+    parser = runtime.common_parser(__doc__, **defaults, **runtime.TRAINING, checkpoint_every=300)
     samples_help = "samples per dev problem for pass@k, at --temperature; 0: none"
     parser.add_argument("--samples", type=runtime.number(int, 0), default=0, help=samples_help)
     args = parser.parse_args(argv)
@@ -52,8 +52,8 @@ def train_step(policy, optimizer, batch: list, token_budget: int) -> tuple[float
         micro_loss = -logprobs.sum() / n_tokens
         micro_loss.backward()
         loss += micro_loss.item()
-    parameters = list(policy.model.parameters())
-    (loss,) = common.sum_gradients(parameters, loss)
+    parameters = optimizer.param_groups[0]["params"]
+    (loss,) = runtime.sum_gradients(parameters, loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     common.require_finite(loss, grad_norm)
     optimizer.step()
@@ -85,6 +85,7 @@ def main(argv: list[str]) -> None:
     policy = common.Policy(args.model, args.device, args.dtype)
     # If --model comes from rcrl.py, continue without its return labels.
     policy.condition("none")
+    policy.prepare_training(args)
     examples = [policy.encode_example(p, p.solution) for p in train]
     dev_examples = [policy.encode_example(p, p.solution) for p in dev if p.solution]
     common.encode_prompts(policy, train + dev)
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> None:
             metrics["dev_loss"] = cross_entropy(policy, dev_examples, args.token_budget)
         return metrics
 
-    optimizer = common.adam_w(policy.model.parameters(), args.lr)
+    optimizer = common.adam_w(policy.trained.parameters(), args.lr)
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     n_steps = args.epochs * steps_per_epoch
     print(f"{len(examples)} solutions, {len(dev)} dev problems, {n_steps} steps")
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> None:
     progress |= {"losses": [], "best": (-1.0, 0.0)}
     if run.state:
         progress |= run.state["progress"]
-        policy.model.load_state_dict(run.state["model"])
+        policy.trained.load_state_dict(run.state["trained"])
         optimizer.load_state_dict(run.state["optimizer"])
         # It is as large as the model and its optimizer.
         run.state = None
@@ -125,7 +126,7 @@ def main(argv: list[str]) -> None:
             progress |= {"grad_norm": grad_norm, "lr": lr, "step_in_epoch": step + 1}
             progress["tokens"] += sum(len(solution) for _, solution in batch)
             progress["step"] += 1
-            state = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"trained": policy.trained.state_dict(), "optimizer": optimizer.state_dict()}
             run.checkpoint(**state, progress=progress)
         progress |= {"epoch": epoch + 1, "step_in_epoch": 0}
 

@@ -12,6 +12,7 @@ from test_generation import ARCHITECTURES, SMALL, random_policy, write_model
 from test_loops import guesser
 from test_scripts import cli, rows_of, without_time  # noqa: F401
 
+import adapters
 import common
 import engine
 import ppo
@@ -192,7 +193,7 @@ def test_the_value_branch_copies_the_top_of_the_policy_and_starts_at_zero(name, 
     with torch.no_grad():
         assert (run(EXAMPLES) == 0).all()
         last = {}
-        top = common.decoder_layers(policy.model)[-1]
+        top = policy.layers()[-1]
         hook = top.register_forward_hook(
             lambda m, i, out: last.update(out=out[0] if isinstance(out, tuple) else out)
         )
@@ -231,7 +232,7 @@ def test_adapters_start_as_the_identity_and_can_be_switched_off_and_merged(
     policy = common.Policy(policy.model.config._name_or_path, device="cpu", dtype="float32")
     with torch.no_grad():
         initial = common.response_logprobs(policy, EXAMPLES)
-        lora = common.Lora(policy, 3)
+        lora = policy.lora = adapters.Lora(policy, 3)
         assert torch.equal(common.response_logprobs(policy, EXAMPLES), initial)
     common.response_logprobs(policy, EXAMPLES).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in lora.up) and not any(
@@ -248,7 +249,9 @@ def test_adapters_start_as_the_identity_and_can_be_switched_off_and_merged(
             raise KeyboardInterrupt
         assert torch.equal(common.response_logprobs(policy, EXAMPLES), adapted)
         with lora.merged():
-            policy.save(tmp_path / "model")
+            merged = common.response_logprobs(policy, EXAMPLES)
+        torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+        policy.save(tmp_path / "model")
         assert torch.equal(common.response_logprobs(policy, EXAMPLES), adapted)
         plain = common.Policy(str(tmp_path / "model"), device="cpu", dtype="float32")
         torch.testing.assert_close(
@@ -273,7 +276,7 @@ def test_small_adapters_are_not_rounded_to_zero_in_bfloat16(tiny):
         for weight in policy.model.parameters():
             weight.data = weight.data.bfloat16().float()
         torch.manual_seed(0)
-        lora = common.Lora(policy, 16)
+        lora = policy.lora = adapters.Lora(policy, 16)
         with torch.no_grad():
             before = common.response_logprobs(policy, examples)
         if not signs:
@@ -290,7 +293,8 @@ def test_small_adapters_are_not_rounded_to_zero_in_bfloat16(tiny):
 
 def test_adapters_start_as_the_initial_policy_in_bfloat16(tiny):
     policy = common.Policy("tiny", "cpu", "bfloat16")
-    lora, problem = common.Lora(policy, 4), common.load_problems("arithmetic", "train", 1)[0]
+    lora = policy.lora = adapters.Lora(policy, 4)
+    problem = common.load_problems("arithmetic", "train", 1)[0]
     example = (
         tiny.encode_prompt(common.prompt_text(problem)),
         tiny.encode_solution(problem.reference),
@@ -316,7 +320,7 @@ def test_adapters_keep_the_cache_in_bfloat16(monkeypatch):
         )
         return slots
 
-    common.Lora(policy, 3)
+    policy.lora = adapters.Lora(policy, 3)
     monkeypatch.setattr(engine.cache.PagedCache, "keep_prompts", watching)
     common.generate(policy, common.load_problems("arithmetic", "dev", 2), max_new_tokens=4)
     assert dtypes == {torch.bfloat16}
@@ -330,7 +334,7 @@ def test_experts_and_their_routers_get_no_adapters(family, tmp_path):
     policy = common.Policy(str(tmp_path), "cpu")
     with torch.no_grad():
         initial = common.response_logprobs(policy, EXAMPLES)
-        lora = common.Lora(policy, 3)
+        lora = policy.lora = adapters.Lora(policy, 3)
         assert torch.equal(common.response_logprobs(policy, EXAMPLES), initial)
     # The projections of the attention have adapters.
     assert len(lora.targets) == 2 * 4
@@ -568,9 +572,10 @@ def test_the_weights_that_were_evaluated_on_dev_are_saved(cli, tmp_path, monkeyp
     measured = []
 
     def dev_metrics(policy, *_, **__):
-        measured.append(
-            {name: weight.clone() for name, weight in policy.model.state_dict().items()}
-        )
+        with policy.merged():
+            measured.append(
+                {name: weight.clone() for name, weight in policy.model.state_dict().items()}
+            )
         return {"maj@1": len(measured) / 10, "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
@@ -679,7 +684,7 @@ def test_gradient_and_metrics_of_a_minibatch_do_not_depend_on_its_micro_batches(
         rows = [response[0] - 10 for _, response in examples]
         return (new if torch.is_grad_enabled() else old)[rows][real[rows]]
 
-    seen, sum_gradients = [], common.sum_gradients
+    seen, sum_gradients = [], runtime.sum_gradients
 
     def spied(parameters, *sums):
         seen.append((sums, logprobs.grad, values.grad))
@@ -698,7 +703,7 @@ def test_gradient_and_metrics_of_a_minibatch_do_not_depend_on_its_micro_batches(
 
     monkeypatch.setattr(ppo.ValueFunction, "forward", forward)
     monkeypatch.setattr(ppo, "gae", lambda *_: (advantages.clone(), returns))
-    monkeypatch.setattr(common, "sum_gradients", spied)
+    monkeypatch.setattr(runtime, "sum_gradients", spied)
     # Only the value function trains in phase 1.
     phases = 1 if value_only else 2
     argv = ["--model", nano, "--phases", phases, "--questions", 2, "--samples", 2, "--epochs", 1]
@@ -757,4 +762,4 @@ def test_a_model_without_plain_linear_layers_is_refused_adapters(tmp_path):
         tmp_path,
     )
     with pytest.raises(runtime.UserError, match="--lora-rank: .* no plain linear layers"):
-        common.Lora(common.Policy(str(tmp_path), "cpu"), 3)
+        adapters.Lora(common.Policy(str(tmp_path), "cpu"), 3)

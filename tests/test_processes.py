@@ -256,7 +256,7 @@ def add_up(rank: int) -> tuple:
             n = parameters[i].numel()
             values = torch.arange(n, dtype=torch.float32).view_as(parameters[i])
             parameters[i].grad = values + 10 * (rank + 1)
-    sums = common.sum_gradients(iter(parameters), 1.5 + rank, np.float64(-2.0))
+    sums = runtime.sum_gradients(iter(parameters), 1.5 + rank, np.float64(-2.0))
     assert {p.grad.dtype for p in parameters if p.grad is not None} == {torch.float32}
     return [p.grad for p in parameters], sums
 
@@ -278,7 +278,7 @@ def test_a_single_process_keeps_its_gradients(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda *_: pytest.fail("there is nobody to ask"))
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     weights[0].grad = gradient = torch.ones(2)
-    assert common.sum_gradients(iter(weights), 0.5, 2.0) == [0.5, 2.0]
+    assert runtime.sum_gradients(iter(weights), 0.5, 2.0) == [0.5, 2.0]
     assert weights[0].grad is gradient and weights[1].grad is None
 
 

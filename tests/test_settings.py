@@ -94,7 +94,7 @@ def test_ppo_clips_the_gradients_of_policy_and_value_function_separately(
     cli, tmp_path, measured, monkeypatch
 ):
     """The gradient of the policy has norm 3, the gradient of the value function 0.5."""
-    adam_w, sum_gradients, optimizers, clipped = common.adam_w, common.sum_gradients, [], []
+    adam_w, sum_gradients, optimizers, clipped = common.adam_w, runtime.sum_gradients, [], []
 
     def norms(optimizer):
         groups = ([w.grad for w in group["params"]] for group in optimizer.param_groups)
@@ -114,7 +114,7 @@ def test_ppo_clips_the_gradients_of_policy_and_value_function_separately(
         return sum_gradients(*args)
 
     monkeypatch.setattr(common, "adam_w", watched)
-    monkeypatch.setattr(common, "sum_gradients", scaled)
+    monkeypatch.setattr(runtime, "sum_gradients", scaled)
     argv = ["--model", "tiny", *SMALL, "--limit-train", 16, "--questions", 8, "--samples", 4]
     argv += ["--phases", 2, "--epochs", 2]
     assert cli(ppo, *argv, "--out", tmp_path / "run")[0] == 0
@@ -369,7 +369,7 @@ def test_the_value_function_has_at_most_half_of_the_layers(tmp_path, monkeypatch
         critic = ppo.ValueFunction(policy, detach=True)
         assert len(critic.layers) == n
         torch.nn.init.normal_(critic.head.weight)
-        common.decoder_layers(policy.model)[-1].register_forward_hook(
+        policy.layers()[-1].register_forward_hook(
             lambda module, given, out, last=last: last.append(out)
         )
         with torch.no_grad():

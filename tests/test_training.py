@@ -5,7 +5,6 @@ import importlib
 import math
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,21 +250,30 @@ def test_weights_and_checkpoints_are_never_unpickled(nano, cli, tmp_path):  # no
     assert code == 2 and "not a checkpoint of this program" in message and not done.exists()
 
 
-def test_a_model_that_does_not_fit_the_gpu_in_training_is_refused_before_sampling(monkeypatch):
-    """A million weights need 12 MB more in training. The GPU is a fake."""
-    weight = SimpleNamespace(
-        device=torch.device("cuda", 0), requires_grad=True, numel=lambda: 10**6
-    )
-    model = SimpleNamespace(parameters=lambda: [weight])
+def test_training_that_does_not_fit_the_gpu_is_refused(monkeypatch):
+    """What is loaded already is not counted. The GPU is a fake."""
+    parts = {"weights": 10**9, "gradients": 4 * 10**6, "moments": 7 * 10**6}
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**6)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 10**6)
-    for free in (11 * 10**6, 11 * 10**6 - 1):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**8))
-        if free == 11 * 10**6:
-            runtime.check_memory(model)
-        else:
-            with pytest.raises(runtime.UserError, match="to train all weights"):
-                runtime.check_memory(model)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**7, 10**8))
+    common.check_memory(parts, torch.device("cuda", 0))
+    common.check_memory(parts | {"logits": 10**12}, torch.device("cpu"))
+    with pytest.raises(runtime.UserError, match="GiB more .*gradients.*--recompute"):
+        common.check_memory(parts | {"logits": 1}, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("script", [sft, expert_iteration, ppo, rcrl, reward_model])
+def test_every_script_refuses_training_that_does_not_fit_before_it_samples(
+    script, cli, tmp_path, monkeypatch
+):  # noqa: F811
+    def refuse(parts, device):
+        raise runtime.UserError(f"no room for {sorted(parts)}")
+
+    monkeypatch.setattr(common, "check_memory", refuse)
+    monkeypatch.setattr(common, "generate", None)
+    code, message = cli(script, "--model", "tiny", "--out", tmp_path / "run")
+    assert code == 2 and "no room for ['activations', 'gradients'" in message
+    assert not (tmp_path / "run").exists()
 
 
 FULL = [
