@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from runtime import require
+from runtime import require, warn
 
 
 def recompute(policy) -> None:
@@ -99,6 +99,8 @@ class Lora(torch.nn.Module):
 
     def merged_weights(self) -> dict[str, torch.Tensor]:
         """Return the state of the model with merged weights, which are on the CPU."""
+        if self.policy[0].bfloat16:
+            warn("evaluate the saved model with --dtype float32: bfloat16 rounds the adapters off")
         model, index = self.policy[0].model, {id(m.weight): i for i, m in enumerate(self.targets)}
         names = {name: index[id(p)] for name, p in model.named_parameters() if id(p) in index}
         merged = {name: self.merged_weight(i).cpu() for name, i in names.items()}

@@ -31,8 +31,8 @@ Advantages. K samples of a question, R_i the reward of sample i with the KL pena
            deviation of the group (GRPO, Shao et al. 2024).
     loo    A_i = R_i - mean of the others (RLOO, Ahmadian et al. 2024). Unbiased for every K.
     mc     Line j gets r_j + V_j - V_{j-1}. V_j is the fraction of --mc-samples completions of the
-           lines 1 ... j that are correct, and V_0 that of the other samples (VinePPO, Kazemnejad
-           et al. 2024). Completions count as rollouts.
+           lines 1 ... j that are correct, V_0 that of the other samples. Completions count as
+           rollouts (VinePPO, Kazemnejad et al. 2024).
 Curricula.
     backtracking      Begin within the reference solution. Reveal less as success grows.
     plr               Prefer questions whose value was wrong (Prioritized Level Replay).
@@ -41,7 +41,6 @@ Selection of questions to add to --limit-train, by --scores (samples of the init
     lowest    The lowest scores (Pre-PPO). floor: the lowest with at least one correct sample.
     frontier  Solved nearest to half of the time. random: any, as a control.
 
---clip-high (0.28) and --drop-uniform are those of DAPO (Yu et al. 2025).
 genrm, hybrid, verifiable_first and --select follow "Exploring Data Scaling Trends and Effects in
 RLHF" (Shen et al. 2025). Our choices: lambda of GAE is 1, only the value function trains in the
 first phase, and the learning rate of the policy rises over 20 steps and falls linearly towards 0.
@@ -49,9 +48,6 @@ The loss is a mean over the tokens of a minibatch, whatever the length of its sa
 
 CPU, six minutes on one core after `python sft.py`, maj@1 on the test split from .75 to .87:
     python ppo.py
-The same on 230 questions and the tenth of the others that SFT solves worst:
-    python evaluate.py --model runs/sft/model --split train --samples 8 --out runs/scores.json
-    python ppo.py --limit-train 230 --select lowest --scores runs/scores.samples.jsonl --out runs/p
 One GPU, the paper's setting as far as we know it (docs/gsm8k.md), after sft.py:
     python ppo.py --model runs/gsm8k/sft/model --dataset gsm8k --lora-rank 128 --lr 1e-6 \
         --value-lr 1e-5 --questions 256 --samples 4 --epochs 4 --batch-size 256 --phases 250 \
@@ -96,11 +92,11 @@ def parse_args(argv: list[str]):
     add("--kl-coef", type=not_negative, default=0.05, help="weight of the KL penalty (paper: 0.05)")
     add("--kl-limit", type=not_negative, default=0, help="`approx_kl` that ends a phase; 0: none")
     add("--clip-range", type=not_negative, default=0.2, help="limit of ratios and value changes")
-    add("--clip-high", type=not_negative, help="limit of rising ratios (default: --clip-range)")
+    add("--clip-high", type=not_negative, help="of rising ratios (--clip-range; DAPO: 0.28)")
     add("--advantage", choices=["gae", "group", "loo", "mc"], default="gae", help="estimator")
     add("--group-std", action="store_true", help="group: divide by the standard deviation")
     add("--mc-samples", type=whole, default=9, help="mc: completions per prefix (VinePPO: 9)")
-    add("--drop-uniform", action="store_true", help="skip questions with equally good samples")
+    add("--drop-uniform", action="store_true", help="skip equally good samples (DAPO)")
     add("--gae-lambda", type=fraction, default=1.0, help="lambda of GAE (often 0.95)")
     add("--value-lr", type=not_negative, default=1e-3, help="learning rate of the value function")
     add("--no-detach-value", action="store_true", help="the value loss trains the policy too")
@@ -122,22 +118,18 @@ def parse_args(argv: list[str]):
     args = parser.parse_args(argv)
     uses_orm, uses_genrm = args.reward.startswith("orm"), args.reward in ("genrm", "hybrid")
     is_staged = args.curriculum == "verifiable_first"
-    if args.temperature == 0:
-        parser.error("--temperature 0: greedy samples are all the same, so nothing is learned")
-    if is_staged and not uses_genrm:
-        parser.error("--curriculum verifiable_first needs --reward genrm or hybrid")
-    if args.samples == 1 and (args.advantage != "gae" or args.drop_uniform):
-        parser.error("--samples 1: a sample is compared with the others of its question")
-    if args.select and not args.scores:
-        parser.error("--select needs --scores: files of evaluate.py --split train")
-    if args.advantage == "mc" and args.reward != "sparse":
-        parser.error("--advantage mc needs --reward sparse")
-    if args.drop_uniform and uses_genrm:
-        parser.error("--drop-uniform needs answers, and --reward genrm and hybrid hide some")
+    is_mc, has_values, refuse = args.advantage == "mc", args.advantage == "gae", parser.error_if
+    compares = args.drop_uniform or not has_values
+    refuse(args.temperature == 0, "--temperature 0: greedy samples of a question are all the same")
+    refuse(is_staged and not uses_genrm, "verifiable_first needs --reward genrm or hybrid")
+    refuse(args.samples == 1 and compares, "--samples 1: a sample is compared with the others")
+    refuse(args.select and not args.scores, "--select needs --scores of evaluate.py --split train")
+    refuse(is_mc and args.reward != "sparse", "--advantage mc needs --reward sparse")
+    refuse(args.drop_uniform and uses_genrm, "--drop-uniform needs answers, and some are hidden")
     parser.only_with("--advantage group", args.advantage == "group", args, "group_std")
-    parser.only_with("--advantage mc", args.advantage == "mc", args, "mc_samples")
+    parser.only_with("--advantage mc", is_mc, args, "mc_samples")
     flags = "gae_lambda", "value_lr", "no_detach_value"
-    parser.only_with("--advantage gae", args.advantage == "gae", args, *flags)
+    parser.only_with("--advantage gae", has_values, args, *flags)
     parser.only_with("--reward orm or orm_dense", uses_orm, args, "orm", "add_outcome")
     parser.only_with("--reward genrm or hybrid", uses_genrm, args, "genrm", "hide", "references")
     parser.only_with("--curriculum verifiable_first", is_staged, args, "switch")
@@ -326,37 +318,31 @@ def step_rewards(policy: common.Policy, sample: common.Sample) -> np.ndarray:
 
 
 class ValueFunction(torch.nn.Module):
-    """A trainable copy of the policy's top layers with a scalar head that starts at zero.
-
-    Hooks record the inputs of the policy's own layers, so the copies get the same ones.
-    """
+    """A trainable copy of the policy's top layers with a scalar head that starts at zero."""
 
     def __init__(self, policy: common.Policy, detach: bool):
         super().__init__()
-        layers = list(policy.layers())
-        top = layers[len(layers) - min(VALUE_LAYERS, max(1, len(layers) // 2)) :]
-        self.layers = torch.nn.ModuleList(copy.deepcopy(layer) for layer in top)
+        layers, self.detach = list(policy.layers()), detach
+        self.top = layers[len(layers) - min(VALUE_LAYERS, max(1, len(layers) // 2)) :]
+        self.layers = torch.nn.ModuleList(copy.deepcopy(layer) for layer in self.top)
         width = policy.model.config.get_text_config().hidden_size
         self.norm = torch.nn.LayerNorm(width, device=policy.device)
         self.head = torch.nn.Linear(width, 1, device=policy.device)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
-        self.detach, self.calls = detach, None
-        for layer in top:
-            layer.register_forward_pre_hook(self._record, with_kwargs=True)
-
-    def _record(self, module, args, kwargs):
-        if self.calls is not None:
-            self.calls.append((args, kwargs))
 
     def forward(self, policy, examples: list, temperature: float) -> tuple[Tensor, Tensor]:
         """Run the policy once. Return log-probabilities and values: both [response tokens].
 
-        A value is the expected return from its token on.
+        A value is the expected return from its token on. Hooks record the inputs of the policy's
+        own layers, so the copies get the same ones.
         """
-        self.calls = []
+        calls = []
+        how = dict(hook=lambda _, *inputs: calls.append(inputs), with_kwargs=True)
+        hooks = [layer.register_forward_pre_hook(**how) for layer in self.top]
         logprobs = common.response_logprobs(policy, examples, temperature)
-        calls, self.calls = self.calls, None
+        for hook in hooks:
+            hook.remove()
         rows, columns = common.response_positions(examples, policy.device)
         with policy.autocast():
             args, kwargs = calls[0]
@@ -527,8 +513,8 @@ def sample_metrics(samples, rewards, solved, sources: dict[str, str]) -> dict[st
         "correct": mean(s.passed for s in samples),
         "informative": mean(0 < rate < 1 for rate in solved),
         "response_length": mean(len(s.tokens) for s in samples),
-        "no_answer": mean(s.answer is None for s in samples),
-        "truncated": mean(not s.finished for s in samples),
+        "sampled_no_answer": mean(s.answer is None for s in samples),
+        "sampled_truncated": mean(not s.finished for s in samples),
         "with_prefix": mean(bool(s.prefix) for s in samples),
     }
     scored = [(s, r) for s, r in pairs if s.finished and sources[s.problem.id] != "verifier"]
@@ -538,26 +524,6 @@ def sample_metrics(samples, rewards, solved, sources: dict[str, str]) -> dict[st
         metrics["beats_gold_rate"] = mean(r > 0.5 for r in with_gold)
         metrics["score_if_correct"] = mean(r for s, r in scored if s.correct)
     return metrics
-
-
-def token_metrics(sampled, logprobs, ref_logprobs, values, returns) -> dict[str, float | None]:
-    """Describe the tokens of a phase: [response tokens]. sampled: log-probabilities in sampling."""
-    return {
-        "ref_kl_k1": (logprobs - ref_logprobs).mean().item(),
-        "ref_kl_k3": kl_k3(logprobs, ref_logprobs).mean().item(),
-        "entropy": -logprobs.mean().item(),
-        "logprob_mismatch": ((logprobs - sampled).exp() - 1).abs().max().item(),
-        "explained_variance": explained_variance(returns, values),
-    }
-
-
-def evaluate(policy, dev, args, phase: int, best: float) -> dict:
-    """Measure the policy on dev. If it is better than `best`, save it."""
-    metrics = common.dev_metrics(policy, dev, args, phase, few_shot=args.few_shot)
-    if metrics["maj@1"] > best:
-        policy.save(Path(args.out) / "model")
-    names = {"no_answer": "dev_no_answer", "truncated": "dev_truncated"}
-    return {names.get(key, key): value for key, value in metrics.items()}
 
 
 def load_questions(args) -> tuple[list[common.Problem], list[dict]]:
@@ -585,8 +551,6 @@ def load_models(args) -> tuple:
     policy.prepare_training(args, extra=[*critic.parameters()])
     # With adapters off the policy is its initial copy.
     reference = policy if policy.lora else common.Policy(args.model, args.device, args.dtype)
-    if args.advantage == "mc":
-        import rcrl  # noqa: F401 (it is missing in a fork: say so now)
     if args.orm or args.genrm:
         from reward_model import GenerativeRewardModel, RewardModel  # not part of every fork
 
@@ -608,11 +572,11 @@ def main(argv: list[str]) -> None:
         print(f"{args.out} is complete")
         return
     policy, reference, critic, reward_model = load_models(args)
-    has_values = args.advantage == "gae"
     common.encode_prompts(policy, train + dev, args.few_shot)  # refuses one that is too long
     run.begin()
-    rows = [question | {"problem": question["problem"].id} for question in selected]
-    runtime.write_json(run.out / "samples" / "selected.json", rows)
+    if selected:
+        rows = [question | {"problem": question["problem"].id} for question in selected]
+        runtime.write_json(run.out / "samples" / "selected.json", rows)
 
     weights, critic_weights = list(policy.trained.parameters()), list(critic.parameters())
     groups = [{"params": weights}, {"params": critic_weights, "lr": args.value_lr}]
@@ -626,11 +590,11 @@ def main(argv: list[str]) -> None:
         optimizer.load_state_dict(run.state["optimizer"])
         run.state = None  # as large as the weights and the optimizer
     else:
-        metrics = evaluate(policy, dev, args, phase=0, best=-1.0)
+        metrics = common.dev_metrics(policy, dev, args, 0, few_shot=args.few_shot)
+        policy.save(run.out / "model")
         run.log(step=0, samples=0, tokens=0, phase=0, **metrics)
         progress |= {"best": metrics["maj@1"], "start": metrics["maj@1"]}
 
-    clips = args.clip_range, args.clip_high
     for phase in range(progress["phase"] + 1, args.phases + 1):
         # 1. Choose questions and sample solutions.
         started = time.monotonic()
@@ -664,19 +628,20 @@ def main(argv: list[str]) -> None:
         # 5. Estimate the advantages. Their size is the error of the values.
         advantages, returns = estimate_advantages(args, token_rewards, old_values, *of_lines)
         errors = [float(advantages[i, :n].abs().mean()) for i, n in enumerate(lengths)]
-        if has_values:
+        if critic_weights:
             advantages[real] = whiten(advantages[real])
         correct = [float(sample.passed) for sample in samples]
         solved, error = np.reshape([correct, errors], (2, len(chosen), -1)).mean(2).tolist()
         curriculum.update(chosen, solved, error)
 
         # 6. Train. First the value function alone, without clipping: from zero it has a long way.
-        value_clip = args.clip_range if phase > 1 else np.inf
-        trains_policy = phase > 1 or not has_values
+        low, high = args.clip_range, args.clip_high
+        value_clip = low if phase > 1 else np.inf
+        trains_policy = phase > 1 or not critic_weights
         rates = np.repeat(solved, args.samples)
         used = [i for i, rate in enumerate(rates) if 0 < rate < 1 or not args.drop_uniform]
-        epochs = [common.shuffled(len(used), args.seed, phase, e) for e in range(args.epochs)]
-        orders = [[used[i] for i in epoch] for epoch in epochs]
+        orders = [common.shuffled(len(used), args.seed, phase, e) for e in range(args.epochs)]
+        orders = [[used[i] for i in order] for order in orders]
         starts = range(0, len(used), args.batch_size)
         minibatches = [order[i : i + args.batch_size] for order in orders for i in starts]
         stats, deviations = [], []
@@ -689,14 +654,14 @@ def main(argv: list[str]) -> None:
                 tables = old_logprobs, old_values, advantages, returns
                 flat = (table[micro][real[micro]].to(policy.device) for table in tables)
                 old_logprob, old_value, advantage, target = flat  # [response tokens]
-                pi_loss = policy_loss(logprobs, old_logprob, advantage, *clips)
+                pi_loss = policy_loss(logprobs, old_logprob, advantage, low, high)
                 v_loss = value_loss(values, old_value, target, value_clip)
                 loss = pi_loss + v_loss if trains_policy else v_loss
                 (loss.sum() / n_tokens).backward()
                 with torch.no_grad():
                     change = (logprobs - old_logprob).exp() - 1
                     deviation = max(deviation, change.abs().max().item())
-                    clipped = ((change > clips[1]) | (-change > args.clip_range)).float()
+                    clipped = ((change > high) | (-change > low)).float()
                     logged = pi_loss, v_loss, clipped, kl_k3(old_logprob, logprobs)
                     sums += [x.sum().item() / n_tokens for x in logged]
             means = runtime.sum_gradients(weights + critic_weights, *sums)
@@ -720,21 +685,25 @@ def main(argv: list[str]) -> None:
             progress["tokens"] += n_tokens
 
         # 7. Describe the phase. Every few phases measure the policy on dev.
-        progress |= {"phase": phase}
-        progress["samples"] += len(samples) + n_completions
+        progress |= {"phase": phase, "samples": progress["samples"] + len(samples) + n_completions}
         row = {key: progress[key] for key in ("step", "samples", "tokens", "phase")}
         row |= sample_metrics(samples, rewards, solved, sources)
         sampled = torch.from_numpy(np.concatenate([sample.logprobs for sample in samples]))
-        flat = (table[real] for table in (old_logprobs, ref_logprobs, old_values, returns))
-        row |= token_metrics(sampled, *flat)
+        old, ref = old_logprobs[real], ref_logprobs[real]
+        row |= {"ref_kl_k1": (old - ref).mean().item(), "ref_kl_k3": kl_k3(old, ref).mean().item()}
+        row |= {"entropy": -old.mean().item()}
+        row |= {"logprob_mismatch": ((old - sampled).exp() - 1).abs().max().item()}
+        row |= {"explained_variance": explained_variance(returns[real], old_values[real])}
         if stats:
             row |= dict(zip(STATS, np.mean(stats, 0).tolist(), strict=True))
         row |= {"max_ratio_deviation": max(runtime.gather(deviations[:1]), default=None)}
         row |= {"minibatches": len(stats), "lr": optimizer.param_groups[0]["lr"]}
         row |= dict(seconds_sampling=seconds_sampling, seconds_training=time.monotonic() - started)
         if phase % args.eval_every == 0 or phase == args.phases:
-            row |= evaluate(policy, dev, args, phase, progress["best"])
-            progress["best"] = max(progress["best"], row["maj@1"])
+            row |= common.dev_metrics(policy, dev, args, phase, few_shot=args.few_shot)
+            if row["maj@1"] > progress["best"]:
+                progress["best"] = row["maj@1"]
+                policy.save(run.out / "model")
 
         # 8. Log and save.
         run.log(**row)
@@ -745,8 +714,6 @@ def main(argv: list[str]) -> None:
     if progress["best"] <= progress["start"]:
         runtime.warn("no phase was better on dev than the initial policy, which is in model/")
     print(f"best maj@1 on dev {progress['best']:.3f}; model in {run.out / 'model'}")
-    if policy.lora:
-        print("evaluate it with --dtype float32: bfloat16 rounds the merged adapters off")
 
 
 if __name__ == "__main__":

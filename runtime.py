@@ -589,6 +589,10 @@ class OneLineParser(argparse.ArgumentParser):
             if not holds and not args.resume and getattr(args, flag) != self.get_default(flag):
                 self.error(f"--{flag.replace('_', '-')} does nothing without {condition}")
 
+    def error_if(self, wrong, message: str) -> None:
+        if wrong:
+            self.error(message)
+
     def error(self, message: str):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 

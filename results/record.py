@@ -26,9 +26,6 @@ def read_run(folder: Path) -> dict:
         for file in sorted(files, key=lambda file: file.name)
         if not file.name.endswith("args.json")
     }
-    # Without --select `ppo.py` writes an empty list.
-    if not evaluation.get("selected"):
-        evaluation.pop("selected", None)
     return {
         "args": json.loads(args.read_text(encoding="utf-8")) if args.exists() else None,
         "metrics": [json.loads(line) for line in lines],

@@ -75,7 +75,8 @@ def measured(monkeypatch) -> list:
     accuracies, states = iter([0.1, 0.2, 0.5, 0.3]), []
 
     def dev_metrics(policy, *_, **__):
-        states.append(weights_of(policy))
+        with policy.merged():
+            states.append(weights_of(policy))
         return {"maj@1": next(accuracies), "no_answer": 0.0, "truncated": 0.0}
 
     monkeypatch.setattr(common, "dev_metrics", dev_metrics)
@@ -434,8 +435,8 @@ def test_a_phase_of_ppo_uses_the_correct_data_in_every_step(
         expected = {
             "correct": np.mean(paid),
             "informative": np.mean((0 < groups) & (groups < 1)),
-            "truncated": np.mean([not s.finished for s in samples]),
-            "no_answer": np.mean([s.answer is None for s in samples]),
+            "sampled_truncated": np.mean([not s.finished for s in samples]),
+            "sampled_no_answer": np.mean([s.answer is None for s in samples]),
             "ref_kl_k1": (logprobs - reference)[real].mean().item(),
             "ref_kl_k3": ((reference - logprobs).exp() - 1 - (reference - logprobs))[real]
             .mean()
@@ -444,7 +445,7 @@ def test_a_phase_of_ppo_uses_the_correct_data_in_every_step(
             "entropy": -logprobs[real].mean().item(),
         }
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-8)
-    assert phases[0]["truncated"] not in (0, 0.5, 1) and any(
+    assert phases[0]["sampled_truncated"] not in (0, 0.5, 1) and any(
         0 < row["informative"] < 1 for row in phases
     )
     assert measured[0] == measured[1] == weights_of(initial) and len(set(measured)) == 3

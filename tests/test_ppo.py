@@ -486,7 +486,7 @@ def test_a_run_logs_its_metrics_and_the_first_ratio_is_one(cli, tmp_path):
             and row["minibatches"] == 6
         )
         for key in ("ref_kl_k1", "ref_kl_k3", "entropy", "clip_fraction", "value_loss",
-                    "explained_variance", "response_length", "truncated", "no_answer", "grad_norm",
+                    "explained_variance", "response_length", "sampled_truncated", "sampled_no_answer", "grad_norm",
                     "seconds_sampling", "seconds_training"):  # fmt: skip
             assert np.isfinite(row[key])
     assert phases[0]["ref_kl_k3"] == pytest.approx(0, abs=1e-8) and phases[0]["grad_norm"] == 0, (

@@ -387,7 +387,8 @@ def test_the_outcome_is_added_to_the_score_of_the_reward_model(cli, tmp_path, fo
     # A new reward model gives 0.5 to every sample that was not truncated.
     row = last_row(tmp_path / "run")
     assert (
-        row["reward"] == pytest.approx(row["correct"] + (1 - row["truncated"]) / 2, rel=1e-4)
+        row["reward"]
+        == pytest.approx(row["correct"] + (1 - row["sampled_truncated"]) / 2, rel=1e-4)
         and row["correct"] > 0
     )
 
