@@ -7,6 +7,8 @@ It is compared with other ways to sample and with the limit of the machine:
     model.generate    `model.generate(num_return_sequences=K, top_k=0)`. This is the usual way.
                       Its batches have the same size.
     generate_batch    The continuous batching of transformers. It chooses its own batch size.
+    merged            `generate` with adapters of rank 16, merged once as always.
+    unmerged          The same with the two products of every adapter in every step.
     unconditioned     `generate` without the labels of a model of rcrl.py. `generate` puts [GOOD]
                       before every line. Labels do not count as tokens.
 
@@ -58,6 +60,7 @@ import transformers
 from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import adapters  # noqa: E402
 import common  # noqa: E402
 import engine  # noqa: E402
 import runtime
@@ -315,11 +318,40 @@ def run_generate_batch(policy, problems, samples, batch_size, args, seed) -> lis
     return [len(output.generated_tokens) for output in said.values()]
 
 
+@contextlib.contextmanager
+def with_adapters(policy):
+    """Give the policy adapters of rank 16. They stay on its layers, and do nothing later."""
+    if not hasattr(policy, "tried_lora"):
+        policy.tried_lora = adapters.Lora(policy, 16)
+    policy.lora = policy.tried_lora
+    policy.lora.mode = "on"
+    try:
+        yield
+    finally:
+        policy.lora.mode, policy.lora = "merged", None
+
+
+def run_merged(policy, *how) -> list[int]:
+    with with_adapters(policy):
+        return run_generate(policy, *how)
+
+
+def run_unmerged(policy, *how) -> list[int]:
+    with with_adapters(policy):
+        policy.lora = None  # `generate` merges nothing
+        try:
+            return run_generate(policy, *how)
+        finally:
+            policy.lora = policy.tried_lora
+
+
 RUNNERS = {
     "generate": run_generate,
     "plain loop": run_plain_loop,
     "model.generate": run_model_generate,
     "generate_batch": run_generate_batch,
+    "merged": run_merged,
+    "unmerged": run_unmerged,
     "unconditioned": run_unconditioned,
 }
 DEFAULT_ENGINES = ["generate", "plain loop", "model.generate"]
@@ -328,6 +360,7 @@ SPEEDUPS = {
     "speedup": ("generate", "model.generate"),
     "plain_loop_speedup": ("plain loop", "model.generate"),
     "speedup_over_generate_batch": ("generate", "generate_batch"),
+    "merged_speedup": ("merged", "unmerged"),
     "speed_conditioned_over_unconditioned": ("generate", "unconditioned"),
 }
 
