@@ -107,8 +107,9 @@ def test_differences_by_seed_equal_the_records(printed):
         assert values(found) in (rounded if found in in_points else given), found
 
 
-# Sections with numbers of other authors, or without results.
+# Sections with numbers of other authors, without results, or with a test of their own.
 NOT_OURS = {"The first claim is disputed", "Results of others", "Versions", "Problems of your own"}
+NOT_OURS |= {"Which model fits which card"}
 # Records that are small enough to compare a page with all of their numbers.
 SMALL = ["smollm2_cpu", "defaults"]
 
@@ -183,6 +184,20 @@ def test_the_speeds_equal_the_measurements():
     assert len(numbers) > 20
     unknown = [v for v, digits in numbers if not is_near(v, 0.5 * 10**-digits + 1e-9, given)]
     assert not unknown, unknown
+
+
+def test_the_memory_of_the_page_is_that_of_the_formula_and_of_the_measurement():
+    (text,) = [t for name, t in sections("docs/gsm8k.md") if name in NOT_OURS and "fits" in name]
+    table = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "memory.py"], capture_output=True, text=True
+    ).stdout
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) == 5 and all(row in text for row in rows)
+    measured = json.loads((RESULTS / "generation" / "memory_smollm2.json").read_text())
+    given = {f"{row[key] / 2**30:.2f}" for row in measured for key in ("peak", "formula")}
+    found = {f"{value:.2f}" for value, digits in numbers_of(text) if digits == 2}
+    assert len(measured) == 4 and found == given
+    assert all(0.85 < row["formula"] / row["peak"] < 1.15 for row in measured)
 
 
 def test_the_scripts_of_the_first_page_have_the_numbers_of_the_table(printed):
