@@ -20,7 +20,7 @@ import runtime
 import sft
 
 SMALL = ["--max-new-tokens", 60, "--limit-eval", 8, "--seed", 7, "--lora-rank", 2, "--lr", 0.01]
-TRAIN = ["--model", "tiny", *SMALL, "--limit-train", 48, "--epochs", 1, "--batch-size", 8]
+TRAIN = ["--model", "tiny", *SMALL, "--limit-train", 24, "--epochs", 1, "--batch-size", 8]
 RUNS = {
     "sft": (sft, ["--model", "tiny", *SMALL, "--epochs", 2]),
     "expert_iteration": (expert_iteration, [*TRAIN, "--samples", 2, "--pass-k", 0]),
