@@ -178,6 +178,10 @@ def samples_per_question() -> None:
             show(f"{small}, dev maj@1 after round {n}, K = 16 ({what}) - K = 4", *both)
         for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
             show_test(f"{small}, test {metric}, K = 16 ({what}) - K = 4", metric, large, small)
+    for control in ("hard/k16_once", "hard/ei"):
+        for metric in ("maj@1", "pass@1", "pass@16", "distinct@16"):
+            what = f"test {metric}, at most 10 solutions of a question (k16_max10) - {control}"
+            show_test(what, metric, "hard/k16_max10", control)
     longer = "against de-duplicated for longer (long_dedup)"
     print(f"   all right solutions against de-duplicated, and {longer}")
     for method, control in (

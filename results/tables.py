@@ -184,6 +184,7 @@ def main() -> None:
                 "hard/k16_once",
                 ["hard/k16_once"],
             ),
+            "the same, `--max-per-question 10`": ("hard/k16_max10", ["hard/k16_max10"]),
             "RCRL, 10 : 1, from samples of expert iteration (K = 4)": (
                 "hard_rcrl/ratio10",
                 ["hard/ei", ("hard_rcrl/ratio10", *rollouts, "completions")],
