@@ -53,9 +53,10 @@ class Lora(torch.nn.Module):
             # The Conv1D of GPT-2 keeps its weight as [in, out].
             transposed, weight = isinstance(module, Conv1D), module.weight
             n_out, n_in = weight.T.shape if transposed else weight.shape
-            down = torch.randn(rank, n_in, device=weight.device) / n_in**0.5
+            size = min(rank, n_in, n_out)
+            down = torch.randn(size, n_in, device=weight.device) / n_in**0.5
             self.down.append(torch.nn.Parameter(down))
-            self.up.append(torch.nn.Parameter(torch.zeros(n_out, rank, device=weight.device)))
+            self.up.append(torch.nn.Parameter(torch.zeros(n_out, size, device=weight.device)))
             weight.data = weight.data.to(getattr(torch, self.frozen_dtype))
             module.register_forward_hook(functools.partial(self._add, i))
 
@@ -100,7 +101,7 @@ class Lora(torch.nn.Module):
     def merged_weights(self) -> dict[str, torch.Tensor]:
         """Return the state of the model with merged weights, which are on the CPU."""
         if self.policy[0].bfloat16:
-            warn("evaluate the saved model with --dtype float32: bfloat16 rounds the adapters off")
+            warn("evaluate model/ with --dtype float32: bfloat16 rounds much of the change off")
         model, index = self.policy[0].model, {id(m.weight): i for i, m in enumerate(self.targets)}
         names = {name: index[id(p)] for name, p in model.named_parameters() if id(p) in index}
         merged = {name: self.merged_weight(i).cpu() for name, i in names.items()}

@@ -504,11 +504,10 @@ class Policy:
         require(found is not None, f"a {name} has no plain stack of layers")
         return found
 
-    def prepare_training(self, args, device=None, extra: Sequence = ()) -> None:
+    def prepare_training(self, args, device=None, critic: torch.nn.Module | None = None) -> None:
         """Set `trained`, the module to train: the model, or adapters if --lora-rank asks for them.
 
-        Raises UserError if the GPU has no room for training. device: where it will be, if not here.
-        extra: other weights that are trained.
+        Raises UserError if the device, or `device`, has no room to train it and the critic.
         """
         if self.trained:
             return
@@ -524,7 +523,7 @@ class Policy:
             if args.recompute:
                 adapters.recompute(self)
         self.trained = self.lora or self.model
-        check_memory(training_memory(self, args, extra), device or self.device)
+        check_memory(training_memory(self, args, critic), device or self.device)
 
     def merged(self):
         """Return a context in which the weights contain the adapters, if there are any."""
@@ -753,30 +752,32 @@ def decode_batch(
 LOGITS_AT_ONCE = 1 << 24  # above this many, compute them again in the backward pass
 
 
-def training_memory(policy: Policy, args, extra: Sequence = ()) -> dict[str, int]:
-    """Return the bytes of a training step of a prepared policy, by part.
+def training_memory(policy: Policy, args, critic: torch.nn.Module | None = None) -> dict[str, int]:
+    """Return the bytes of a training step of a prepared policy and a critic, by part.
 
     Per token and layer it keeps 6 w + 4 q + 4 m numbers, where w is the width of the model, q of
     all heads and m of the MLP. The numbers of q and m have the dtype of the arithmetic. The model
-    may be on the device meta. extra: other weights that are trained.
+    may be on the device meta.
     """
     config, tokens = policy.model.config.get_text_config(), args.token_budget
-    width, depth = config.hidden_size, config.num_hidden_layers
-    heads = config.num_attention_heads
+    width, depth, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or width // heads
     middle = getattr(config, "intermediate_size", None) or 4 * width
     per_layer = 24 * width + (8 if policy.bfloat16 else 16) * (heads * head_dim + middle)
     kept = 4 * width * depth + per_layer if args.recompute else per_layer * depth
-    trained = [p for p in policy.trained.parameters() if p.requires_grad] + [*extra]
+    kept += per_layer * len(getattr(critic, "layers", ()))  # the critic runs no layer again
+    trained = [p for p in policy.trained.parameters() if p.requires_grad]
+    trained += critic.parameters() if critic else []
     weights = {id(p): p for p in (*policy.model.parameters(), *trained)}.values()
     size = sum(p.numel() for p in trained)
-    rows = tokens if tokens * policy.vocabulary <= LOGITS_AT_ONCE else min(tokens, 2048)
+    vocabulary = 1 if policy.linear else policy.vocabulary
+    rows = tokens if tokens * vocabulary <= LOGITS_AT_ONCE else min(tokens, 2048)
     return {
         "weights": sum(p.numel() * p.element_size() for p in weights),
         "gradients": 4 * size,
         "moments": 8 * size,
         "activations": kept * tokens,
-        "logits": 3 * 4 * rows * policy.vocabulary,
+        "logits": 3 * 4 * rows * vocabulary,
     }
 
 

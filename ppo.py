@@ -22,8 +22,8 @@ Rewards. A truncated solution gets 0.
     dense      sparse, plus 1/n at the end of a line that first has one of the reference's n values.
     orm        At the last token the probability that an outcome reward model (ORM) gives.
     orm_dense  The same by line: each line gets the rise of that probability.
-    genrm      At the last token the score of a generative reward model (GenRM) that compares with
-               the gold solution, or if it is missing or hidden with a sample of --references.
+    genrm      At the last token the score of a generative reward model (GenRM). It compares with
+               the gold solution, or with a sample of --references if it is missing or hidden.
     hybrid     genrm for the questions whose answer is hidden (--hide), sparse for the others.
 Advantages. K samples of a question, R_i the reward of sample i with the KL penalty.
     gae    By a learned value function, whitened (Schulman et al. 2016). The others have none.
@@ -125,6 +125,7 @@ def parse_args(argv: list[str]):
     refuse(args.samples == 1 and compares, "--samples 1: a sample is compared with the others")
     refuse(args.select and not args.scores, "--select needs --scores of evaluate.py --split train")
     refuse(is_mc and args.reward != "sparse", "--advantage mc needs --reward sparse")
+    refuse(is_mc and not Path(__file__).with_name("rcrl.py").exists(), "mc: rcrl.py is missing")
     refuse(args.drop_uniform and uses_genrm, "--drop-uniform needs answers, and some are hidden")
     parser.only_with("--advantage group", args.advantage == "group", args, "group_std")
     parser.only_with("--advantage mc", is_mc, args, "mc_samples")
@@ -334,8 +335,7 @@ class ValueFunction(torch.nn.Module):
     def forward(self, policy, examples: list, temperature: float) -> tuple[Tensor, Tensor]:
         """Run the policy once. Return log-probabilities and values: both [response tokens].
 
-        A value is the expected return from its token on. Hooks record the inputs of the policy's
-        own layers, so the copies get the same ones.
+        Hooks record the inputs of the policy's own layers, so the copies get the same ones.
         """
         calls = []
         how = dict(hook=lambda _, *inputs: calls.append(inputs), with_kwargs=True)
@@ -548,14 +548,14 @@ def load_models(args) -> tuple:
     # Copy the top layers before the adapters are added.
     has_values, detach = args.advantage == "gae", not args.no_detach_value
     critic = ValueFunction(policy, detach) if has_values else NoValues()
-    policy.prepare_training(args, extra=[*critic.parameters()])
-    # With adapters off the policy is its initial copy.
-    reference = policy if policy.lora else common.Policy(args.model, args.device, args.dtype)
     if args.orm or args.genrm:
         from reward_model import GenerativeRewardModel, RewardModel  # not part of every fork
 
         kind = RewardModel if args.orm else GenerativeRewardModel
         reward_model = kind(args.orm or args.genrm, args.device, args.dtype)
+    policy.prepare_training(args, critic=critic)
+    # With adapters off the policy is its initial copy.
+    reference = policy if policy.lora else common.Policy(args.model, args.device, args.dtype)
     return policy, reference, critic, reward_model
 
 

@@ -383,7 +383,7 @@ class Run:
         if self._holds_run():
             before, now = read_json(self.settings_file), self.settings
             changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-            changed -= {"token_budget", "gen_batch_size"}  # they only change rounding
+            changed -= {"token_budget", "gen_batch_size", "recompute"}  # they only change rounding
             if isinstance(before.get(may_grow), int) and before[may_grow] <= now[may_grow]:
                 changed -= {may_grow}
             names = ", ".join(sorted(changed))
@@ -650,14 +650,16 @@ def run_main(main: Callable) -> None:
     try:
         start_processes()
         main(sys.argv[1:])
-    except ModuleNotFoundError as error:  # a fork without reward_model.py or rcrl.py
-        print(f"error: {error}; install it, or copy it next to the script", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        ours = error.name in ("adapters", "rcrl", "reward_model")  # a fork may lack them
+        advice = f"copy {error.name}.py next to the script" if ours else "install it"
+        print(f"error: {error}; {advice}", file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, (UserError, OSError)):
             if not is_out_of_memory(error):
                 raise
-            error = f"out of memory; lower --token-budget ({first_line(error)})"
+            error = f"out of memory; lower --token-budget or add --recompute ({first_line(error)})"
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

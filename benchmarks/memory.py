@@ -52,13 +52,12 @@ class MetaPolicy(common.Policy):
 
 def needed(config, method: str, rank: int, recompute: bool, tokens: int) -> dict[str, int]:
     """Return the bytes of a training step by part. method: "SFT", "PPO" or "reward model"."""
-    policy, value = MetaPolicy(config), []
-    if method == "PPO":
-        value = [*ppo.ValueFunction(policy, detach=True).parameters()]
+    policy = MetaPolicy(config)
+    critic = ppo.ValueFunction(policy, detach=True) if method == "PPO" else None
     args = dict(lora_rank=rank, frozen_dtype="bfloat16", recompute=recompute, seed=0)
     args = SimpleNamespace(**args, token_budget=tokens)
     policy.prepare_training(args)
-    parts = common.training_memory(policy, args, value)
+    parts = common.training_memory(policy, args, critic)
     if method == "PPO" and not rank:
         parts["reference"] = 4 * policy.model.num_parameters()
     if method == "reward model":

@@ -254,5 +254,8 @@ def test_the_formula_of_the_memory_fits_what_autograd_keeps(rank):
     assert parts["gradients"] == 4 * trained and parts["moments"] == 8 * trained
     again = common.training_memory(policy, SimpleNamespace(**args | {"recompute": True}))
     assert again["activations"] < 0.5 * parts["activations"] and again["logits"] == parts["logits"]
-    more = common.training_memory(policy, SimpleNamespace(**args), [torch.zeros(10)])
-    assert more["moments"] == parts["moments"] + 80
+    critic = ppo.ValueFunction(common.Policy("tiny", "cpu"), detach=True)
+    more = common.training_memory(policy, SimpleNamespace(**args), critic)
+    n = sum(p.numel() for p in critic.parameters())
+    assert more["moments"] == parts["moments"] + 8 * n
+    assert parts["activations"] < more["activations"] < 2 * parts["activations"]
