@@ -247,6 +247,13 @@ def return_conditioned_rl() -> None:
         for other in ("hard/ei", "hard/rounds3"):
             what = f"harder task, test {metric}, control - {other}"
             show_test(what, metric, "hard_rcrl/control", other)
+    for name in ("monotone", "any_monotone"):
+        for metric in ("maj@1", "pass@1", "pass@16"):
+            what = f"harder task, test {metric}, labels {name} - mean of the completions"
+            show_test(what, metric, f"hard_rcrl/{name}", "hard_rcrl/again")
+        for key in ("good_lines", "good_if_incorrect"):
+            show(f"harder task, {key}, {name}", dev(f"hard_rcrl/{name}", key))
+            show(f"harder task, {key}, mean of the completions", dev("hard_rcrl/again", key))
     for metric in ("maj@1", "pass@1", "pass@16"):
         for one, other in (("ratio10", "control"), ("ratio10", "policy"), ("control", "policy")):
             what = f"harder task, all samples, test {metric}, {one} - {other}"
@@ -321,6 +328,36 @@ def from_the_base() -> None:
         show_test(what, metric, "arithmetic/ei_base", "arithmetic/ei_base_dedup")
 
 
+def adapters() -> None:
+    print("Expert iteration with adapters of rank 16, learning rate 3e-3, and with all weights")
+    for lr in ("1e-3", "3e-3", "1e-2"):
+        for key in ("maj@1", "pass@1"):
+            show(f"dev {key} after one round with {lr}, seed 0", dev(f"adapters/lr_{lr}", key))
+    for n in (1, 2):
+        both = (dev(name, "maj@1", round=n) for name in ("adapters/rank16", "arithmetic/ei"))
+        show(f"dev maj@1 after round {n}, rank 16 - all weights", *both)
+        for name in ("adapters/rank16", "arithmetic/ei"):
+            show(f"dev maj@1 after round {n}, {name}", dev(name, "maj@1", round=n))
+    for metric in ("maj@1", "pass@1", "pass@16"):
+        what = f"test {metric}, rank 16 - all weights"
+        show_test(what, metric, "adapters/rank16", "arithmetic/ei")
+        show(f"test {metric}, rank 16", test("adapters/rank16", metric))
+
+
+def advantages() -> None:
+    print("Ten phases of PPO from SFT with each estimator of the advantages, dev")
+    for name in ("gae", "group", "loo"):
+        method = f"advantages/{name}"
+        start, end = (dev(method, "maj@1", phase=phase) for phase in (0, 10))
+        show(f"maj@1 before, {name}", start)
+        show(f"maj@1 after ten phases, {name}", end)
+        show(f"maj@1, after - before, {name}", end, start)
+        show(f"last KL to the initial policy, {name}", dev(method, "ref_kl_k3"))
+        for first, last in ((1, 2), (9, 10)):
+            values = over_phases(method, "correct", first, last)
+            show(f"right samples of phases {first} to {last}, {name}", values)
+
+
 def learning_rates() -> None:
     print("Learning rates of expert iteration")
     both = (dev(name, "maj@1", round=1) for name in ("ei_lr/hard_3e-4", "hard/ei"))
@@ -391,5 +428,7 @@ if __name__ == "__main__":
     lambda_and_curricula()
     from_the_base()
     learning_rates()
+    adapters()
+    advantages()
     gsm8k()
     hours()

@@ -273,6 +273,9 @@ def main() -> None:
         {
             "10 : 1, label per line": ("hard_rcrl/ratio10", True),
             "control: only the correct ones, no labels": ("hard_rcrl/control", True),
+            "10 : 1 once more": ("hard_rcrl/again", True),
+            "the same, `--monotone`": ("hard_rcrl/monotone", True),
+            "the same, `--label-rule any --monotone`": ("hard_rcrl/any_monotone", True),
             "the expert iteration that it samples from": ("hard/ei", False),
             "the same with a third round": ("hard/rounds3", False),
             "SFT": ("hard/sft", False),

@@ -89,7 +89,7 @@ def show_kept(args, problem: common.Problem, samples: list[common.Sample]) -> No
 def estimate(policy, critic, reference, samples: list, args) -> dict[str, torch.Tensor]:
     """Take steps 2 to 5 of ppo.py. Every table is [samples, longest]."""
     examples = [(list(sample.prompt), sample.tokens.tolist()) for sample in samples]
-    columns = ppo.compute_old_logprobs(policy, critic, reference, None, examples, args)
+    columns = ppo.compute_old_logprobs(policy, critic, reference, examples, args)
     columns = [*columns, ppo.task_rewards(args, policy, samples)]
     columns = [[torch.from_numpy(row) for row in rows] for rows in columns]
     logprobs, values, ref_logprobs, task = (pad_sequence(rows, True) for rows in columns)

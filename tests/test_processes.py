@@ -179,7 +179,7 @@ def test_all_processes_stop_if_the_first_cannot_read_or_write(monkeypatch):
     said = []
     monkeypatch.setattr(runtime, "process_count", lambda: 2)
     monkeypatch.setattr(
-        common.dist, "broadcast_object_list", lambda values, source: said.append([*values, source])
+        runtime.dist, "broadcast_object_list", lambda values, source: said.append([*values, source])
     )
     for error in (OSError(28, "No space left on device"), runtime.UserError("not a checkpoint")):
 
