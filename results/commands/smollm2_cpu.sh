@@ -37,6 +37,15 @@ python "$code/reward_model.py" --model "$work/sft_gsm8k/model" --dataset gsm8k -
 python "$code/results/gsm8k/equations.py" --out "$work/equations"
 python "$code/sft.py" --model "$model" --dataset "$work/equations" --limit-train 32 --limit-eval 4 --epochs 1 --lr 3e-4 \
     --batch-size 8 --max-new-tokens 64 --out "$work/sft_equations" --resume
+# Seconds per step and peak memory. glibc would keep freed memory for itself.
+export MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536
+for rank in 0 16; do
+    run=$work/memory_all && [ $rank = 0 ] || run=$work/memory_adapters
+    peak "$work/memory.json" python "$code/sft.py" --model "$model" --dataset gsm8k --limit-train 20 --batch-size 10 \
+        --epochs 1 --limit-eval 2 --max-new-tokens 8 --lr 5e-4 --token-budget 512 --lora-rank $rank --out "$run" --resume
+    mv "$work/memory.json" "$run/"
+    python "$code/results/record.py" "$run" "$records" "$(basename "$run")" 0 --work "$work"
+done
 for run in sft_gsm8k ei_svamp ppo_svamp orm_gsm8k sft_equations; do
     python "$code/results/record.py" "$work/$run" "$records" $run 0 --work "$work"
 done
