@@ -372,7 +372,11 @@ def test_a_fork_without_the_reward_model_says_what_to_copy(cli, nano, monkeypatc
     monkeypatch.setitem(sys.modules, "reward_model", None)
     argv = [*SHORT, "--model", nano, "--reward", "orm", "--orm", nano, "--out", tmp_path / "run"]
     code, message = cli(ppo, *argv)
-    assert code == 2 and "reward_model" in message and "copy reward_model.py next to the script" in message
+    assert (
+        code == 2
+        and "reward_model" in message
+        and "copy reward_model.py next to the script" in message
+    )
     assert message.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
