@@ -323,12 +323,11 @@ def with_adapters(policy):
     """Give the policy adapters of rank 16. They stay on its layers, and do nothing later."""
     if not hasattr(policy, "tried_lora"):
         policy.tried_lora = adapters.Lora(policy, 16)
-    policy.lora = policy.tried_lora
-    policy.lora.mode = "on"
+    policy.lora, policy.tried_lora.mode = policy.tried_lora, "on"
     try:
         yield
     finally:
-        policy.lora.mode, policy.lora = "merged", None
+        policy.lora, policy.tried_lora.mode = None, "merged"
 
 
 def run_merged(policy, *how) -> list[int]:
@@ -339,10 +338,7 @@ def run_merged(policy, *how) -> list[int]:
 def run_unmerged(policy, *how) -> list[int]:
     with with_adapters(policy):
         policy.lora = None  # `generate` merges nothing
-        try:
-            return run_generate(policy, *how)
-        finally:
-            policy.lora = policy.tried_lora
+        return run_generate(policy, *how)
 
 
 RUNNERS = {

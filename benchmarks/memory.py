@@ -54,14 +54,14 @@ def needed(config, method: str, rank: int, recompute: bool, tokens: int) -> dict
     """Return the bytes of a training step by part. method: "SFT", "PPO" or "reward model"."""
     policy = MetaPolicy(config)
     critic = ppo.ValueFunction(policy, detach=True) if method == "PPO" else None
+    if method == "reward model":
+        policy.linear = torch.nn.Linear(config.get_text_config().hidden_size, 1, device="meta")
     args = dict(lora_rank=rank, frozen_dtype="bfloat16", recompute=recompute, seed=0)
     args = SimpleNamespace(**args, token_budget=tokens)
     policy.prepare_training(args)
     parts = common.training_memory(policy, args, critic)
     if method == "PPO" and not rank:
         parts["reference"] = 4 * policy.model.num_parameters()
-    if method == "reward model":
-        del parts["logits"]
     return parts
 
 
