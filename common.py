@@ -872,9 +872,9 @@ def adam_w(parameters: Iterable, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=lr, **how)
 
 
-def cosine_lr(step: int, n_steps: int, lr: float) -> float:
-    """Return the learning rate of a step: 3 % linear warm-up, then a cosine down to lr / 100."""
-    warmup = max(1, round(0.03 * n_steps))
+def cosine_lr(step: int, n_steps: int, lr: float, warmup: float = 0.03) -> float:
+    """Return the rate of a step: up over `warmup` of the steps, then a cosine down to lr / 100."""
+    warmup = max(1, round(warmup * n_steps))
     if step < warmup:
         return lr * (step + 1) / warmup
     done = (step - warmup) / max(1, n_steps - 1 - warmup)

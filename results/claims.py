@@ -131,6 +131,12 @@ def expert_iteration_and_ppo() -> None:
         show_test(what, "maj@1", f"arithmetic/{method}", "arithmetic/ppo_base")
 
 
+def temperature_of_ppo() -> None:
+    print("PPO of 36 phases at temperature 1, harder task")
+    for name in ("phases36_t1", "phases36", "ei"):
+        show(f"test maj@1, {name}", test(f"hard/{name}", "maj@1"))
+
+
 def epochs_of_sft() -> None:
     print("C2 more epochs of SFT: maj@1 up, pass@n down (dev, after the last epoch)")
     for key in ("maj@1", "pass@8"):
@@ -371,6 +377,23 @@ def learning_rates() -> None:
         show_test(f"test {metric}, {again}", metric, "rcrl_all/hard_policy", "hard/ei")
 
 
+def clipping() -> None:
+    print("Gradients clipped at norm 0.1 with a warm-up of 10 % (before: 1 and 3 %)")
+    for name in ("round", "moment", "rcrl", "rcrl_old", "easy"):
+        for metric in ("maj@1", "pass@1"):
+            show(f"test {metric}, {name}", test(f"clipping/{name}", metric))
+    for name in ("hard", "hard_moment"):
+        for n in (1, 2):
+            both = (dev(method, "maj@1", round=n) for method in (f"clipping/{name}", "hard/ei"))
+            show(f"harder task, dev maj@1 after round {n}, {name} - before", *both)
+        for metric in ("maj@1", "pass@1", "pass@16"):
+            what = f"harder task, two rounds, test {metric}, {name} - before"
+            show_test(what, metric, f"clipping/{name}", "hard/ei")
+    for metric in ("maj@1", "pass@1", "pass@16"):
+        what = f"two rounds, test {metric}, easy - before"
+        show_test(what, metric, "clipping/easy", "arithmetic/ei")
+
+
 def gsm8k() -> None:
     print("SmolLM2-135M-Instruct on GSM8K, one run each: differences on the same test problems")
 
@@ -418,6 +441,7 @@ if __name__ == "__main__":
     reranking()
     reward_models()
     expert_iteration_and_ppo()
+    temperature_of_ppo()
     epochs_of_sft()
     pass_at_n()
     rewards()
@@ -428,6 +452,7 @@ if __name__ == "__main__":
     lambda_and_curricula()
     from_the_base()
     learning_rates()
+    clipping()
     adapters()
     advantages()
     gsm8k()

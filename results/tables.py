@@ -170,6 +170,7 @@ def main() -> None:
             "SFT": ("hard/sft", ["hard/sft"]),
             "PPO": ("hard/ppo", ["hard/ppo"]),
             "PPO, 36 phases": ("hard/phases36", ["hard/phases36"]),
+            "PPO, 36 phases, `--temperature 1`": ("hard/phases36_t1", ["hard/phases36_t1"]),
             "PPO, 72 phases": ("hard/phases72", ["hard/phases72"]),
             "PPO, `--curriculum backtracking`": ("hard/backtracking", ["hard/backtracking"]),
             "PPO, `--curriculum plr`": ("hard/plr", ["hard/plr"]),
@@ -199,21 +200,35 @@ def main() -> None:
         },
     )
     print_methods(
-        "Learning rates of expert iteration",
+        "Rounding, learning rates and clipping",
         ["maj@1"],
         ["pass@1", "pass@4"],
         {
-            "one round of seed 0, rounded in four ways, `--lr 1e-3` (the default)": (
-                "ei_lr/round_1e-3",
-                ["ei_lr/round_1e-3"],
-            ),
-            "the same, `--lr 3e-4`": ("ei_lr/round_3e-4", ["ei_lr/round_3e-4"]),
-            "two rounds, `--lr 1e-3`": ("arithmetic/ei", ["arithmetic/ei"]),
-            "two rounds, `--lr 3e-4`": ("ei_lr/easy_3e-4", ["ei_lr/easy_3e-4"]),
-            "from the base, `--lr 1e-3`": ("arithmetic/ei_base", ["arithmetic/ei_base"]),
-            "from the base, `--lr 3e-4`": ("ei_lr/base_3e-4", ["ei_lr/base_3e-4"]),
-            "harder task, two rounds, `--lr 1e-3`": ("hard/ei", ["hard/ei"]),
-            "harder task, two rounds, `--lr 3e-4`": ("ei_lr/hard_3e-4", ["ei_lr/hard_3e-4"]),
+            f"{what}, {setting}": (record, [record])
+            for what, settings in {
+                "one round of seed 0, rounded in four ways": {
+                    "norm 1": "ei_lr/round_1e-3",
+                    "norm 1, `--lr 3e-4`": "ei_lr/round_3e-4",
+                    "norm 1, beta2 0.999": "clipping/moment",
+                    "norm 0.1 (the default)": "clipping/round",
+                },
+                "two rounds": {
+                    "norm 1": "arithmetic/ei",
+                    "norm 1, `--lr 3e-4`": "ei_lr/easy_3e-4",
+                    "norm 0.1": "clipping/easy",
+                },
+                "from the base": {
+                    "norm 1": "arithmetic/ei_base",
+                    "norm 1, `--lr 3e-4`": "ei_lr/base_3e-4",
+                },
+                "harder task, two rounds": {
+                    "norm 1": "hard/ei",
+                    "norm 1, `--lr 3e-4`": "ei_lr/hard_3e-4",
+                    "norm 1, beta2 0.999": "clipping/hard_moment",
+                    "norm 0.1": "clipping/hard",
+                },
+            }.items()
+            for setting, record in settings.items()
         },
     )
     print_variants(

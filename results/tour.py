@@ -1,6 +1,6 @@
 """Follow one question through every method: print all blocks of docs/tour.md.
 
-Make the runs first. The quick start makes two of them. No policy is trained here.
+Make the runs first. The quick start makes the first of them. No policy is trained here.
 
     python sft.py
     python expert_iteration.py --rounds 1 --lr 3e-4

@@ -174,6 +174,24 @@ def test_a_gradient_that_is_not_finite_stops_the_run_even_if_the_loss_is_finite(
     assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("script", STEPS, ids=lambda script: script.__name__)
+def test_gradients_are_clipped_at_norm_1_in_expert_iteration_and_rcrl_at_a_tenth(script, nano):
+    kind = reward_model.RewardModel if script is reward_model else common.Policy
+    policy = kind(nano, "cpu", **{"new": True} if script is reward_model else {})
+    optimizer, norms = common.adam_w(policy.model.parameters(), 1e-3), []
+    for weight in policy.model.parameters():
+        weight.register_hook(lambda gradient: 100 * gradient)
+
+    def measure(*_):
+        gradients = [p.grad for p in policy.model.parameters() if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    optimizer.register_step_pre_hook(measure)
+    _, before = STEPS[script](policy, optimizer)
+    expected = 0.1 if script in (expert_iteration, rcrl) else 1.0
+    assert before > 2 and norms == [pytest.approx(expected, rel=1e-3)]
+
+
 def test_large_logits_are_computed_in_parts(nano, monkeypatch):
     """At most 2,048 rows of logits are computed at a time, forward and backward.
 
@@ -409,6 +427,9 @@ def test_the_cosine_schedule_warms_up_and_ends_at_a_hundredth():
     assert rates[0] < rates[3] < rates[5] == pytest.approx(2e-5)
     assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
     assert rates[-1] == pytest.approx(2e-7)
+    longer = [common.cosine_lr(step, 200, 2e-5, warmup=0.1) for step in range(200)]
+    assert longer[9] == pytest.approx(1e-5) and longer[19] == longer[20] == pytest.approx(2e-5)
+    assert longer[-1] == pytest.approx(2e-7)
     assert common.cosine_lr(0, 1, 1.0) == 1.0
 
 

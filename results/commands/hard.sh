@@ -2,6 +2,7 @@
 # The harder task, problems of 4 to 6 steps, where no method is near its ceiling.
 #
 # phases36       PPO with as many samples as expert iteration
+# phases36_t1    the same at temperature 1, as expert iteration samples
 # phases72       PPO with as many samples as rounds4
 # backtracking, plr   PPO with a curriculum
 # rounds3, rounds4    expert iteration with more rounds. The first two are those of ei
@@ -13,7 +14,7 @@
 # k16_round      the first round of K = 16 alone
 #
 # Recorded are four seeds of most, seven of sft, ei and k16_once, seeds 4 to 6 of rounds4 and
-# phases72, seeds 0 to 2 of k16_max10 (TOKEN_BUDGET=1024), and seed 0 of k16_round.
+# phases72, seeds 0 to 2 of k16_max10 (TOKEN_BUDGET=1024), and seed 0 of k16_round and phases36_t1.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 dataset=arithmetic-hard
@@ -23,6 +24,7 @@ declare -A flags=(
     [ei]="expert_iteration.py --model SFT"
     [ppo]="ppo.py --model SFT"
     [phases36]="ppo.py --model SFT --phases 36"
+    [phases36_t1]="ppo.py --model SFT --phases 36 --temperature 1"
     [backtracking]="ppo.py --model SFT --curriculum backtracking"
     [plr]="ppo.py --model SFT --curriculum plr"
     [phases72]="ppo.py --model SFT --phases 72"
@@ -37,7 +39,7 @@ declare -A flags=(
     [k16_round]="expert_iteration.py --model SFT --samples 16 --rounds 1"
 )
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-sft ei ppo phases36 phases72 backtracking plr rounds3 rounds4 continue k16_once k16_max10 ei_dedup long_dedup k16_dedup k16_round}; do
+    for name in ${VARIANTS:-sft ei ppo phases36 phases36_t1 phases72 backtracking plr rounds3 rounds4 continue k16_once k16_max10 ei_dedup long_dedup k16_dedup k16_round}; do
         is_recorded $name $seed && continue
         run=$work/hard_${name}_$seed ei=$work/hard_ei_$seed
         if [[ $name = rounds? ]] && [ -d "$ei/model" ] && [ ! -e "$run" ]; then # its first two rounds are those of ei
