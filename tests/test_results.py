@@ -201,7 +201,7 @@ def test_the_memory_of_the_page_is_that_of_the_formula_and_of_the_measurement():
 
 
 def test_the_scripts_of_the_first_page_have_the_numbers_of_the_table(printed):
-    rows = {"sft": "SFT", "expert_iteration": "expert iteration", "ppo": "PPO", "rcrl": "RCRL"}
+    rows = {"sft": "SFT", "expert_iteration": "two rounds, norm 0.1", "ppo": "PPO", "rcrl": "RCRL"}
     for script, label in rows.items():
         (row,) = [r for r in printed["tables"].splitlines() if r.startswith(f"| {label} | 4 |")][:1]
         cells = [cell.strip() for cell in row.split("|")[1:-1]]
