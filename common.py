@@ -873,7 +873,7 @@ def adam_w(parameters: Iterable, lr: float) -> torch.optim.AdamW:
 
 
 def cosine_lr(step: int, n_steps: int, lr: float, warmup: float = 0.03) -> float:
-    """Return the rate of a step: up over `warmup` of the steps, then a cosine down to lr / 100."""
+    """Rise linearly in the fraction `warmup` of the steps, then fall as a cosine to lr / 100."""
     warmup = max(1, round(warmup * n_steps))
     if step < warmup:
         return lr * (step + 1) / warmup
