@@ -196,6 +196,11 @@ def mc_advantages(rewards: Tensor, lines: Tensor, values: Tensor) -> Tensor:
     return per_line.scatter_add(1, lines, rewards).gather(1, lines)
 
 
+def pad(rows: list) -> Tensor:
+    """Stack rows of numbers, with zeros after their ends: [rows, longest]."""
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
+
+
 def whiten(x: Tensor) -> Tensor:
     """Shift and scale to mean 0 and variance 1 over all tokens."""
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
@@ -266,8 +271,7 @@ def task_rewards(args, policy, samples, reward_model=None, references=()) -> lis
         found = reward_model.scores([samples[i] for i in finished], args.token_budget)
         scores = dict(zip(finished, found, strict=True))  # probabilities after every token
     elif compared:
-        found = [samples[i] for i in compared]
-        found = reward_model.scores(found, references, args.token_budget)
+        found = reward_model.scores([samples[i] for i in compared], references, args.token_budget)
         scores |= {i: [score] for i, score in zip(compared, found, strict=True)}
     for i in finished:
         if args.reward == "orm_dense":
@@ -377,8 +381,7 @@ def complete_lines(policy, samples, file: Path, run, how: dict) -> tuple[Tensor,
             values.append([of_others, *(q[sample.problem.id, text] for text in texts), 0])
             breaks = [policy.decode([token]).count("\n") for token in sample.tokens[:-1]]
             lines.append(np.cumsum([sample.prefix.count("\n"), *breaks]).clip(max=len(texts)))
-    padded = (pad_sequence([*map(torch.as_tensor, x)], batch_first=True) for x in (lines, values))
-    return *padded, len(prefixes) * how["samples"]
+    return pad(lines), pad(values), len(prefixes) * how["samples"]
 
 
 def estimate_advantages(args, rewards: Tensor, values: Tensor, *of_lines) -> tuple[Tensor, Tensor]:
@@ -616,10 +619,8 @@ def main(argv: list[str]) -> None:
         # 3. Compute log-probabilities and values.
         examples = [(list(sample.prompt), sample.tokens.tolist()) for sample in samples]
         lengths = [len(response) for _, response in examples]
-        columns = compute_old_logprobs(policy, critic, reference, examples, args)
-        columns = [[torch.from_numpy(row) for row in rows] for rows in (*columns, rewards)]
-        padded = (pad_sequence(rows, batch_first=True) for rows in columns)
-        old_logprobs, old_values, ref_logprobs, task = padded  # each [samples, longest]
+        per_token = *compute_old_logprobs(policy, critic, reference, examples, args), rewards
+        old_logprobs, old_values, ref_logprobs, task = map(pad, per_token)  # [samples, longest]
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
         # 4. Subtract the KL penalty.
@@ -630,8 +631,8 @@ def main(argv: list[str]) -> None:
         errors = [float(advantages[i, :n].abs().mean()) for i, n in enumerate(lengths)]
         if critic_weights:
             advantages[real] = whiten(advantages[real])
-        correct = [float(sample.passed) for sample in samples]
-        solved, error = np.reshape([correct, errors], (2, len(chosen), -1)).mean(2).tolist()
+        per_sample = [sample.passed for sample in samples], errors
+        solved, error = (np.reshape(x, (len(chosen), -1)).mean(1).tolist() for x in per_sample)
         curriculum.update(chosen, solved, error)
 
         # 6. Train. First the value function alone, without clipping: from zero it has a long way.
@@ -640,8 +641,8 @@ def main(argv: list[str]) -> None:
         trains_policy = phase > 1 or not critic_weights
         rates = np.repeat(solved, args.samples)
         used = [i for i, rate in enumerate(rates) if 0 < rate < 1 or not args.drop_uniform]
-        orders = [common.shuffled(len(used), args.seed, phase, e) for e in range(args.epochs)]
-        orders = [[used[i] for i in order] for order in orders]
+        shuffled = (common.shuffled(len(used), args.seed, phase, e) for e in range(args.epochs))
+        orders = [[used[i] for i in order] for order in shuffled]
         starts = range(0, len(used), args.batch_size)
         minibatches = [order[i : i + args.batch_size] for order in orders for i in starts]
         stats, deviations = [], []
@@ -673,8 +674,7 @@ def main(argv: list[str]) -> None:
             # The first steps of Adam are as long as any, in directions that are mostly noise.
             progress["policy_steps"] += trains_policy
             rising = min(1.0, progress["policy_steps"] / LR_WARMUP)
-            lr = args.lr * rising * (1 - (phase - 1) / args.phases)
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0]["lr"] = args.lr * rising * (1 - (phase - 1) / args.phases)
             grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
             value_grad_norm = torch.nn.utils.clip_grad_norm_(critic_weights, 1.0).item()
             common.require_finite(pi_loss, v_loss, grad_norm, value_grad_norm)
