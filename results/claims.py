@@ -131,10 +131,31 @@ def expert_iteration_and_ppo() -> None:
         show_test(what, "maj@1", f"arithmetic/{method}", "arithmetic/ppo_base")
 
 
-def temperature_of_ppo() -> None:
-    print("PPO of 36 phases at temperature 1, harder task")
-    for name in ("phases36_t1", "phases36", "ei"):
-        show(f"test maj@1, {name}", test(f"hard/{name}", "maj@1"))
+def settings_of_ppo() -> None:
+    print("PPO with other settings, harder task")
+    for name in ("hard/phases36_t1", "hard/phases36", "hard/ei"):
+        show(f"test maj@1, {name}", test(name, "maj@1"))
+    for phase in (4, 8, 16, 36):
+        for name in ("phases36", "phases36_t1"):
+            values = dev(f"hard/{name}", "maj@1", phase=phase)
+            show(f"dev maj@1 at phase {phase}, {name}", values)
+        show(f"dev maj@1 at phase {phase}, loo", dev("advantages/hard_loo", "maj@1", phase=phase))
+    for phase in (8, 12, 36):
+        for name in ("lr5e-4", "long_lr5e-4"):
+            values = dev(f"tuning/{name}", "maj@1", phase=phase)
+            show(f"dev maj@1 at phase {phase}, {name}", values)
+    for first, last in ((2, 8), (9, 16)):
+        values = over_phases("tuning/t1", "explained_variance", first, last)
+        show(f"explained variance of phases {first} to {last}, t1", values)
+    for metric in ("maj@1", "pass@1", "pass@16"):
+        for control in ("hard/phases36", "hard/ei", "clipping/hard"):
+            what = f"test {metric}, loo of 36 phases at temperature 1 - {control}"
+            show_test(what, metric, "advantages/hard_loo", control)
+        what = f"test {metric}, ei with norm 0.1 - ppo of 36 phases"
+        show_test(what, metric, "clipping/hard", "hard/phases36")
+    for key in ("entropy", "ref_kl_k3"):
+        for name in ("hard/phases36", "hard/phases36_t1", "advantages/hard_loo"):
+            show(f"last {key}, {name}", dev(name, key))
 
 
 def epochs_of_sft() -> None:
@@ -441,7 +462,7 @@ if __name__ == "__main__":
     reranking()
     reward_models()
     expert_iteration_and_ppo()
-    temperature_of_ppo()
+    settings_of_ppo()
     epochs_of_sft()
     pass_at_n()
     rewards()

@@ -13,6 +13,7 @@ if no run samples while it trains.
     ppo_rewards.png    PPO with each kind of reward: accuracy, reward and KL.
     ppo_stability.png  PPO with and without the KL penalty and the detached value branch.
     genrm.png          PPO rewarded by the verifier and by a generative reward model.
+    advantages.png     PPO and RLOO next to expert iteration, on the harder task.
 
 Lines and bars are means over the seeds. Bands and whiskers show the range of the seeds.
 """
@@ -168,6 +169,12 @@ HARD = [
     ("tab:green", "RCRL, 10 : 1", "hard_rcrl/ratio10"),
     ("limegreen", "its correct solutions, no labels", "hard_rcrl/control"),
 ]
+ADVANTAGES = [
+    ("tab:blue", "PPO, temperature 0.7", "hard/phases36"),
+    ("navy", "PPO, temperature 1", "hard/phases36_t1"),
+    ("tab:green", "RLOO, temperature 1", "advantages/hard_loo"),
+    ("tab:purple", "expert iteration, temperature 1", "clipping/hard"),
+]
 MAJ = "maj@1", "dev: fraction of greedy solutions correct"
 CORRECT = "correct", "training samples: fraction correct"
 KL = "ref_kl_k3", "KL to the SFT policy, nats per token"
@@ -311,6 +318,30 @@ def draw_labels() -> None:
     save(figure, RESULTS / "rcrl.png")
 
 
+def draw_advantages() -> None:
+    """Draw maj@1 over samples and over steps, and the entropy. Points are means over the seeds."""
+    panels = [
+        ("maj@1", MAJ[1], "samples", SAMPLES),
+        ("maj@1", MAJ[1], "step", "optimizer steps"),
+        ("entropy", "entropy at the sampling temperature, nats per token", "samples", SAMPLES),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for axis, (key, title, x, label) in zip(axes, panels, strict=True):
+        for colour, name, method in ADVANTAGES:
+            logs = metrics(method).values()
+            points = [[(row[x], row[key]) for row in log if key in row] for log in logs]
+            if any(points):
+                x_values, y = np.moveaxis(np.array(points), 2, 0)  # each [seeds, evaluations]
+                name = f"{name} ({len(y)} seed{'s' * (len(y) > 1)})"
+                axis.plot(x_values.mean(0), y.mean(0), "o-", color=colour, label=name, markersize=3)
+                axis.fill_between(x_values.mean(0), y.min(0), y.max(0), color=colour, alpha=0.15)
+        axis.set(title=title, xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[1].set_xscale("symlog", linthresh=32)
+    axes[0].legend(fontsize=8)
+    save(figure, RESULTS / "advantages.png")
+
+
 def draw_pages() -> None:
     draw_methods("methods.png", METHODS)
     draw_methods("hard.png", HARD)
@@ -319,6 +350,7 @@ def draw_pages() -> None:
     draw_ppo("ppo_rewards.png", {"": REWARDS}, [MAJ, CORRECT, KL], with_reward=True)
     rows = {"": STABLE, "five times the learning rate\n": FAST}
     draw_ppo("ppo_stability.png", rows, [MAJ, KL, VALUE], with_reward=False)
+    draw_advantages()
     draw_ppo("genrm.png", {"": GENRM}, [MAJ, CORRECT, FALSE_POSITIVE], with_reward=True)
 
 

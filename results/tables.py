@@ -50,6 +50,19 @@ def print_methods(
         print(f"| {label} | {' | '.join(cells)} | {rollouts:,.0f} | {seconds / 60:.1f} |")
 
 
+def print_trials(rows: dict[str, tuple[str, int]]) -> None:
+    """Print single runs: the best maj@1 on dev. rows: label -> (method, seed)."""
+    print_head("Trials on the harder task", ["", "maj@1", "pass@1", "rollouts", "updates"])
+    for label, (method, seed) in rows.items():
+        run = runs(method)[seed]
+        best = max(
+            (line for line in run["metrics"] if "maj@1" in line), key=lambda line: line["maj@1"]
+        )
+        report, last = run["evaluation"].get("dev"), run["metrics"][-1]
+        cells = [f"{best['maj@1']:.3f}", f"{report['pass@1']['value']:.3f}" if report else ""]
+        print(row([label, *cells, f"{last['samples']:,}", f"{last['step']:,}"]))
+
+
 def print_rerank(rows: dict[str, str]) -> None:
     """Print how good the choices of a reward model are. rows: label -> method."""
     names = ["maj@1", "maj@32", "rerank@32", "weighted@32", "pass@32"]
@@ -171,6 +184,7 @@ def main() -> None:
             "PPO": ("hard/ppo", ["hard/ppo"]),
             "PPO, 36 phases": ("hard/phases36", ["hard/phases36"]),
             "PPO, 36 phases, `--temperature 1`": ("hard/phases36_t1", ["hard/phases36_t1"]),
+            "the same, `--advantage loo` (RLOO)": ("advantages/hard_loo", ["advantages/hard_loo"]),
             "PPO, 72 phases": ("hard/phases72", ["hard/phases72"]),
             "PPO, `--curriculum backtracking`": ("hard/backtracking", ["hard/backtracking"]),
             "PPO, `--curriculum plr`": ("hard/plr", ["hard/plr"]),
@@ -230,6 +244,27 @@ def main() -> None:
             }.items()
             for setting, record in settings.items()
         },
+    )
+    print_trials(
+        {
+            "PPO, temperature 1 (*t1*)": ("tuning/t1", 0),
+            "*t1*, `--lr 5e-4`": ("tuning/lr5e-4", 0),
+            "*t1*, `--lr 5e-4`, 36 phases": ("tuning/long_lr5e-4", 0),
+            "*t1*, `--batch-size 32`": ("tuning/batch32", 0),
+            "*t1*, `--epochs 4`": ("tuning/epochs4", 0),
+            "*t1*, `--kl-coef 0`": ("tuning/kl0", 0),
+            "*t1*, twice as many phases with `--questions 64`": ("tuning/half", 0),
+            "PPO, temperature 0.7, 36 phases": ("hard/phases36", 0),
+            "*t1*, 36 phases": ("hard/phases36_t1", 0),
+            "expert iteration, `--deduplicate`": ("hard/ei_dedup", 0),
+            "the same, `--epochs 12`": ("hard/long_dedup", 0),
+            "expert iteration, norm 1": ("hard/ei", 0),
+            "the same, `--lr 3e-4`": ("ei_lr/hard_3e-4", 0),
+            "the same, beta2 0.999": ("clipping/hard_moment", 0),
+            "the same, `--continue`": ("hard/continue", 0),
+            "the same, `--samples 16 --epochs 1`": ("hard/k16_once", 0),
+            "expert iteration, norm 0.1": ("clipping/hard", 0),
+        }
     )
     print_variants(
         {
