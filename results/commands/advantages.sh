@@ -4,7 +4,7 @@
 # gae, group, loo     ten phases on the easy task. Only dev is measured, after every second phase
 # hard_loo            the harder task at temperature 1, 36 phases, to compare with phases36_t1 and
 #                     ei of hard.sh
-# Seeds 0 to 2 of the first three and four seeds of hard_loo are recorded. The latter were made with
+# Seeds 0 to 2 of the first three and seeds 0 to 3 of hard_loo are recorded. The latter were made with
 # TOKEN_BUDGET=1024.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
