@@ -332,9 +332,8 @@ def draw_advantages() -> None:
             points = [[(row[x], row[key]) for row in log if key in row] for log in logs]
             if any(points):
                 x_values, y = np.moveaxis(np.array(points), 2, 0)  # each [seeds, evaluations]
-                name = f"{name} ({len(y)} seed{'s' * (len(y) > 1)})"
-                axis.plot(x_values.mean(0), y.mean(0), "o-", color=colour, label=name, markersize=3)
-                axis.fill_between(x_values.mean(0), y.min(0), y.max(0), color=colour, alpha=0.15)
+                curves = [dict(zip(x_values.mean(0), each, strict=True)) for each in y]
+                band(axis, curves, "o-", colour, name)
         axis.set(title=title, xlabel=label)
         axis.grid(alpha=0.3)
     axes[1].set_xscale("symlog", linthresh=32)

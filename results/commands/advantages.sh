@@ -9,22 +9,17 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 for seed in ${SEEDS:-0 1 2}; do
-    for name in ${VARIANTS:-gae group loo}; do
-        [[ $name != hard_* ]] || continue
+    for name in ${VARIANTS:-gae group loo hard_loo}; do
         is_recorded $name $seed && continue
         run=$work/advantage_${name}_$seed
+        if [ $name = hard_loo ]; then
+            dataset=arithmetic-hard
+            train_and_test "$run" $name $seed ppo.py --model "$work/hard_sft_$seed/model" --dataset $dataset \
+                --phases 36 --temperature 1 --advantage loo
+            continue
+        fi
         python ppo.py --model "$work/sft_$seed/model" --seed $seed --token-budget $budget --phases 10 --eval-every 2 \
             --advantage $name --out "$run" --resume
         record "$run" $name $seed
-    done
-done
-dataset=arithmetic-hard
-for seed in ${SEEDS:-0 1 2 3}; do
-    for name in ${VARIANTS:-hard_loo}; do
-        [[ $name = hard_* ]] || continue
-        is_recorded $name $seed && continue
-        fine_tune "$work/hard_sft_$seed" $seed
-        train_and_test "$work/advantage_${name}_$seed" $name $seed ppo.py --model "$work/hard_sft_$seed/model" \
-            --dataset $dataset --phases 36 --temperature 1 --advantage ${name#hard_}
     done
 done

@@ -13,11 +13,10 @@ declare -A flags=(
     [kl0]="--phases 16 --kl-coef 0"
     [half]="--phases 32 --questions 64"
     [epochs4]="--phases 16 --epochs 4"
-    [value3e-3]="--phases 16 --value-lr 3e-3"
     [long_lr5e-4]="--phases 36 --lr 5e-4"
 )
 fine_tune "$work/hard_sft_$seed" $seed
-for name in ${VARIANTS:-t1 batch32 lr5e-4 kl0 half epochs4 value3e-3 long_lr5e-4}; do
+for name in ${VARIANTS:-t1 batch32 lr5e-4 kl0 half epochs4 long_lr5e-4}; do
     is_recorded $name $seed && continue
     run=$work/tuning_$name
     python ppo.py --model "$work/hard_sft_$seed/model" --seed $seed --dataset $dataset --token-budget $budget \
