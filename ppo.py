@@ -27,8 +27,8 @@ Rewards. A truncated solution gets 0.
     hybrid     genrm for the questions whose answer is hidden (--hide), sparse for the others.
 Advantages. K samples of a question, R_i the reward of sample i with the KL penalty.
     gae    By a learned value function, whitened (Schulman et al. 2016). The others have none.
-    group  A_i = R_i - mean_j R_j (Dr. GRPO, Liu et al. 2025). --group-std divides by the standard
-           deviation of the group (GRPO, Shao et al. 2024).
+    group  A_i = R_i - mean_j R_j (Dr. GRPO, Liu et al. 2025). --group-std divides the task reward
+           by its standard deviation in the group (GRPO, Shao et al. 2024).
     loo    A_i = R_i - mean of the others (RLOO, Ahmadian et al. 2024). Unbiased for every K.
     mc     Line j gets r_j + V_j - V_{j-1}. V_j is the fraction of --mc-samples completions of the
            lines 1 ... j that are correct, V_0 that of the other samples. Completions count as
@@ -94,7 +94,7 @@ def parse_args(argv: list[str]):
     add("--clip-range", type=not_negative, default=0.2, help="limit of ratios and value changes")
     add("--clip-high", type=not_negative, help="limit of rising ratios (default: --clip-range)")
     add("--advantage", choices=["gae", "group", "loo", "mc"], default="gae", help="estimator")
-    add("--group-std", action="store_true", help="group: divide by the standard deviation")
+    add("--group-std", action="store_true", help="group: divide the task reward by its deviation")
     add("--mc-samples", type=whole, default=9, help="mc: completions per prefix (VinePPO: 9)")
     add("--drop-uniform", action="store_true", help="skip questions with equally good samples")
     add("--gae-lambda", type=fraction, default=1.0, help="lambda of GAE (often 0.95)")
@@ -117,9 +117,8 @@ def parse_args(argv: list[str]):
     add("--eval-every", type=whole, default=4, help="phases between evaluations on dev")
     args = parser.parse_args(argv)
     uses_orm, uses_genrm = args.reward.startswith("orm"), args.reward in ("genrm", "hybrid")
-    is_staged = args.curriculum == "verifiable_first"
-    is_mc, has_values, refuse = args.advantage == "mc", args.advantage == "gae", parser.error_if
-    compares = args.drop_uniform or not has_values
+    is_mc, is_gae, refuse = args.advantage == "mc", args.advantage == "gae", parser.error_if
+    is_staged, compares = args.curriculum == "verifiable_first", args.drop_uniform or not is_gae
     refuse(args.temperature == 0, "--temperature 0: greedy samples of a question are all the same")
     refuse(is_staged and not uses_genrm, "verifiable_first needs --reward genrm or hybrid")
     refuse(args.samples == 1 and compares, "--samples 1: a sample is compared with the others")
@@ -129,8 +128,7 @@ def parse_args(argv: list[str]):
     refuse(args.drop_uniform and uses_genrm, "--drop-uniform needs answers, and some are hidden")
     parser.only_with("--advantage group", args.advantage == "group", args, "group_std")
     parser.only_with("--advantage mc", is_mc, args, "mc_samples")
-    flags = "gae_lambda", "value_lr", "no_detach_value"
-    parser.only_with("--advantage gae", has_values, args, *flags)
+    parser.only_with("--advantage gae", is_gae, args, "gae_lambda", "value_lr", "no_detach_value")
     parser.only_with("--reward orm or orm_dense", uses_orm, args, "orm", "add_outcome")
     parser.only_with("--reward genrm or hybrid", uses_genrm, args, "genrm", "hide", "references")
     parser.only_with("--curriculum verifiable_first", is_staged, args, "switch")
@@ -172,18 +170,20 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
     return advantages, advantages + values
 
 
-def group_advantages(rewards: Tensor, k: int, kind: str, std: bool = False) -> Tensor:
+def group_advantages(rewards: Tensor, k: int, kind: str, task: Tensor | None = None) -> Tensor:
     """Compare the summed reward of each sample with those of its question: [samples, longest].
 
     rewards: [samples, longest], the k samples of a question in a row. kind: "group" (less the mean
-    of all) or "loo" (less the mean of the others). std: divide by the standard deviation.
+    of all) or "loo" (less the mean of the others). task: the part of the rewards to divide by its
+    standard deviation. Without the KL penalty, which is all that tells equal samples apart.
     """
+    if task is not None:
+        std = task.sum(1).view(-1, k).std(1, correction=0).repeat_interleave(k)[:, None]
+        rewards = rewards - task + task / torch.where(std > 1e-6, std, 1.0)
     totals = rewards.sum(1).view(-1, k)
     advantages = totals - totals.mean(1, keepdim=True)
     if kind == "loo":
         advantages = advantages * k / (k - 1)
-    if std:
-        advantages = advantages / (totals.std(1, correction=0, keepdim=True) + 1e-6)
     return advantages.view(-1, 1).repeat(1, rewards.shape[1])
 
 
@@ -384,14 +384,14 @@ def complete_lines(policy, samples, file: Path, run, how: dict) -> tuple[Tensor,
     return pad(lines), pad(values), len(prefixes) * how["samples"]
 
 
-def estimate_advantages(args, rewards: Tensor, values: Tensor, *of_lines) -> tuple[Tensor, Tensor]:
+def estimate_advantages(args, task, rewards, values, *of_lines) -> tuple[Tensor, Tensor]:
     """Return advantages and returns: both [samples, longest]. Without values no return is used."""
     if args.advantage == "gae":
         return gae(rewards, values, 1.0, args.gae_lambda)
     if args.advantage == "mc":
         return mc_advantages(rewards, *of_lines), torch.zeros_like(rewards)
-    advantages = group_advantages(rewards, args.samples, args.advantage, args.group_std)
-    return advantages, torch.zeros_like(rewards)
+    how = dict(k=args.samples, kind=args.advantage, task=task if args.group_std else None)
+    return group_advantages(rewards, **how), torch.zeros_like(rewards)
 
 
 @torch.no_grad()
@@ -549,8 +549,8 @@ def load_models(args) -> tuple:
     policy, reward_model = common.Policy(args.model, args.device, args.dtype), None
     policy.condition("none")  # without the labels of rcrl.py
     # Copy the top layers before the adapters are added.
-    has_values, detach = args.advantage == "gae", not args.no_detach_value
-    critic = ValueFunction(policy, detach) if has_values else NoValues()
+    detach = not args.no_detach_value
+    critic = ValueFunction(policy, detach) if args.advantage == "gae" else NoValues()
     if args.orm or args.genrm:
         from reward_model import GenerativeRewardModel, RewardModel  # not part of every fork
 
@@ -627,7 +627,7 @@ def main(argv: list[str]) -> None:
         token_rewards = penalised_rewards(task, old_logprobs, ref_logprobs, args.kl_coef)
 
         # 5. Estimate the advantages. Their size is the error of the values.
-        advantages, returns = estimate_advantages(args, token_rewards, old_values, *of_lines)
+        advantages, returns = estimate_advantages(args, task, token_rewards, old_values, *of_lines)
         errors = [float(advantages[i, :n].abs().mean()) for i, n in enumerate(lengths)]
         if critic_weights:
             advantages[real] = whiten(advantages[real])
