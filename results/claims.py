@@ -151,6 +151,8 @@ def settings_of_ppo() -> None:
         for control in ("hard/phases36", "hard/ei", "clipping/hard"):
             what = f"test {metric}, loo of 36 phases at temperature 1 - {control}"
             show_test(what, metric, "advantages/hard_loo", control)
+        what = f"test {metric}, loo of 144 phases - of 36"
+        show_test(what, metric, "comparison/hard_loo", "advantages/hard_loo")
         what = f"test {metric}, ei with norm 0.1 - ppo of 36 phases"
         show_test(what, metric, "clipping/hard", "hard/phases36")
     for key in ("entropy", "ref_kl_k3"):
@@ -385,6 +387,37 @@ def advantages() -> None:
             show(f"right samples of phases {first} to {last}, {name}", values)
 
 
+def comparison() -> None:
+    print("PPO's estimators of the advantages and expert iteration, 18,432 samples each")
+    controls = {
+        "easy": (["clipping/easy", "arithmetic/ei"], ["ppo_longer/phases36"]),
+        "hard": (["clipping/hard", "hard/ei"], ["hard/phases36", "hard/phases36_t1"]),
+    }
+    for task, (rounds, large_phases) in controls.items():
+        ppo, *others = (f"comparison/{task}_{name}" for name in ("ppo", "loo", "group_std", "mc"))
+        for metric in ("maj@1", "pass@1", "pass@16"):
+            for method in (ppo, *others):
+                for ei in rounds:
+                    show_test(f"test {metric}, {ei} - {method}", metric, ei, method)
+            for method in others:
+                show_test(f"test {metric}, {method} - {ppo}", metric, method, ppo)
+            for large in large_phases:
+                what = f"test {metric}, {ppo} - {large} (512 samples a phase)"
+                show_test(what, metric, ppo, large)
+        for first, last in ((2, 36), (37, 72), (73, 144)):
+            values = over_phases(ppo, "explained_variance", first, last)
+            show(f"explained variance of phases {first} to {last}, {ppo}", values)
+        for method in (ppo, *others):
+            show(f"last KL to the initial policy, {method}", dev(method, "ref_kl_k3"))
+        for method in (ppo, *others, f"comparison/{task}_ei"):
+            seconds = {seed: log[-1]["seconds"] / 60 for seed, log in metrics(method).items()}
+            show(f"minutes, {method}", {seed: t for seed, t in seconds.items() if seed == 0})
+            show(f"dev maj@1 after the last phase or round, {method}", dev(method, "maj@1"))
+            show(f"test maj@1, {method}", test(method, "maj@1"))
+    penalty = "comparison/hard_group_std_penalty"
+    show("test maj@1, GRPO that divides the KL penalty too", test(penalty, "maj@1"))
+
+
 def learning_rates() -> None:
     print("Learning rates of expert iteration")
     both = (dev(name, "maj@1", round=1) for name in ("ei_lr/hard_3e-4", "hard/ei"))
@@ -476,5 +509,6 @@ if __name__ == "__main__":
     clipping()
     adapters()
     advantages()
+    comparison()
     gsm8k()
     hours()

@@ -13,7 +13,7 @@ if no run samples while it trains.
     ppo_rewards.png    PPO with each kind of reward: accuracy, reward and KL.
     ppo_stability.png  PPO with and without the KL penalty and the detached value branch.
     genrm.png          PPO rewarded by the verifier and by a generative reward model.
-    advantages.png     PPO and RLOO next to expert iteration, on the harder task.
+    comparison.png     PPO, RLOO, GRPO, VinePPO and expert iteration on the harder task.
 
 Lines and bars are means over the seeds. Bands and whiskers show the range of the seeds.
 """
@@ -169,11 +169,12 @@ HARD = [
     ("tab:green", "RCRL, 10 : 1", "hard_rcrl/ratio10"),
     ("limegreen", "its correct solutions, no labels", "hard_rcrl/control"),
 ]
-ADVANTAGES = [
-    ("tab:blue", "PPO, temperature 0.7", "hard/phases36"),
-    ("navy", "PPO, temperature 1", "hard/phases36_t1"),
-    ("tab:green", "RLOO, temperature 1", "advantages/hard_loo"),
-    ("tab:purple", "expert iteration, temperature 1", "clipping/hard"),
+COMPARISON = [
+    ("tab:blue", "PPO", "comparison/{}_ppo"),
+    ("tab:green", "RLOO", "comparison/{}_loo"),
+    ("tab:orange", "GRPO", "comparison/{}_group_std"),
+    ("tab:red", "VinePPO", "comparison/{}_mc"),
+    ("tab:purple", "expert iteration", "clipping/{}"),
 ]
 MAJ = "maj@1", "dev: fraction of greedy solutions correct"
 CORRECT = "correct", "training samples: fraction correct"
@@ -318,27 +319,34 @@ def draw_labels() -> None:
     save(figure, RESULTS / "rcrl.png")
 
 
-def draw_advantages() -> None:
-    """Draw maj@1 over samples and over steps, and the entropy. Points are means over the seeds."""
-    panels = [
-        ("maj@1", MAJ[1], "samples", SAMPLES),
-        ("maj@1", MAJ[1], "step", "optimizer steps"),
-        ("entropy", "entropy at the sampling temperature, nats per token", "samples", SAMPLES),
-    ]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    for axis, (key, title, x, label) in zip(axes, panels, strict=True):
-        for colour, name, method in ADVANTAGES:
-            logs = metrics(method).values()
-            points = [[(row[x], row[key]) for row in log if key in row] for log in logs]
-            if any(points):
-                x_values, y = np.moveaxis(np.array(points), 2, 0)  # each [seeds, evaluations]
-                curves = [dict(zip(x_values.mean(0), each, strict=True)) for each in y]
-                band(axis, curves, "o-", colour, name)
-        axis.set(title=title, xlabel=label)
-        axis.grid(alpha=0.3)
-    axes[1].set_xscale("symlog", linthresh=32)
-    axes[0].legend(fontsize=8)
-    save(figure, RESULTS / "advantages.png")
+def comparison_panel(axis, task: str, x: str) -> None:
+    """Draw maj@1 on dev over samples, steps or seconds, the latter of seed 0 alone."""
+    for colour, name, method in COMPARISON:
+        if x == "seconds":  # of runs that were made on the same day
+            method = method.replace("clipping/{}", "comparison/{}_ei")
+        logs = metrics(method.format(task))
+        logs = [logs[0]] if x == "seconds" else logs.values()
+        points = [[(row[x], row["maj@1"]) for row in log if "maj@1" in row] for log in logs]
+        x_values, y = np.moveaxis(np.array(points), 2, 0)  # each [seeds, evaluations]
+        curves = [dict(zip(x_values.mean(0), each, strict=True)) for each in y]
+        band(axis, curves, "o-", colour, name)
+
+
+def draw_comparison() -> None:
+    """Draw PPO with each estimator of the advantages, and expert iteration."""
+    x_axes = {"samples": SAMPLES, "step": "optimizer steps", "seconds": "seconds of one core"}
+    tasks = {"hard": "harder task"}
+    figure, axes = plt.subplots(
+        len(tasks), 3, figsize=(15, 4.2 * len(tasks)), layout="constrained", squeeze=False
+    )
+    for row, (task, title) in zip(axes, tasks.items(), strict=True):
+        for axis, (x, label) in zip(row, x_axes.items(), strict=True):
+            comparison_panel(axis, task, x)
+            axis.set(title=f"{title}, {MAJ[1]}", xlabel=label)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+        row[1].set_xscale("symlog", linthresh=32)
+    save(figure, RESULTS / "comparison.png")
 
 
 def draw_pages() -> None:
@@ -349,7 +357,7 @@ def draw_pages() -> None:
     draw_ppo("ppo_rewards.png", {"": REWARDS}, [MAJ, CORRECT, KL], with_reward=True)
     rows = {"": STABLE, "five times the learning rate\n": FAST}
     draw_ppo("ppo_stability.png", rows, [MAJ, KL, VALUE], with_reward=False)
-    draw_advantages()
+    draw_comparison()
     draw_ppo("genrm.png", {"": GENRM}, [MAJ, CORRECT, FALSE_POSITIVE], with_reward=True)
 
 

@@ -63,6 +63,20 @@ def print_trials(rows: dict[str, tuple[str, int]]) -> None:
         print(row([label, *cells, f"{last['samples']:,}", f"{last['step']:,}"]))
 
 
+def print_comparison(rows: dict[str, str]) -> None:
+    """Print methods with as many samples each. rows: label -> method."""
+    names = ["maj@1", "pass@1", "pass@16", "entropy", "rollouts", "updates"]
+    print_head("Methods with as many samples", ["method", "seeds", *names])
+    for label, method in rows.items():
+        seeds = test_metric(method, "maj@1")
+        cells = [str(len(seeds)), spread(seeds)]
+        cells += [f"{mean(test_metric(method, metric)):.3f}" for metric in ("pass@1", "pass@16")]
+        entropy = mean(last_row(method, "entropy"))  # 0 if it is not logged
+        cells += [f"{entropy:.3f}" if entropy else ""]
+        cells += [f"{sum_of_means([(method, key)], seeds):,.0f}" for key in ("samples", "step")]
+        print(row([label, *cells]))
+
+
 def print_rerank(rows: dict[str, str]) -> None:
     """Print how good the choices of a reward model are. rows: label -> method."""
     names = ["maj@1", "maj@32", "rerank@32", "weighted@32", "pass@32"]
@@ -185,6 +199,10 @@ def main() -> None:
             "PPO, 36 phases": ("hard/phases36", ["hard/phases36"]),
             "PPO, 36 phases, `--temperature 1`": ("hard/phases36_t1", ["hard/phases36_t1"]),
             "the same, `--advantage loo` (RLOO)": ("advantages/hard_loo", ["advantages/hard_loo"]),
+            "PPO, 144 phases of 128 samples, `--temperature 1`": (
+                "comparison/hard_ppo",
+                ["comparison/hard_ppo"],
+            ),
             "PPO, 72 phases": ("hard/phases72", ["hard/phases72"]),
             "PPO, `--curriculum backtracking`": ("hard/backtracking", ["hard/backtracking"]),
             "PPO, `--curriculum plr`": ("hard/plr", ["hard/plr"]),
@@ -249,13 +267,21 @@ def main() -> None:
         {
             "PPO, temperature 1 (*t1*)": ("tuning/t1", 0),
             "*t1*, `--lr 5e-4`": ("tuning/lr5e-4", 0),
-            "*t1*, `--lr 5e-4`, 36 phases": ("tuning/long_lr5e-4", 0),
             "*t1*, `--batch-size 32`": ("tuning/batch32", 0),
             "*t1*, `--epochs 4`": ("tuning/epochs4", 0),
             "*t1*, `--kl-coef 0`": ("tuning/kl0", 0),
-            "*t1*, twice as many phases with `--questions 64`": ("tuning/half", 0),
-            "PPO, temperature 0.7, 36 phases": ("hard/phases36", 0),
-            "*t1*, 36 phases": ("hard/phases36_t1", 0),
+            "*t1*, `--kl-coef 0.001`": ("tuning/kl1e-3", 0),
+            "*t1*, `--gae-lambda 0.95`": ("tuning/lambda95", 0),
+            "*t1*, `--value-lr 3e-3`": ("tuning/valuelr3e-3", 0),
+            "*t1*, 32 phases of 256 samples": ("tuning/half", 0),
+            "36 phases of 512 samples, temperature 0.7": ("hard/phases36", 0),
+            "36 phases of 512": ("hard/phases36_t1", 0),
+            "36 phases of 512, `--lr 5e-4`": ("tuning/long_lr5e-4", 0),
+            "72 phases of 256": ("tuning/long_half", 0),
+            "144 phases of 128": ("tuning/long_quarter", 0),
+            "144 phases of 128, `--lr 5e-4`": ("tuning/long_quarter_lr5e-4", 0),
+            "144 phases of 128, temperature 0.7": ("tuning/long_quarter_t07", 0),
+            "288 phases of 64": ("tuning/long_eighth", 0),
             "expert iteration, `--deduplicate`": ("hard/ei_dedup", 0),
             "the same, `--epochs 12`": ("hard/long_dedup", 0),
             "expert iteration, norm 1": ("hard/ei", 0),
@@ -264,6 +290,15 @@ def main() -> None:
             "the same, `--continue`": ("hard/continue", 0),
             "the same, `--samples 16 --epochs 1`": ("hard/k16_once", 0),
             "expert iteration, norm 0.1": ("clipping/hard", 0),
+        }
+    )
+    print_comparison(
+        {
+            "PPO (`--advantage gae`)": "comparison/hard_ppo",
+            "RLOO (`loo`)": "comparison/hard_loo",
+            "GRPO (`group --group-std`)": "comparison/hard_group_std",
+            "VinePPO (`mc --mc-samples 3`)": "comparison/hard_mc",
+            "expert iteration": "clipping/hard",
         }
     )
     print_variants(
