@@ -8,8 +8,9 @@
 # *_ei                      expert iteration again, seed 0 alone, for the seconds
 #
 # Recorded are seeds 0 to 3 of hard_* and seed 0 of easy_ppo, easy_loo and easy_group_std, made with
-# TOKEN_BUDGET=1024. The runs of seed 0 are of one day, each on one core. One run is recorded that this script leaves out, because it needs other code:
-# hard_group_std_penalty divides the KL penalty too.
+# TOKEN_BUDGET=1024. The runs of seed 0 are of one day, each on one core. One run is recorded that
+# this script leaves out, because it needs other code: hard_group_std_penalty divides the KL penalty
+# too.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
