@@ -170,11 +170,11 @@ HARD = [
     ("limegreen", "its correct solutions, no labels", "hard_rcrl/control"),
 ]
 COMPARISON = [
-    ("tab:blue", "PPO", "comparison/{}_ppo"),
-    ("tab:green", "RLOO", "comparison/{}_loo"),
-    ("tab:orange", "GRPO", "comparison/{}_group_std"),
-    ("tab:red", "VinePPO", "comparison/{}_mc"),
-    ("tab:purple", "expert iteration", "clipping/{}"),
+    ("tab:blue", "PPO", "comparison/hard_ppo"),
+    ("tab:green", "RLOO", "comparison/hard_loo"),
+    ("tab:orange", "GRPO", "comparison/hard_group_std"),
+    ("tab:red", "VinePPO", "comparison/hard_mc"),
+    ("tab:purple", "expert iteration", "clipping/hard"),
 ]
 MAJ = "maj@1", "dev: fraction of greedy solutions correct"
 CORRECT = "correct", "training samples: fraction correct"
@@ -319,33 +319,24 @@ def draw_labels() -> None:
     save(figure, RESULTS / "rcrl.png")
 
 
-def comparison_panel(axis, task: str, x: str) -> None:
-    """Draw maj@1 on dev over samples, steps or seconds, the latter of seed 0 alone."""
-    for colour, name, method in COMPARISON:
-        if x == "seconds":  # of runs that were made on the same day
-            method = method.replace("clipping/{}", "comparison/{}_ei")
-        logs = metrics(method.format(task))
-        logs = [logs[0]] if x == "seconds" else logs.values()
-        points = [[(row[x], row["maj@1"]) for row in log if "maj@1" in row] for log in logs]
-        x_values, y = np.moveaxis(np.array(points), 2, 0)  # each [seeds, evaluations]
-        curves = [dict(zip(x_values.mean(0), each, strict=True)) for each in y]
-        band(axis, curves, "o-", colour, name)
-
-
 def draw_comparison() -> None:
-    """Draw PPO with each estimator of the advantages, and expert iteration."""
+    """Draw maj@1 on dev over samples, steps and seconds, the latter of seed 0 alone."""
     x_axes = {"samples": SAMPLES, "step": "optimizer steps", "seconds": "seconds of one core"}
-    tasks = {"hard": "harder task"}
-    figure, axes = plt.subplots(
-        len(tasks), 3, figsize=(15, 4.2 * len(tasks)), layout="constrained", squeeze=False
-    )
-    for row, (task, title) in zip(axes, tasks.items(), strict=True):
-        for axis, (x, label) in zip(row, x_axes.items(), strict=True):
-            comparison_panel(axis, task, x)
-            axis.set(title=f"{title}, {MAJ[1]}", xlabel=label)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
-        row[1].set_xscale("symlog", linthresh=32)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for axis, (x, label) in zip(axes, x_axes.items(), strict=True):
+        for colour, name, method in COMPARISON:
+            if x == "seconds":  # of runs that were made on the same day
+                method = method.replace("clipping/hard", "comparison/hard_ei")
+            logs = metrics(method)
+            logs = [logs[0]] if x == "seconds" else logs.values()
+            points = [[(row[x], row["maj@1"]) for row in log if "maj@1" in row] for log in logs]
+            x_values, y = np.moveaxis(np.array(points), 2, 0)  # each [seeds, evaluations]
+            curves = [dict(zip(x_values.mean(0), each, strict=True)) for each in y]
+            band(axis, curves, "o-", colour, name)
+        axis.set(title=f"harder task, {MAJ[1]}", xlabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[1].set_xscale("symlog", linthresh=32)
     save(figure, RESULTS / "comparison.png")
 
 

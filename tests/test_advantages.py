@@ -47,7 +47,7 @@ def test_equal_samples_have_no_advantage(kind):
 
 
 def test_grpo_divides_the_task_reward_and_not_the_penalty():
-    """A question with equal samples keeps its small penalties. It would get advantages near 1."""
+    """Where samples are equal, the small penalties stay small. Divided they would be near 1."""
     task = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]] + [[1.0, 0.0]] * 4)
     penalty = -0.01 * torch.rand(8, 2, generator=torch.Generator().manual_seed(2))
     found = ppo.group_advantages(task + penalty, 4, "group", task)[:, 0].view(2, 4)

@@ -14,8 +14,8 @@
 # k16_round      the first round of K = 16 alone
 #
 # Recorded are four seeds of most, seven of sft, ei and k16_once, seeds 4 to 6 of rounds4 and
-# phases72, seeds 0 to 2 of k16_max10 (TOKEN_BUDGET=1024), seeds 0 and 1 of phases36_t1 (the second with
-# TOKEN_BUDGET=1024), and seed 0 of k16_round.
+# phases72, seeds 0 to 2 of k16_max10 and 0 and 1 of phases36_t1 (TOKEN_BUDGET=1024), and seed 0 of
+# k16_round.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 dataset=arithmetic-hard

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trials of PPO on the harder task: seed 0, dev only.
 #
-# t1 has temperature 1, 8,192 samples and 128 questions a phase. Each other trial changes one thing in
-# it. Those with long in the name have 18,432 samples.
+# t1 has temperature 1, 8,192 samples and 128 questions a phase. The other short
+# trials change one thing in it. Those with long in the name have 18,432 samples.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 dataset=arithmetic-hard seed=0
