@@ -1,4 +1,4 @@
-r"""PPO on reasoning problems: a KL-penalised policy gradient with a learned value function.
+r"""PPO on reasoning problems: a clipped policy gradient with a KL penalty.
 
 Objective, for question q and sampled solution s with tokens s_1 ... s_T:
 
@@ -25,14 +25,14 @@ Rewards. A truncated solution gets 0.
     genrm      At the last token the score of a generative reward model (GenRM). It compares with
                the gold solution, or with a sample of --references if it is missing or hidden.
     hybrid     genrm for the questions whose answer is hidden (--hide), sparse for the others.
-Advantages. K samples of a question, R_i the reward of sample i with the KL penalty.
+Advantages. K samples of a question. R_i: the summed rewards of sample i, less its KL penalty.
     gae    By a learned value function, whitened (Schulman et al. 2016). The others have none.
     group  A_i = R_i - mean_j R_j (Dr. GRPO, Liu et al. 2025). --group-std divides the task reward
            by its standard deviation in the group (GRPO, Shao et al. 2024).
-    loo    A_i = R_i - mean of the others (RLOO, Ahmadian et al. 2024). Unbiased for every K.
-    mc     Line j gets r_j + V_j - V_{j-1}. V_j is the fraction of --mc-samples completions of the
-           lines 1 ... j that are correct, V_0 that of the other samples. Completions count as
-           rollouts (VinePPO, Kazemnejad et al. 2024).
+    loo    A_i = R_i - mean of the others (RLOO, Ahmadian et al. 2024), an unbiased estimate.
+    mc     Line j gets r_j + V_j - V_{j-1}, r_j the sum of its rewards. V_j is the fraction correct
+           of --mc-samples completions of the lines 1 ... j, V_0 that of the other samples.
+           Completions count as rollouts (VinePPO, Kazemnejad et al. 2024).
 Curricula.
     backtracking      Begin within the reference solution. Reveal less as success grows.
     plr               Prefer questions whose value was wrong (Prioritized Level Replay).
@@ -42,9 +42,8 @@ Selection of questions to add to --limit-train, by --scores (samples of the init
     frontier  Solved nearest to half of the time. random: any, as a control.
 
 genrm, hybrid, verifiable_first and --select follow "Exploring Data Scaling Trends and Effects in
-RLHF" (Shen et al. 2025). Our choices: lambda of GAE is 1, only the value function trains in the
-first phase, and the learning rate of the policy rises over 20 steps and falls linearly towards 0.
-The loss is a mean over the tokens of a minibatch, whatever the length of its samples.
+RLHF" (Shen et al. 2025). Our choices: lambda of GAE is 1. In the first phase only the value
+function trains. The learning rate rises over 20 steps, then falls. The loss is a mean over tokens.
 
 CPU, six minutes on one core after `python sft.py`, maj@1 on the test split from .75 to .87:
     python ppo.py
@@ -96,7 +95,7 @@ def parse_args(argv: list[str]):
     add("--advantage", choices=["gae", "group", "loo", "mc"], default="gae", help="estimator")
     add("--group-std", action="store_true", help="group: divide the task reward by its deviation")
     add("--mc-samples", type=whole, default=9, help="mc: completions per prefix (VinePPO: 9)")
-    add("--drop-uniform", action="store_true", help="skip questions with equally good samples")
+    add("--drop-uniform", action="store_true", help="skip questions with all or none correct")
     add("--gae-lambda", type=fraction, default=1.0, help="lambda of GAE (often 0.95)")
     add("--value-lr", type=not_negative, default=1e-3, help="learning rate of the value function")
     add("--no-detach-value", action="store_true", help="the value loss trains the policy too")
@@ -175,7 +174,7 @@ def group_advantages(rewards: Tensor, k: int, kind: str, task: Tensor | None = N
 
     rewards: [samples, longest], the k samples of a question in a row. kind: "group" (less the mean
     of all) or "loo" (less the mean of the others). task: the part of the rewards to divide by its
-    standard deviation. Without the KL penalty, which is all that tells equal samples apart.
+    standard deviation. The KL penalty is not divided: equally good samples differ in it alone.
     """
     if task is not None:
         std = task.sum(1).view(-1, k).std(1, correction=0).repeat_interleave(k)[:, None]
@@ -367,20 +366,23 @@ class NoValues(torch.nn.Module):
         return logprobs, torch.zeros_like(logprobs)
 
 
-def complete_lines(policy, samples, file: Path, run, how: dict) -> tuple[Tensor, Tensor, int]:
-    """Return lines and values for `mc_advantages`, and the number of completions."""
+def complete_lines(policy, samples, used, file: Path, how: dict) -> tuple[Tensor, Tensor, int]:
+    """Return lines and values for `mc_advantages`, and the number of completions (of `used`)."""
     from rcrl import estimate_q, lines_of, prefixes_of  # not part of every fork
 
-    prefixes = prefixes_of(samples)  # a prefix that several samples share is completed once
-    q, lines, values = estimate_q(policy, prefixes, file, run, **how), [], []
+    prefixes = prefixes_of([samples[i] for i in used])  # a shared prefix is completed once
+    q, lines, values = estimate_q(policy, prefixes, file, None, **how), [], []
     for group in common.by_problem(samples):
         n_passed, n_others = sum(sample.passed for sample in group), len(group) - 1
         for sample in group:
             texts = list(itertools.accumulate(lines_of(sample)))[:-1]
             of_others = (n_passed - sample.passed) / n_others
-            values.append([of_others, *(q[sample.problem.id, text] for text in texts), 0])
+            found = [q.get((sample.problem.id, text), of_others) for text in texts]
+            values.append([of_others, *found, 0])
             breaks = [policy.decode([token]).count("\n") for token in sample.tokens[:-1]]
-            lines.append(np.cumsum([sample.prefix.count("\n"), *breaks]).clip(max=len(texts)))
+            # Empty lines before the first one belong to it.
+            start = sample.prefix.count("\n") - re.match(r"\s*", sample.text)[0].count("\n")
+            lines.append(np.cumsum([start, *breaks]).clip(0, len(texts)))
     return pad(lines), pad(values), len(prefixes) * how["samples"]
 
 
@@ -606,11 +608,14 @@ def main(argv: list[str]) -> None:
         of_phase = dict(seed=[args.seed, phase], prefixes=prefixes, progress=f"phase {phase}")
         samples = common.generate(policy, [train[i] for i in chosen], **how, **of_phase)
         common.write_samples(run.out / "samples" / f"phase_{phase}.jsonl", samples)
+        solved = np.reshape([s.passed for s in samples], (len(chosen), -1)).mean(1).tolist()
+        kept = [0 < rate < 1 or not args.drop_uniform for rate in solved]
+        used = np.flatnonzero(np.repeat(kept, args.samples))
         of_lines, n_completions = [], 0
         if args.advantage == "mc":
             file = run.out / "samples" / f"completions_{phase}.jsonl"
             how |= dict(samples=args.mc_samples, seed=[args.seed, phase, 1])
-            *of_lines, n_completions = complete_lines(policy, samples, file, run, how)
+            *of_lines, n_completions = complete_lines(policy, samples, used, file, how)
         seconds_sampling, started = time.monotonic() - started, time.monotonic()
 
         # 2. Give every token its task reward.
@@ -626,23 +631,18 @@ def main(argv: list[str]) -> None:
         # 4. Subtract the KL penalty.
         token_rewards = penalised_rewards(task, old_logprobs, ref_logprobs, args.kl_coef)
 
-        # 5. Estimate the advantages. Their size is the error of the values.
+        # 5. Estimate the advantages. For plr their size tells how wrong the value was.
         advantages, returns = estimate_advantages(args, task, token_rewards, old_values, *of_lines)
         errors = [float(advantages[i, :n].abs().mean()) for i, n in enumerate(lengths)]
         if critic_weights:
             advantages[real] = whiten(advantages[real])
-        per_sample = [sample.passed for sample in samples], errors
-        solved, error = (np.reshape(x, (len(chosen), -1)).mean(1).tolist() for x in per_sample)
-        curriculum.update(chosen, solved, error)
+        curriculum.update(chosen, solved, np.reshape(errors, (len(chosen), -1)).mean(1).tolist())
 
-        # 6. Train. First the value function alone, without clipping: from zero it has a long way.
+        # 6. Train. A value function first trains alone, unclipped: from zero it has a long way.
         low, high = args.clip_range, args.clip_high
         value_clip = low if phase > 1 else np.inf
         trains_policy = phase > 1 or not critic_weights
-        rates = np.repeat(solved, args.samples)
-        used = [i for i, rate in enumerate(rates) if 0 < rate < 1 or not args.drop_uniform]
-        shuffled = (common.shuffled(len(used), args.seed, phase, e) for e in range(args.epochs))
-        orders = [[used[i] for i in order] for order in shuffled]
+        orders = [used[common.shuffled(len(used), args.seed, phase, e)] for e in range(args.epochs)]
         starts = range(0, len(used), args.batch_size)
         minibatches = [order[i : i + args.batch_size] for order in orders for i in starts]
         stats, deviations = [], []
@@ -691,13 +691,13 @@ def main(argv: list[str]) -> None:
         sampled = torch.from_numpy(np.concatenate([sample.logprobs for sample in samples]))
         old, ref = old_logprobs[real], ref_logprobs[real]
         row |= {"ref_kl_k1": (old - ref).mean().item(), "ref_kl_k3": kl_k3(old, ref).mean().item()}
-        row |= {"entropy": -old.mean().item()}
+        row |= {"entropy": -old.mean().item(), "minibatches": len(stats)}
         row |= {"logprob_mismatch": ((old - sampled).exp() - 1).abs().max().item()}
         row |= {"explained_variance": explained_variance(returns[real], old_values[real])}
         if stats:
             row |= dict(zip(STATS, np.mean(stats, 0).tolist(), strict=True))
+            row |= {"lr": optimizer.param_groups[0]["lr"]}
         row |= {"max_ratio_deviation": max(runtime.gather(deviations[:1]), default=None)}
-        row |= {"minibatches": len(stats), "lr": optimizer.param_groups[0]["lr"]}
         row |= dict(seconds_sampling=seconds_sampling, seconds_training=time.monotonic() - started)
         if phase % args.eval_every == 0 or phase == args.phases:
             row |= common.dev_metrics(policy, dev, args, phase, few_shot=args.few_shot)

@@ -584,9 +584,10 @@ class OneLineParser(argparse.ArgumentParser):
         return found[0] if found else self.add_argument_group(title)
 
     def only_with(self, condition: str, holds: bool, args, *flags: str) -> None:
-        """Refuse a flag that does nothing unless the condition holds. Not checked with --resume."""
+        """Refuse a flag that does nothing unless the condition holds. A resumed run may have it."""
+        goes_on = args.resume and (Path(args.out) / "args.json").exists()
         for flag in flags:
-            if not holds and not args.resume and getattr(args, flag) != self.get_default(flag):
+            if not holds and not goes_on and getattr(args, flag) != self.get_default(flag):
                 self.error(f"--{flag.replace('_', '-')} does nothing without {condition}")
 
     def error_if(self, wrong, message: str) -> None:

@@ -414,6 +414,23 @@ def comparison() -> None:
             show(f"minutes, {method}", {seed: t for seed, t in seconds.items() if seed == 0})
             show(f"dev maj@1 after the last phase or round, {method}", dev(method, "maj@1"))
             show(f"test maj@1, {method}", test(method, "maj@1"))
+    print("The same on the harder task, 36,864 samples each")
+    ppo, rounds = "comparison/hard_ppo_more", ("comparison/hard_ei_more", "hard/rounds4")
+    for metric in ("maj@1", "pass@1", "pass@16"):
+        for ei in rounds:
+            show_test(f"test {metric}, {ei} - {ppo}", metric, ei, ppo)
+        show_test(f"test {metric}, {rounds[0]} - {rounds[1]}", metric, *rounds)
+        for fewer in ("comparison/hard_ppo", "clipping/hard"):
+            show_test(f"test {metric}, {ppo} - {fewer} (18,432 samples)", metric, ppo, fewer)
+        show_test(f"test {metric}, {ppo} - 512 samples a phase", metric, ppo, "hard/phases72")
+    for phase in (96, 144, 192, 224, 256, 288):
+        show(f"dev maj@1 of {ppo} at phase {phase}", dev(ppo, "maj@1", phase=phase))
+    for n in (1, 2, 3, 4):
+        show(f"dev maj@1 of {rounds[0]} after round {n}", dev(rounds[0], "maj@1", round=n))
+    for key in ("entropy", "informative", "correct"):
+        for first, last in ((2, 24), (121, 144), (265, 288)):
+            values = over_phases(ppo, key, first, last)
+            show(f"{key} of phases {first} to {last}, {ppo}", values)
     penalty = "comparison/hard_group_std_penalty"
     show("test maj@1, GRPO that divides the KL penalty too", test(penalty, "maj@1"))
 

@@ -13,13 +13,14 @@ if no run samples while it trains.
     ppo_rewards.png    PPO with each kind of reward: accuracy, reward and KL.
     ppo_stability.png  PPO with and without the KL penalty and the detached value branch.
     genrm.png          PPO rewarded by the verifier and by a generative reward model.
-    comparison.png     PPO, RLOO, GRPO, VinePPO and expert iteration on the harder task.
+    comparison.png     PPO, RLOO, GRPO, VinePPO and expert iteration on both tasks.
 
 Lines and bars are means over the seeds. Bands and whiskers show the range of the seeds.
 """
 
 import argparse
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -170,11 +171,11 @@ HARD = [
     ("limegreen", "its correct solutions, no labels", "hard_rcrl/control"),
 ]
 COMPARISON = [
-    ("tab:blue", "PPO", "comparison/hard_ppo"),
-    ("tab:green", "RLOO", "comparison/hard_loo"),
-    ("tab:orange", "GRPO", "comparison/hard_group_std"),
-    ("tab:red", "VinePPO", "comparison/hard_mc"),
-    ("tab:purple", "expert iteration", "clipping/hard"),
+    ("tab:blue", "PPO", "comparison/{}_ppo"),
+    ("tab:green", "RLOO", "comparison/{}_loo"),
+    ("tab:orange", "GRPO", "comparison/{}_group_std"),
+    ("tab:red", "VinePPO", "comparison/{}_mc"),
+    ("tab:purple", "expert iteration", "clipping/{}"),
 ]
 MAJ = "maj@1", "dev: fraction of greedy solutions correct"
 CORRECT = "correct", "training samples: fraction correct"
@@ -322,21 +323,24 @@ def draw_labels() -> None:
 def draw_comparison() -> None:
     """Draw maj@1 on dev over samples, steps and seconds, the latter of seed 0 alone."""
     x_axes = {"samples": SAMPLES, "step": "optimizer steps", "seconds": "seconds of one core"}
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    for axis, (x, label) in zip(axes, x_axes.items(), strict=True):
+    figure, rows = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+    panels = itertools.product(("easy", "hard"), x_axes.items())
+    for axis, (task, (x, label)) in zip(rows.flat, panels, strict=True):
         for colour, name, method in COMPARISON:
+            method = method.format(task)
             if x == "seconds":  # of runs that were made on the same day
-                method = method.replace("clipping/hard", "comparison/hard_ei")
+                method = method.replace(f"clipping/{task}", f"comparison/{task}_ei")
             logs = metrics(method)
             logs = [logs[0]] if x == "seconds" else logs.values()
             points = [[(row[x], row["maj@1"]) for row in log if "maj@1" in row] for log in logs]
             x_values, y = np.moveaxis(np.array(points), 2, 0)  # each [seeds, evaluations]
             curves = [dict(zip(x_values.mean(0), each, strict=True)) for each in y]
             band(axis, curves, "o-", colour, name)
-        axis.set(title=f"harder task, {MAJ[1]}", xlabel=label)
+        axis.set(title=f"{task} task, {MAJ[1]}", xlabel=label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    axes[1].set_xscale("symlog", linthresh=32)
+        if x == "step":
+            axis.set_xscale("symlog", linthresh=32)
     save(figure, RESULTS / "comparison.png")
 
 

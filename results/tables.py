@@ -63,10 +63,10 @@ def print_trials(rows: dict[str, tuple[str, int]]) -> None:
         print(row([label, *cells, f"{last['samples']:,}", f"{last['step']:,}"]))
 
 
-def print_comparison(rows: dict[str, str]) -> None:
+def print_comparison(title: str, rows: dict[str, str]) -> None:
     """Print methods with as many samples each. rows: label -> method."""
     names = ["maj@1", "pass@1", "pass@16", "entropy", "rollouts", "updates"]
-    print_head("Methods with as many samples", ["method", "seeds", *names])
+    print_head(title, ["method", "seeds", *names])
     for label, method in rows.items():
         seeds = test_metric(method, "maj@1")
         cells = [str(len(seeds)), spread(seeds)]
@@ -204,11 +204,23 @@ def main() -> None:
                 ["comparison/hard_ppo"],
             ),
             "PPO, 72 phases": ("hard/phases72", ["hard/phases72"]),
+            "PPO, 288 phases of 128 samples, `--temperature 1`": (
+                "comparison/hard_ppo_more",
+                ["comparison/hard_ppo_more"],
+            ),
             "PPO, `--curriculum backtracking`": ("hard/backtracking", ["hard/backtracking"]),
             "PPO, `--curriculum plr`": ("hard/plr", ["hard/plr"]),
             "expert iteration, K = 4": ("hard/ei", ["hard/ei"]),
             "the same, `--rounds 3`": ("hard/rounds3", ["hard/rounds3"]),
             "the same, `--rounds 4`": ("hard/rounds4", ["hard/rounds4"]),
+            "the same with norm 0.1 (the default), two rounds": (
+                "clipping/hard",
+                ["clipping/hard"],
+            ),
+            "the same, `--rounds 4`, norm 0.1": (
+                "comparison/hard_ei_more",
+                ["comparison/hard_ei_more"],
+            ),
             "expert iteration, K = 4, `--continue` (on from the last policy)": (
                 "hard/continue",
                 ["hard/continue"],
@@ -292,15 +304,17 @@ def main() -> None:
             "expert iteration, norm 0.1": ("clipping/hard", 0),
         }
     )
-    print_comparison(
-        {
-            "PPO (`--advantage gae`)": "comparison/hard_ppo",
-            "RLOO (`loo`)": "comparison/hard_loo",
-            "GRPO (`group --group-std`)": "comparison/hard_group_std",
-            "VinePPO (`mc --mc-samples 3`)": "comparison/hard_mc",
-            "expert iteration": "clipping/hard",
-        }
-    )
+    for task in ("easy", "hard"):
+        print_comparison(
+            f"Methods with as many samples, {task} task",
+            {
+                "PPO (`--advantage gae`)": f"comparison/{task}_ppo",
+                "RLOO (`loo`)": f"comparison/{task}_loo",
+                "GRPO (`group --group-std`)": f"comparison/{task}_group_std",
+                "VinePPO (`mc --mc-samples 3`)": f"comparison/{task}_mc",
+                "expert iteration": f"clipping/{task}",
+            },
+        )
     print_variants(
         {
             "*ppo* as it is: sparse reward, KL 0.05, value detached": "arithmetic/ppo",

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import signal
 from fractions import Fraction
 
 import numpy as np
@@ -93,7 +95,7 @@ def samples_of(policy, texts: list[str], answer: int) -> list[common.Sample]:
 def test_mc_with_one_line_equals_loo(tiny, tmp_path):
     samples = samples_of(tiny, ["#### 3", "#### 4", "#### 3", ""], 3)
     how = dict(samples=2, batch_size=8, temperature=1.0, max_new_tokens=8, seed=0)
-    lines, values, n = ppo.complete_lines(tiny, samples, tmp_path / "c.jsonl", None, how)
+    lines, values, n = ppo.complete_lines(tiny, samples, range(4), tmp_path / "c.jsonl", how)
     # One line has no prefix to complete.
     assert n == 0
     rewards = torch.zeros(lines.shape)
@@ -107,7 +109,7 @@ def test_mc_with_one_line_equals_loo(tiny, tmp_path):
 def test_mc_completes_the_prefixes_of_lines(tiny, tmp_path, monkeypatch):
     """The value of a line is the fraction of correct completions of the text up to its end."""
     texts = ["1+2=3\n3+4=7\n#### 7", "1+2=3\n3-4=-1\n#### -1", "1+2=3\n3+4=7\n#### 8"]
-    samples = samples_of(tiny, texts, 7)
+    samples = samples_of(tiny, [*texts, "\n2+2=4\n4+3=7\n#### 7"], 7)
     asked = []
 
     def estimate(policy, prefixes, file, run, **how):
@@ -115,13 +117,34 @@ def test_mc_completes_the_prefixes_of_lines(tiny, tmp_path, monkeypatch):
         return {key: {"1+2=3\n": 0.5, "1+2=3\n3+4=7\n": 0.9}.get(key[1], 0.1) for key in prefixes}
 
     monkeypatch.setattr(rcrl, "estimate_q", estimate)
-    lines, values, n = ppo.complete_lines(tiny, samples, tmp_path / "c", None, {"samples": 9})
+    file, how = tmp_path / "c", {"samples": 9}
+    lines, values, n = ppo.complete_lines(tiny, samples, range(3), file, how)
     assert asked == ["1+2=3\n", "1+2=3\n3+4=7\n", "1+2=3\n3-4=-1\n"] and n == 27
-    torch.testing.assert_close(values[0], torch.tensor([0.0, 0.5, 0.9, 0.0]))
-    torch.testing.assert_close(values[1], torch.tensor([0.5, 0.5, 0.1, 0.0]))
+    torch.testing.assert_close(values[0], torch.tensor([1 / 3, 0.5, 0.9, 0.0]))
+    torch.testing.assert_close(values[1], torch.tensor([2 / 3, 0.5, 0.1, 0.0]))
+    # The lines of the last sample are not completed.
+    torch.testing.assert_close(values[3], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]))
     for sample, row in zip(samples, lines, strict=True):
-        of_text = [tiny.decode(sample.tokens[:i]).count("\n") for i in range(len(sample.tokens))]
-        assert row[: len(of_text)].tolist() == of_text
+        of_text = [tiny.decode(sample.tokens[:i]).lstrip("\n") for i in range(len(sample.tokens))]
+        assert row[: len(of_text)].tolist() == [text.count("\n") for text in of_text]
+
+
+def test_ctrl_c_while_lines_are_completed_saves_the_phase(cli, tmp_path, monkeypatch):  # noqa: F811
+    argv = [*SMALL, "--advantage", "mc", "--mc-samples", "2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cli(ppo, *argv, "--out", whole)[0] == 0
+    estimate = rcrl.estimate_q
+
+    def interrupted(*args, **how):
+        os.kill(os.getpid(), signal.SIGINT)
+        return estimate(*args, **how)
+
+    monkeypatch.setattr(rcrl, "estimate_q", interrupted)
+    assert cli(ppo, *argv, "--out", broken)[0] == 130
+    monkeypatch.undo()
+    assert [row["phase"] for row in rows_of(broken / "metrics.jsonl")] == [0, 1]
+    assert cli(ppo, *argv, "--out", broken, "--resume")[0] == 0
+    assert without_time(whole / "metrics.jsonl") == without_time(broken / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +213,14 @@ def test_questions_with_equal_outcomes_are_not_trained_on(cli, tmp_path, monkeyp
 def test_flags_that_do_not_fit_the_advantage_are_refused(flags, message, cli, tmp_path):  # noqa: F811
     code, said = cli(ppo, *flags.split(), "--out", tmp_path / "run")
     assert code == 2 and message in said and not (tmp_path / "run").exists()
+
+
+def test_a_phase_without_a_step_logs_no_learning_rate(cli, tmp_path):  # noqa: F811
+    """Truncated at once, all samples are incorrect, and no question has both outcomes."""
+    flags = "--advantage loo --drop-uniform --max-new-tokens 1 --phases 1".split()
+    assert cli(ppo, *SMALL, *flags, "--out", tmp_path / "run")[0] == 0
+    _, phase = rows_of(tmp_path / "run" / "metrics.jsonl")
+    assert phase["minibatches"] == 0 and "lr" not in phase and "policy_loss" not in phase
 
 
 def test_clip_high_limits_rising_ratios_only():

@@ -232,7 +232,10 @@ def begin(args) -> None:
     (rcrl, ["--label-rule", "any", "--labels", "outcome"], "--labels step"),
     (rcrl, ["--monotone", "--labels", "none"], "--labels step"),
 ])  # fmt: skip
-def test_a_flag_without_an_effect_names_the_flag_that_it_needs(script, flags, condition, capsys):
+def test_a_flag_without_an_effect_names_the_flag_that_it_needs(
+    script, flags, condition, capsys, tmp_path
+):
+    flags = [*flags, "--out", str(tmp_path), "--resume"]
     with pytest.raises(SystemExit) as left:
         script.parse_args(flags)
     said = capsys.readouterr().err
@@ -242,7 +245,8 @@ def test_a_flag_without_an_effect_names_the_flag_that_it_needs(script, flags, co
         and said.count("\n") == 1
     )
     # A run that was started with the flag can be resumed.
-    script.parse_args([*flags, "--resume"])
+    (tmp_path / "args.json").write_text("{}")
+    script.parse_args(flags)
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])

@@ -22,16 +22,22 @@ declare -A flags=(
     [group_std]="$long --advantage group --group-std"
     [mc]="$start --questions 16 PHASES --batch-size 16 --advantage mc --mc-samples 3"
     [ei]="expert_iteration.py --model SFT"
+    [ppo_more]="$start --questions 32 --phases 288 --eval-every 32"
+    [ei_more]="expert_iteration.py --model SFT --rounds 4"
 )
 for seed in ${SEEDS:-0 1 2}; do
     for task in ${TASKS:-easy hard}; do
         sft=$work/sft_$seed dataset=arithmetic phases="--phases 72 --eval-every 8" # of mc
         [ $task = easy ] || sft=$work/hard_sft_$seed dataset=arithmetic-hard phases="--phases 33 --eval-every 4"
         for name in ${VARIANTS:-ppo loo group_std mc ei}; do
+            run=$work/comparison_${task}_${name}_$seed ei=$work/clipping_hard_$seed
             is_recorded ${task}_$name $seed && continue
             command=${flags[$name]/SFT/$sft/model}
             command=${command/PHASES/$phases}
-            train_and_test "$work/comparison_${task}_${name}_$seed" ${task}_$name $seed \
+            if [ $name = ei_more ] && [ -d "$ei/model" ] && [ ! -e "$run" ]; then # its first two rounds are those of ei
+                rm -rf "$run.part" && cp -r "$ei" "$run.part" && rm -f "$run.part"/test.* && mv "$run.part" "$run"
+            fi
+            train_and_test "$run" ${task}_$name $seed \
                 $command --dataset $dataset
         done
     done
