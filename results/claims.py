@@ -414,19 +414,22 @@ def comparison() -> None:
             show(f"minutes, {method}", {seed: t for seed, t in seconds.items() if seed == 0})
             show(f"dev maj@1 after the last phase or round, {method}", dev(method, "maj@1"))
             show(f"test maj@1, {method}", test(method, "maj@1"))
-    print("The same on the harder task, 36,864 samples each")
-    ppo, rounds = "comparison/hard_ppo_more", ("comparison/hard_ei_more", "hard/rounds4")
+        seconds = dev(f"comparison/{task}_ei", "seconds", round=1)
+        show(f"minutes of round 1, {task}_ei", {seed: s / 60 for seed, s in seconds.items()})
+    print(
+        "The same on the harder task: more samples of PPO, and VinePPO with as many updates as PPO"
+    )
+    ppo, vine = "comparison/hard_ppo_more", "comparison/hard_mc_more"
     for metric in ("maj@1", "pass@1", "pass@16"):
-        for ei in rounds:
-            show_test(f"test {metric}, {ei} - {ppo}", metric, ei, ppo)
-        show_test(f"test {metric}, {rounds[0]} - {rounds[1]}", metric, *rounds)
-        for fewer in ("comparison/hard_ppo", "clipping/hard"):
-            show_test(f"test {metric}, {ppo} - {fewer} (18,432 samples)", metric, ppo, fewer)
+        what = f"test {metric}, hard/rounds4 - {ppo} (both 36,864 samples)"
+        show_test(what, metric, "hard/rounds4", ppo)
         show_test(f"test {metric}, {ppo} - 512 samples a phase", metric, ppo, "hard/phases72")
+        show_test(f"test {metric}, {ppo} - ei of two rounds", metric, ppo, "hard/ei")
+        for other in ("comparison/hard_ppo", "comparison/hard_group_std", "clipping/hard"):
+            show_test(f"test {metric}, {vine} - {other}", metric, vine, other)
+    show(f"minutes, {vine}", {seed: log[-1]["seconds"] / 60 for seed, log in metrics(vine).items()})
     for phase in (96, 144, 192, 224, 256, 288):
         show(f"dev maj@1 of {ppo} at phase {phase}", dev(ppo, "maj@1", phase=phase))
-    for n in (1, 2, 3, 4):
-        show(f"dev maj@1 of {rounds[0]} after round {n}", dev(rounds[0], "maj@1", round=n))
     for key in ("entropy", "informative", "correct"):
         for first, last in ((2, 24), (121, 144), (265, 288)):
             values = over_phases(ppo, key, first, last)

@@ -6,11 +6,13 @@
 # *_mc                      Completions are samples too, so its phases have 64 solutions and three
 #                           completions of each prefix
 # *_ei                      expert iteration again, seed 0 alone, for the seconds
+# hard_ppo_more             PPO with twice as many phases. Give it as VARIANTS
+# hard_mc_more              VinePPO with the phases of PPO, so with far more samples. Also VARIANTS
 #
-# Recorded are seeds 0 to 3 of hard_* and seed 0 of easy_ppo, easy_loo and easy_group_std, made with
-# TOKEN_BUDGET=1024. The runs of seed 0 are of one day, each on one core. One run is recorded that
-# this script leaves out, because it needs other code: hard_group_std_penalty divides the KL penalty
-# too.
+# Recorded are seeds 0 to 3, seeds 4 to 6 of hard_ppo_more and 0 to 2 of hard_mc_more, all made with
+# TOKEN_BUDGET=1024. The runs of seed 0 are of one day, each on one core, but easy_mc. One run is
+# recorded that this script leaves out, because it needs other code: hard_group_std_penalty divides
+# the KL penalty too.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
@@ -23,21 +25,17 @@ declare -A flags=(
     [mc]="$start --questions 16 PHASES --batch-size 16 --advantage mc --mc-samples 3"
     [ei]="expert_iteration.py --model SFT"
     [ppo_more]="$start --questions 32 --phases 288 --eval-every 32"
-    [ei_more]="expert_iteration.py --model SFT --rounds 4"
+    [mc_more]="$long --advantage mc --mc-samples 3"
 )
 for seed in ${SEEDS:-0 1 2}; do
     for task in ${TASKS:-easy hard}; do
         sft=$work/sft_$seed dataset=arithmetic phases="--phases 72 --eval-every 8" # of mc
         [ $task = easy ] || sft=$work/hard_sft_$seed dataset=arithmetic-hard phases="--phases 33 --eval-every 4"
         for name in ${VARIANTS:-ppo loo group_std mc ei}; do
-            run=$work/comparison_${task}_${name}_$seed ei=$work/clipping_hard_$seed
             is_recorded ${task}_$name $seed && continue
             command=${flags[$name]/SFT/$sft/model}
             command=${command/PHASES/$phases}
-            if [ $name = ei_more ] && [ -d "$ei/model" ] && [ ! -e "$run" ]; then # its first two rounds are those of ei
-                rm -rf "$run.part" && cp -r "$ei" "$run.part" && rm -f "$run.part"/test.* && mv "$run.part" "$run"
-            fi
-            train_and_test "$run" ${task}_$name $seed \
+            train_and_test "$work/comparison_${task}_${name}_$seed" ${task}_$name $seed \
                 $command --dataset $dataset
         done
     done
