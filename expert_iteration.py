@@ -1,18 +1,18 @@
 r"""Expert iteration: sample solutions, keep the correct ones, train the base on them, repeat.
 
 This is the best method of "Teaching Large Language Models to Reason with Reinforcement Learning"
-(Havrilla et al. 2024). Round i adds the correct samples R_i of pi_{i-1} to the data: D_i is R_i u
-D_{i-1}, and D_0 is the SFT data. The objective, starting from the pretrained base:
+(Havrilla et al. 2024). D_0 is the SFT data. Round i adds the correct samples of pi_{i-1} to it:
+D_i is D_{i-1} with these samples. The objective, starting from the pretrained base:
 
-    pi_i  =  argmin   - sum over (q, s) in D_i   sum_t log pi(s_t | q, s_<t)
+    pi_i  =  argmin   - mean over (q, s) in D_i and t of  log pi(s_t | q, s_<t)
 
     0. Load the problems and the written solutions.
     1. In every round, sample K solutions per training question from pi_{i-1} at temperature 1.
     2. Keep the correct ones, each as often as it was sampled (--deduplicate: one per sequence of
        operations). With --orm, keep what a reward model scores highly.
-    3. Train from the pretrained base again, as in sft.py. With --continue, train from pi_{i-1}.
-    4. Measure greedy accuracy on dev. Keep the best round as model/. Stop when a round does not
-       improve on the one before. The first policy is measured but never chosen.
+    3. Train the pretrained base again, with the loss of sft.py. With --continue, train pi_{i-1}.
+    4. Measure greedy accuracy on dev. Keep the best round as model/. Stop when a round is not
+       better than all before. The first policy is measured but never chosen.
 
 Where the paper is silent: the SFT data stays in the mix, unless --model is the base itself. There
 is no de-duplication. It would make a lucky solution count as much as a frequent derivation.
@@ -67,7 +67,7 @@ def keep_accepted(samples, kept: dict, threshold: float | None = None, deduplica
     A finished sample is accepted if it is correct, or with `threshold` if a reward model scored it
     at least this high. kept: problem id -> number, or sequence of operations -> solution.
     """
-    accepted = [s for s in samples if s.passed]
+    accepted = [s for s in samples if s.passed]  # correct and not truncated
     if threshold is not None:
         answered = [s for s in samples if s.finished and s.answer is not None]
         accepted = [s for s in answered if s.score >= threshold]
@@ -118,7 +118,7 @@ def train_step(policy, optimizer, batch: list, token_budget: int) -> tuple[float
         loss += micro_loss.item()
     parameters = optimizer.param_groups[0]["params"]
     (loss,) = runtime.sum_gradients(parameters, loss)
-    # With a norm of 1 the rounding of sums decides how a run ends.
+    # A larger norm lets the rounding of sums move the result by points (docs/findings.md).
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 0.1).item()
     common.require_finite(loss, grad_norm)
     optimizer.step()

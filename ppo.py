@@ -123,7 +123,7 @@ def parse_args(argv: list[str]):
     refuse(args.samples == 1 and compares, "--samples 1: a sample is compared with the others")
     refuse(args.select and not args.scores, "--select needs --scores of evaluate.py --split train")
     refuse(is_mc and args.reward != "sparse", "--advantage mc needs --reward sparse")
-    refuse(is_mc and not Path(__file__).with_name("rcrl.py").exists(), "mc: rcrl.py is missing")
+    refuse(is_mc and not Path(__file__).with_name("rcrl.py").exists(), "mc: copy rcrl.py here")
     refuse(args.drop_uniform and uses_genrm, "--drop-uniform needs answers, and some are hidden")
     parser.only_with("--advantage group", args.advantage == "group", args, "group_std")
     parser.only_with("--advantage mc", is_mc, args, "mc_samples")

@@ -390,10 +390,10 @@ def advantages() -> None:
 def comparison() -> None:
     print("PPO's estimators of the advantages and expert iteration, 18,432 samples each")
     controls = {
-        "easy": (["clipping/easy", "arithmetic/ei"], ["ppo_longer/phases36"]),
-        "hard": (["clipping/hard", "hard/ei"], ["hard/phases36", "hard/phases36_t1"]),
+        "easy": ("arithmetic/sft", ["clipping/easy", "arithmetic/ei"], ["ppo_longer/phases36"]),
+        "hard": ("hard/sft", ["clipping/hard", "hard/ei"], ["hard/phases36", "hard/phases36_t1"]),
     }
-    for task, (rounds, large_phases) in controls.items():
+    for task, (sft, rounds, large_phases) in controls.items():
         ppo, *others = (f"comparison/{task}_{name}" for name in ("ppo", "loo", "group_std", "mc"))
         for metric in ("maj@1", "pass@1", "pass@16"):
             for method in (ppo, *others):
@@ -401,6 +401,8 @@ def comparison() -> None:
                     show_test(f"test {metric}, {ei} - {method}", metric, ei, method)
             for method in others:
                 show_test(f"test {metric}, {method} - {ppo}", metric, method, ppo)
+            for method in (ppo, *others):
+                show_test(f"test {metric}, {method} - {sft}", metric, method, sft)
             for large in large_phases:
                 what = f"test {metric}, {ppo} - {large} (512 samples a phase)"
                 show_test(what, metric, ppo, large)

@@ -336,7 +336,7 @@ def draw_comparison() -> None:
             x_values, y = np.moveaxis(np.array(points), 2, 0)  # each [seeds, evaluations]
             curves = [dict(zip(x_values.mean(0), each, strict=True)) for each in y]
             band(axis, curves, "o-", colour, name)
-        axis.set(title=f"{task} task, {MAJ[1]}", xlabel=label)
+        axis.set(title=f"{task.replace('hard', 'harder')} task, {MAJ[1]}", xlabel=label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
         if x == "step":
