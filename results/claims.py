@@ -394,7 +394,8 @@ def comparison() -> None:
         "hard": ("hard/sft", ["clipping/hard", "hard/ei"], ["hard/phases36", "hard/phases36_t1"]),
     }
     for task, (sft, rounds, large_phases) in controls.items():
-        ppo, *others = (f"comparison/{task}_{name}" for name in ("ppo", "loo", "group_std", "mc"))
+        names = "ppo", "loo", "group_std", "mc", "mc_small"
+        ppo, *others = (f"comparison/{task}_{name}" for name in names)
         for metric in ("maj@1", "pass@1", "pass@16"):
             for method in (ppo, *others):
                 for ei in rounds:

@@ -302,6 +302,7 @@ def main() -> None:
             "RLOO (`loo`)": f"comparison/{task}_loo",
             "GRPO (`group --group-std`)": f"comparison/{task}_group_std",
             "VinePPO (`mc --mc-samples 3`)": f"comparison/{task}_mc",
+            "VinePPO, minibatches of 16": f"comparison/{task}_mc_small",
             "expert iteration": f"clipping/{task}",
         }
         if task == "hard":

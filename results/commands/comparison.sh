@@ -6,13 +6,14 @@
 # *_mc                      Completions are samples too, so its phases have 64 solutions and three
 #                           completions of each prefix
 # *_ei                      expert iteration again, seed 0 alone, for the seconds
-# hard_ppo_more             PPO with twice as many phases. Give it as VARIANTS
-# hard_mc_more              VinePPO with the phases of PPO, so with far more samples. Also VARIANTS
+# *_mc_small                *_mc with minibatches of 16
+# hard_ppo_more             PPO with twice as many phases
+# hard_mc_more              VinePPO with the phases of PPO, so with far more samples
 #
-# Recorded are seeds 0 to 3, seeds 4 to 6 of hard_ppo_more and 0 to 2 of hard_mc_more, all made with
-# TOKEN_BUDGET=1024. The runs of seed 0 are of one day, each on one core, but easy_mc. One run is
-# recorded that this script leaves out, because it needs other code: hard_group_std_penalty divides
-# the KL penalty too.
+# The last three run only if VARIANTS names them. Recorded are seeds 0 to 3, seeds 4 to 6 of
+# hard_ppo_more and seed 0 of hard_mc_more, all made with TOKEN_BUDGET=1024. Those of seed 0 are of
+# one day, each on one core, but *_mc and *_more. One run is recorded that this script leaves out,
+# because it needs other code: hard_group_std_penalty divides the KL penalty too.
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
@@ -22,7 +23,8 @@ declare -A flags=(
     [ppo]="$long"
     [loo]="$long --advantage loo"
     [group_std]="$long --advantage group --group-std"
-    [mc]="$start --questions 16 PHASES --batch-size 16 --advantage mc --mc-samples 3"
+    [mc]="$start --questions 16 PHASES --batch-size 64 --advantage mc --mc-samples 3"
+    [mc_small]="$start --questions 16 PHASES --batch-size 16 --advantage mc --mc-samples 3"
     [ei]="expert_iteration.py --model SFT"
     [ppo_more]="$start --questions 32 --phases 288 --eval-every 32"
     [mc_more]="$long --advantage mc --mc-samples 3"
