@@ -419,18 +419,20 @@ def comparison() -> None:
             show(f"test maj@1, {method}", test(method, "maj@1"))
         seconds = dev(f"comparison/{task}_ei", "seconds", round=1)
         show(f"minutes of round 1, {task}_ei", {seed: s / 60 for seed, s in seconds.items()})
-    print(
-        "The same on the harder task: more samples of PPO, and VinePPO with as many updates as PPO"
-    )
-    ppo, vine = "comparison/hard_ppo_more", "comparison/hard_mc_more"
+    for task in controls:
+        vine = f"comparison/{task}_mc_more"
+        for name in ("ppo", "group_std"):
+            what = f"test maj@1, {vine} - {name} (as many updates)"
+            show_test(what, "maj@1", vine, f"comparison/{task}_{name}")
+        seconds = {seed: log[-1]["seconds"] / 60 for seed, log in metrics(vine).items()}
+        show(f"minutes, {vine}", seconds)
+    print("PPO with twice as many samples, harder task")
+    ppo = "comparison/hard_ppo_more"
     for metric in ("maj@1", "pass@1", "pass@16"):
         what = f"test {metric}, hard/rounds4 - {ppo} (both 36,864 samples)"
         show_test(what, metric, "hard/rounds4", ppo)
         show_test(f"test {metric}, {ppo} - 512 samples a phase", metric, ppo, "hard/phases72")
         show_test(f"test {metric}, {ppo} - ei of two rounds", metric, ppo, "hard/ei")
-        for other in ("comparison/hard_ppo", "comparison/hard_group_std", "clipping/hard"):
-            show_test(f"test {metric}, {vine} - {other}", metric, vine, other)
-    show(f"minutes, {vine}", {seed: log[-1]["seconds"] / 60 for seed, log in metrics(vine).items()})
     for phase in (96, 144, 192, 224, 256, 288):
         show(f"dev maj@1 of {ppo} at phase {phase}", dev(ppo, "maj@1", phase=phase))
     for key in ("entropy", "informative", "correct"):

@@ -303,10 +303,9 @@ def main() -> None:
             "GRPO (`group --group-std`)": f"comparison/{task}_group_std",
             "VinePPO (`mc --mc-samples 3`)": f"comparison/{task}_mc",
             "VinePPO, minibatches of 16": f"comparison/{task}_mc_small",
+            "VinePPO, as many updates as PPO": f"comparison/{task}_mc_more",
             "expert iteration": f"clipping/{task}",
         }
-        if task == "hard":
-            rows["VinePPO, as many updates as PPO"] = "comparison/hard_mc_more"
         print_comparison(f"Methods with as many samples, {task} task", rows)
     print_variants(
         {

@@ -8,10 +8,10 @@
 # *_ei                      expert iteration again, seed 0 alone, for the seconds
 # *_mc_small                *_mc with minibatches of 16
 # hard_ppo_more             PPO with twice as many phases
-# hard_mc_more              VinePPO with the phases of PPO, so with far more samples
+# *_mc_more                 VinePPO with the phases of PPO, so with far more samples
 #
 # The last three run only if VARIANTS names them. Recorded are seeds 0 to 3, seeds 4 to 6 of
-# hard_ppo_more and seed 0 of hard_mc_more, all made with TOKEN_BUDGET=1024. Those of seed 0 are of
+# hard_ppo_more and seed 0 of *_mc_more, all made with TOKEN_BUDGET=1024. Those of seed 0 are of
 # one day, each on one core, but *_mc and *_more. One run is recorded that this script leaves out,
 # because it needs other code: hard_group_std_penalty divides the KL penalty too.
 set -euo pipefail
