@@ -610,7 +610,7 @@ def main(argv: list[str]) -> None:
         common.write_samples(run.out / "samples" / f"phase_{phase}.jsonl", samples)
         solved = np.reshape([s.passed for s in samples], (len(chosen), -1)).mean(1).tolist()
         kept = [0 < rate < 1 or not args.drop_uniform for rate in solved]
-        used = np.flatnonzero(np.repeat(kept, args.samples))
+        used = np.flatnonzero(np.repeat(kept, args.samples))  # the samples to train on
         of_lines, n_completions = [], 0
         if args.advantage == "mc":
             file = run.out / "samples" / f"completions_{phase}.jsonl"

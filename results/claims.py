@@ -30,6 +30,11 @@ def dev(method: str, key: str, **where) -> dict[int, float]:
     return found
 
 
+def minutes(method: str, **where) -> dict[int, float]:
+    """Return the minutes of a run by seed, up to its last row or the last one with these values."""
+    return {seed: seconds / 60 for seed, seconds in dev(method, "seconds", **where).items()}
+
+
 def lowest(method: str) -> dict[int, float]:
     """Return the lowest maj@1 on dev of a run by seed."""
     logs = metrics(method).items()
@@ -413,19 +418,16 @@ def comparison() -> None:
         for method in (ppo, *others):
             show(f"last KL to the initial policy, {method}", dev(method, "ref_kl_k3"))
         for method in (ppo, *others, f"comparison/{task}_ei"):
-            seconds = {seed: log[-1]["seconds"] / 60 for seed, log in metrics(method).items()}
-            show(f"minutes, {method}", {seed: t for seed, t in seconds.items() if seed == 0})
+            show(f"minutes, {method}", {0: minutes(method)[0]})
             show(f"dev maj@1 after the last phase or round, {method}", dev(method, "maj@1"))
             show(f"test maj@1, {method}", test(method, "maj@1"))
-        seconds = dev(f"comparison/{task}_ei", "seconds", round=1)
-        show(f"minutes of round 1, {task}_ei", {seed: s / 60 for seed, s in seconds.items()})
+        show(f"minutes of round 1, {task}_ei", minutes(f"comparison/{task}_ei", round=1))
     for task in controls:
         vine = f"comparison/{task}_mc_more"
         for name in ("ppo", "group_std"):
             what = f"test maj@1, {vine} - {name} (as many updates)"
             show_test(what, "maj@1", vine, f"comparison/{task}_{name}")
-        seconds = {seed: log[-1]["seconds"] / 60 for seed, log in metrics(vine).items()}
-        show(f"minutes, {vine}", seconds)
+        show(f"minutes, {vine}", minutes(vine))
     print("PPO with twice as many samples, harder task")
     ppo = "comparison/hard_ppo_more"
     for metric in ("maj@1", "pass@1", "pass@16"):
